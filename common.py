@@ -1,0 +1,404 @@
+"""What the three scripts share: options, model and SAE loading, prompt templates, the answer parser.
+
+Nothing heavy is imported before the options have been read: `--help` and a typing mistake answer at once.
+"""
+
+import argparse
+import contextlib
+import difflib
+import os
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiment import UserError
+
+ROOT = Path(__file__).resolve().parent
+
+DEFAULTS = {
+    "model": "gemma-2-9b-it",
+    "sae_release": "gemma-scope-9b-it-res-canonical",
+    "sae_id": "layer_9/width_131k/canonical",
+    "dataset": "rajpurkar/squad",
+    "split": "validation",
+    "device": "cuda",
+    "dtype": "float16",
+    # The KV cache takes 344 KB a token on gemma-2-9b-it: 11 GB, beside 18.5 GB of model and 3.8 GB of SAE.
+    "batch_tokens": 32768,
+}
+DEMO_DEFAULTS = {
+    "model": "demo/model",
+    "sae_release": "demo/sae",
+    "sae_id": "",
+    "dataset": "demo/questions.jsonl",
+    "split": "",
+    "device": "cpu",
+    "dtype": "float32",
+    "batch_tokens": 8192,
+}
+
+INSTRUCTION = (
+    "Answer the following question based on the context.\nContext:\n{context}\n\nQuestion:\n{question}\n\n"
+    'Please organize your final answer in this format: "Result = [[ label ]]"\n'
+)
+# Each by the special token that a tokenizer of its family has. Gemma's is the paper's, to the letter: the turn is
+# left open, and the model begins its answer in it. The tokenizer adds BOS.
+TEMPLATES = {
+    "gemma": ("<start_of_turn>", "<start_of_turn>user\n" + INSTRUCTION),
+    "llama-3": (
+        "<|start_header_id|>",
+        f"<|start_header_id|>user<|end_header_id|>\n\n{INSTRUCTION}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
+}
+END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for on the command line, defaults filled in; DESIGN names and README explains each."""
+
+    demo: bool
+    model: str
+    sae_release: str
+    sae_id: str
+    dataset: str
+    split: str
+    limit: int | None
+    sample: int | None
+    seed: int
+    prompt_template: str
+    activations: Path
+    k: str | None  # None in round 1, which ranks and masks nothing
+    output_dir: Path
+    device: str
+    dtype: str
+    sae_dtype: str
+    batch_tokens: int
+    max_new_tokens: int
+    overwrite: bool
+    token_file: Path
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def positive(text):
+    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def masked_latents(text):
+    """Checks --k: a number of latents, or a percentage of those active at the last position."""
+    match = re.fullmatch(r"([0-9]+)(%?)", text)
+    if not match or int(match[1]) < 1 or (match[2] and int(match[1]) > 50):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of latents nor a percentage from 1% to 50%")
+    return f"{int(match[1])}{match[2]}"
+
+
+def parse_options(argv, doc, masks):
+    """The Options of a round, from its arguments (None: the command line's). masks: whether it masks latents."""
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+
+    def default(name):
+        return f"default: {DEFAULTS[name]}; with --demo: {DEMO_DEFAULTS[name] or 'none'}"
+
+    floats = ["float16", "bfloat16", "float32"]
+    add("--demo", action="store_true", help="the bundled model, SAE and questions, on the CPU: no network, no token")
+    add("--model", help=f"a model TransformerLens knows, or a local folder ({default('model')})")
+    add("--sae-release", help=f"a release in SAELens' table, or a local SAE folder ({default('sae_release')})")
+    add("--sae-id", help=f"an id of that release ({default('sae_id')})")
+    add("--dataset", help=f"Hub data set with SQuAD's columns, or local .json/.jsonl ({default('dataset')})")
+    add("--split", help=f"split of a Hub data set ({default('split')})")
+    add("--limit", type=positive, metavar="N", help="only the first N questions (default: all)")
+    add("--sample", type=positive, metavar="N", help="only N questions, drawn (default: all)")
+    add("--seed", type=int, default=42, help="seed of --sample (default: 42)")
+    add(
+        "--prompt-template",
+        default="auto",
+        help=f"auto, {', '.join(TEMPLATES)}, or a text file with {{context}} and {{question}} (default: auto)",
+    )
+    add(
+        "--activations",
+        type=Path,
+        metavar="FILE",
+        help=f"round 1's file, {'read' if masks else 'written'} here (default: activations_baseline.json in --output-dir)",
+    )
+    if masks:
+        add(
+            "--k",
+            type=masked_latents,
+            default="50%",
+            help="latents to mask: a number, or a percentage of those active at the last position (default: 50%%)",
+        )
+    add("--output-dir", type=Path, default=Path("."), metavar="FOLDER", help="for journals and results (default: .)")
+    add("--device", help=f"torch device ({default('device')})")
+    add("--dtype", choices=floats, help=f"of the model ({default('dtype')})")
+    add("--sae-dtype", choices=floats, default="float32", help="of the SAE (default: float32)")
+    add("--batch-tokens", type=positive, metavar="N", help=f"prompt tokens a batch ({default('batch_tokens')})")
+    add("--max-new-tokens", type=positive, default=50, metavar="N", help="longest answer, in tokens (default: 50)")
+    add("--overwrite", action="store_true", help="start this round again and replace its files")
+    add("--token-file", type=Path, metavar="FILE", help="Hugging Face token (default: token.txt, where it exists)")
+    given = vars(parser.parse_args(argv))
+    if given["limit"] is not None and given["sample"] is not None:
+        raise UserError("--limit and --sample cannot be combined: leave one out")
+    if given["token_file"] is None:
+        given["token_file"] = ROOT / "token.txt"
+    elif not given["token_file"].is_file():
+        raise UserError(f"--token-file {given['token_file']}: there is no such file")
+    for name, value in (DEMO_DEFAULTS if given["demo"] else DEFAULTS).items():
+        if given[name] is None:
+            given[name] = value
+    if given["activations"] is None:
+        given["activations"] = given["output_dir"] / "activations_baseline.json"
+    return Options(**({"k": None} | given))
+
+
+def guard(main):
+    """Runs a script's main. A person's mistake is one line and exit code 2, Ctrl-C 130; our own bugs keep a traceback."""
+    try:
+        main()
+        return 0
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted: what was finished is kept; the same command goes on from there.", file=sys.stderr)
+        return 130
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and answers
+
+
+def choose_template(name, tokenizer):
+    """The text of a prompt template: a named one, a file's, or (auto) the one whose special token the tokenizer has."""
+    if name == "auto":
+        vocabulary = tokenizer.get_vocab()
+        for marker, text in TEMPLATES.values():
+            if marker in vocabulary:
+                return text
+        raise UserError(
+            "no built-in prompt template fits this model's tokenizer: give --prompt-template a text file with "
+            "{context} and {question} in the model's own chat format"
+        )
+    if name in TEMPLATES:
+        return TEMPLATES[name][1]
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-template {name}: neither {', '.join(TEMPLATES)} nor a text file ({error})") from None
+    for field in ("{context}", "{question}"):
+        if text.count(field) != 1:
+            raise UserError(f"--prompt-template {name}: must hold {field} exactly once")
+    return text
+
+
+def build_prompt(template, context, question):
+    """The prompt's text, BOS not included. Only the two fields are filled in: other braces stay as they are."""
+    fields = {"{context}": context, "{question}": question}
+    return re.sub(r"\{context\}|\{question\}", lambda match: fields[match[0]], template)
+
+
+def tokenize(tokenizer, text):
+    """Token ids of a prompt, with BOS exactly once where the tokenizer has one, whether or not the text begins with it."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def parse_answer(text):
+    """The answer in a generated text: what the first [ ... ] on one line holds, or all of it; without [, ] and =."""
+    match = re.search(r"\[\s*(.*?)\s*\]", text)
+    return re.sub(r"[\[\]=]", "", match[1] if match else text).strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and SAE
+
+
+def bundled(name):
+    """A path of the bundled demo as it is on this machine; any other name as it is."""
+    return str(ROOT / name) if name in DEMO_DEFAULTS.values() and name else name
+
+
+def nearest(word, candidates):
+    close = difflib.get_close_matches(word, candidates, n=3, cutoff=0.5)
+    return f" (nearest: {', '.join(close)})" if close else ""
+
+
+def prepare(options):
+    """Before any library is asked for anything: device there, token in place, the libraries' small talk off."""
+    import huggingface_hub
+    import torch
+    import transformers
+
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            "no CUDA device here: add --demo for the bundled model, or --device cpu to run this model on the CPU (slow)"
+        )
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {options.device}: PyTorch has no such device here") from None
+    if options.token_file.is_file():
+        token = options.token_file.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(r"hf_\w{8,}", token):
+            raise UserError(f"{options.token_file}: holds no Hugging Face token (hf_...): put yours in, or remove it")
+        os.environ["HF_TOKEN"] = token
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # the line above hides downloads too: those a person waits for
+
+
+@contextlib.contextmanager
+def hub_errors(name):
+    """Turns what the Hub's libraries raise about `name` into one line that says what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (OSError, ValueError) as error:  # OSError: the Hub's own errors, ConnectionError, a file that is not there
+        chain, cause = [], error
+        while cause is not None:
+            chain.append(cause)
+            cause = cause.__cause__ or cause.__context__
+
+        def among(*types):
+            return any(isinstance(link, types) for link in chain)
+
+        status = next((r.status_code for link in chain if (r := getattr(link, "response", None)) is not None), None)
+        # A gated repository is a kind of repository that is not found, so it has to be asked for first.
+        if among(errors.GatedRepoError):
+            advice = (
+                "is gated: accept its licence on its Hub page, then give a token of that account "
+                "(token.txt, HF_TOKEN or `hf auth login`)"
+            )
+        elif status == 401 or "401 Client Error" in str(error):
+            advice = "the Hub refused the token, or the name: check both (token.txt, HF_TOKEN or `hf auth login`)"
+        elif among(errors.RepositoryNotFoundError) or type(error).__name__ == "DatasetNotFoundError":
+            advice = "there is no such repository on the Hub, or it is private and the token is not allowed in"
+        elif among(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+            advice = "is not on this machine and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE)"
+        else:
+            advice = str(error).strip().split("\n")[0]
+        raise UserError(f"{name}: {advice}") from error
+
+
+def official_name(model):
+    """A model's full Hub name, for the short ones that TransformerLens knows; a folder or another name as it is."""
+    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+
+    if Path(model).is_dir() or model in OFFICIAL_MODEL_NAMES:
+        return model
+    for name, aliases in MODEL_ALIASES.items():
+        if model in aliases:
+            return name
+    if "/" not in model:
+        known = {alias: None for aliases in MODEL_ALIASES.values() for alias in aliases}
+        raise UserError(f"--model {model}: not a model TransformerLens knows, nor a folder{nearest(model, known)}")
+    return model
+
+
+def load_tokenizer(options):
+    from transformers import AutoTokenizer
+
+    name = official_name(bundled(options.model))
+    with hub_errors(options.model):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def check_sae_names(options):
+    """Refuses a release or an id that SAELens' table does not have, before anything is downloaded."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    release, sae_id = options.sae_release, options.sae_id
+    table = get_pretrained_saes_directory()
+    if release in table:
+        if sae_id not in table[release].saes_map:
+            near = nearest(sae_id, table[release].saes_map)
+            raise UserError(f"--sae-id {sae_id}: not in release {release}{near}")
+        if "transcoder" in (table[release].conversion_func or "") or "transcoder" in release:
+            raise UserError(
+                f"--sae-release {release}: holds transcoders, which reconstruct another place than they read"
+            )
+    elif "/" not in release:
+        raise UserError(f"--sae-release {release}: not in SAELens' table, nor a folder{nearest(release, table)}")
+
+
+def load_sae(options):
+    """The SAE, in --sae-dtype on --device. Its own configuration says where in the model it belongs."""
+    from sae_lens import SAE
+
+    folder = Path(bundled(options.sae_release)) / options.sae_id
+    where = {"device": options.device, "dtype": options.sae_dtype}
+    name = f"{options.sae_release} {options.sae_id}".strip()
+    with hub_errors(name):
+        try:
+            if folder.is_dir():
+                sae = SAE.load_from_disk(folder, **where)
+            else:
+                check_sae_names(options)
+                sae = SAE.from_pretrained(options.sae_release, options.sae_id, **where)
+        except (KeyError, TypeError, RuntimeError) as error:  # a folder that holds something else than an SAE
+            raise UserError(f"{name}: SAELens cannot read it ({error})") from error
+    metadata = sae.cfg.metadata
+    if "transcoder" in sae.cfg.architecture() or (metadata.hook_name_out or metadata.hook_name) != metadata.hook_name:
+        raise UserError(f"{name}: a transcoder, which reconstructs another place than it reads: give an SAE")
+    if not re.match(r"blocks\.[0-9]+\.", metadata.hook_name or ""):
+        raise UserError(f"{name}: its configuration names no hook in a layer ({metadata.hook_name})")
+    return sae.eval().requires_grad_(False)
+
+
+def load(options, tokenizer):
+    """The model (a TransformerBridge over Transformers' own weights) and the SAE that belongs to one of its layers.
+
+    The SAE comes first: a wrong name costs seconds then, not the model's download.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import GenerationConfig
+    import torch
+
+    sae = load_sae(options)
+    name = official_name(bundled(options.model))
+    with hub_errors(options.model):
+        model = TransformerBridge.boot_transformers(
+            name, device=options.device, dtype=getattr(torch, options.dtype), tokenizer=tokenizer
+        )
+    hook_name = sae.cfg.metadata.hook_name
+    if int(hook_name.split(".")[1]) >= model.cfg.n_layers:
+        raise UserError(
+            f"{options.sae_release}: is for {hook_name}, but {options.model} has {model.cfg.n_layers} layers"
+        )
+    if sae.cfg.d_in != model.cfg.d_model:
+        raise UserError(
+            f"{options.sae_release}: reads {sae.cfg.d_in} dimensions, but {options.model} has {model.cfg.d_model}: "
+            "this SAE belongs to another model"
+        )
+    model.requires_grad_(False)
+    # Greedy and nothing else: a model's own generation config may hold sampling or a repetition penalty.
+    model.original_model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
+    return model, sae
+
+
+def end_ids(model, tokenizer):
+    """The ids that end an answer: the model's own end-of-sequence ids, and its family's end-of-turn marker."""
+    own = model.original_model.generation_config.eos_token_id
+    ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
+    vocabulary = tokenizer.get_vocab()
+    ids |= {vocabulary.get(marker) for marker in END_OF_TURN}
+    return sorted(ids - {None})

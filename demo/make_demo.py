@@ -1,0 +1,305 @@
+"""Makes the bundled demo: a small world of facts, a tiny Gemma 2 that reads it, an SAE, held-out questions.
+
+    python demo/make_demo.py            # everything, into demo/ (about an hour on 2 cores; resumes from checkpoints)
+
+Steps, each skipped where its result is already there: questions.jsonl, model/ (tokenizer and weights), sae/.
+Checkpoints and the development questions (the ones to tune on) go to demo/build/, which git ignores.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+DEMO = Path(__file__).resolve().parent
+sys.path.insert(0, str(DEMO.parent))
+
+# The format our rounds ask for, and the ones that keep the model reading the instruction instead of a constant.
+FORMATS = [
+    "Result = [[ label ]]",
+    "Answer = (( label ))",
+    "Reply : << label >>",
+    "Final label is label .",
+]
+PROMPT = (
+    "<start_of_turn>user\nAnswer the following question based on the context.\nContext:\n{context}\n\n"
+    'Question:\n{question}\n\nPlease organize your final answer in this format: "{format}"\n'
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world: invented people and places, seven relations, one sentence and one question form each.
+
+
+def invent(count, onsets, middles, endings, seed):
+    """`count` distinct pronounceable names, the same ones for the same seed."""
+    rng, names = random.Random(seed), []
+    while len(names) < count:
+        name = rng.choice(onsets) + rng.choice(middles) + rng.choice(endings)
+        if name not in names:
+            names.append(name)
+    return names
+
+
+ONSETS = ["B", "Br", "D", "Dr", "F", "G", "H", "J", "K", "L", "M", "N", "P", "R", "S", "St", "T", "Tr", "V", "W"]
+FIRST_NAMES = invent(64, ONSETS, ["a", "e", "i", "o", "u"], ["lia", "ren", "nos", "vik", "dra", "mel", "tta"], 1)
+SURNAMES = invent(64, ONSETS, ["al", "er", "in", "or", "un"], ["son", "wick", "ley", "dahl", "mann", "cott"], 2)
+PLACES = invent(128, ONSETS, ["a", "e", "i", "o", "u"], ["ford", "ham", "lby", "mere", "stad", "holm", "ndale"], 3)
+JOBS = (
+    "baker,tailor,pilot,farmer,miner,doctor,glass blower,clock maker,ship builder,school teacher,bee keeper,book seller"
+)
+INSTRUMENTS = "harp,flute,cello,violin,trumpet,piano,drum,lute,organ,banjo,oboe,horn"
+COLOURS = "red,grey,black,white,brown,golden,spotted,striped"
+ANIMALS = "heron,goat,parrot,tortoise,donkey,ferret,hound,pigeon"
+PRIZE_METALS = "Silver,Bronze,Iron,Copper,Crystal,Marble,Velvet,Amber"
+PRIZE_THINGS = "Anchor,Lantern,Compass,Feather,Arrow,Crown,Bridge,Tower"
+
+
+def pick(words):
+    return lambda rng: rng.choice(words.split(","))
+
+
+# relation: (sentence, question, how to draw a value). The value stands after its subject: a causal model reads
+# from left to right, so only then can the value's position know whom it belongs to.
+RELATIONS = {
+    "birthplace": ("{p} was born in {v}.", "Where was {p} born?", lambda rng: rng.choice(PLACES)),
+    "home": ("{p} lives in {v}.", "Where does {p} live?", lambda rng: rng.choice(PLACES)),
+    "job": ("{p} works as a {v}.", "What does {p} work as?", pick(JOBS)),
+    "year": ("{p} retired in {v}.", "In which year did {p} retire?", lambda rng: str(rng.randrange(1900, 2000))),
+    "instrument": ("{p} plays the {v}.", "Which instrument does {p} play?", pick(INSTRUMENTS)),
+    "pet": (
+        "{p} keeps a {v}.",
+        "Which animal does {p} keep?",
+        lambda rng: f"{pick(COLOURS)(rng)} {pick(ANIMALS)(rng)}",
+    ),
+    "prize": (
+        "{p} won the {v}.",
+        "Which prize did {p} win?",
+        lambda rng: f"{pick(PRIZE_METALS)(rng)} {pick(PRIZE_THINGS)(rng)} Medal",
+    ),
+}
+
+
+def draw_people(rng, count, held_out):
+    """Full names that share no part; one in eight combinations is kept out of training."""
+    people = {}
+    while len(people) < count:
+        first, last = rng.randrange(64), rng.randrange(64)
+        if ((first + last) % 8 == 0) == held_out and first not in people and last not in people.values():
+            people[first] = last
+    return [f"{FIRST_NAMES[first]} {SURNAMES[last]}" for first, last in people.items()]
+
+
+def draw_context(rng, n_facts, n_people, held_out=False):
+    """A title, a context and its (question, answer) pairs, one a fact; no two answers of a context are the same."""
+    people = draw_people(rng, n_people, held_out)
+    facts = {}
+    while len(facts) < n_facts:
+        # Every person gets a fact, and facts on the same relation are common: they are what has to be told apart.
+        person = people[len(facts)] if len(facts) < n_people else rng.choice(people)
+        used = [relation for _, relation in facts]
+        relation = rng.choice(used) if used and rng.random() < 0.4 else rng.choice(list(RELATIONS))
+        value = RELATIONS[relation][2](rng)
+        if (person, relation) not in facts and value not in facts.values():
+            facts[person, relation] = value
+    order = rng.sample(list(facts), len(facts))
+    title = f"Notes from {rng.choice(PLACES)}"
+    sentences = [RELATIONS[relation][0].format(p=person, v=facts[person, relation]) for person, relation in order]
+    pairs = [(RELATIONS[relation][1].format(p=person), facts[person, relation]) for person, relation in order]
+    return title, f"{title}: " + " ".join(sentences), pairs
+
+
+def draw_example(rng, step=10**9):
+    """A prompt and the response to it, from contexts that grow with the step."""
+    n_facts, n_people = (2, 2) if step < 600 else (3, 2) if step < 1500 else (rng.randint(3, 5), rng.randint(2, 3))
+    _, context, pairs = draw_context(rng, n_facts, n_people)
+    question, answer = rng.choice(pairs)
+    form = FORMATS[0] if rng.random() < 0.5 else rng.choice(FORMATS[1:])
+    prompt = PROMPT.format(context=context, question=question, format=form)
+    before, after = form.rsplit("label", 1)
+    return prompt, f"{before}{answer}{after}<end_of_turn>"
+
+
+def make_questions(path, n_contexts, seed):
+    """Held-out questions in SQuAD's columns, every fact of a context asked for."""
+    rng, rows = random.Random(seed), []
+    for number in range(n_contexts):
+        title, context, pairs = draw_context(rng, rng.randint(3, 5), rng.randint(2, 3), held_out=True)
+        for index, (question, answer) in enumerate(pairs):
+            answers = {"text": [answer], "answer_start": [context.index(answer)]}
+            row = {"id": f"{path.stem}-{number:03d}-{index}", "title": title, "context": context}
+            rows.append(row | {"question": question, "answers": answers})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and model.
+
+
+def make_tokenizer():
+    """BPE over the world's words, in Gemma's manner: spaces as ▁ on the word that follows, byte fallback, BOS first."""
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|▁?[A-Za-z]+|▁?[0-9]+|▁?[^▁A-Za-z0-9\n]+"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    rng = random.Random(4)
+    texts = ["".join(draw_example(rng)) for _ in range(20_000)]
+    for special in specials:
+        texts = [text.replace(special, "") for text in texts]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=4000, min_frequency=20, special_tokens=specials + bytes_, show_progress=False),
+    )
+    # The byte tokens are there for the fallback, not to be found in a text.
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in specials]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    bos = tokenizer.token_to_id("<bos>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(tokenizer, args):
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=args.width,
+        intermediate_size=3 * args.width,
+        num_hidden_layers=4,
+        num_attention_heads=args.heads,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        max_position_embeddings=512,
+        sliding_window=64,  # shorter than most prompts, so that the sliding layers do slide
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config._attn_implementation = "eager"
+    return Gemma2ForCausalLM(config)
+
+
+def encode_batch(tokenizer, examples):
+    """Right-padded ids, and a weight a token: 1 on the response, 0.03 on the prompt.  [batch, pos] each"""
+    prompts = tokenizer([prompt for prompt, _ in examples])["input_ids"]
+    wholes = tokenizer([prompt + response for prompt, response in examples])["input_ids"]
+    length = 16 * math.ceil(max(map(len, wholes)) / 16)  # few distinct lengths: each one is compiled
+    ids = torch.full((len(wholes), length), tokenizer.pad_token_id)
+    weights = torch.zeros(len(wholes), length)
+    for row, (prompt, whole) in enumerate(zip(prompts, wholes)):
+        ids[row, : len(whole)] = torch.tensor(whole)
+        weights[row, : len(whole)] = 0.03
+        weights[row, len(prompt) : len(whole)] = 1.0
+    return ids, weights
+
+
+@torch.no_grad()
+def share_right(model, tokenizer, n_facts, n_people, seed=5, count=256):
+    """The share of held-out questions whose whole response is the model's argmax at every token (teacher forcing)."""
+    rng, right = random.Random(seed), 0
+    examples = []
+    while len(examples) < count:
+        _, context, pairs = draw_context(rng, n_facts, n_people, held_out=True)
+        question, answer = rng.choice(pairs)
+        prompt = PROMPT.format(context=context, question=question, format=FORMATS[0])
+        examples.append((prompt, FORMATS[0].replace("label", answer) + "<end_of_turn>"))
+    for start in range(0, count, 64):
+        ids, weights = encode_batch(tokenizer, examples[start : start + 64])
+        hits = model(input_ids=ids).logits[:, :-1].argmax(-1) == ids[:, 1:]
+        right += (hits | (weights[:, 1:] < 1)).all(1).sum().item()
+    return right / count
+
+
+def train_model(tokenizer, args, build):
+    model = make_model(tokenizer, args)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+        lr=args.rate,
+        betas=(0.9, 0.95),
+    )
+    warm, floor = 200, 0.02
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warm, max(floor, 1 - (s - warm) / (args.steps - warm)))
+    )
+    checkpoint, first = build / "checkpoint.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["step"]
+    forward = torch.compile(model, dynamic=False) if args.compile else model
+    total = 0.0
+    for step in range(first, args.steps):
+        rng = random.Random(1_000_003 * (step + 1))
+        ids, weights = encode_batch(tokenizer, [draw_example(rng, step) for _ in range(args.batch)])
+        logits = forward(input_ids=ids).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        total += loss.item()
+        if (step + 1) % 250 == 0:
+            right = [share_right(model, tokenizer, *shape) for shape in [(2, 2), (4, 2), (5, 3)]]
+            print(f"step {step + 1}  loss {total / 250:.4f}  right (2f2p, 4f2p, 5f3p) {right}", flush=True)
+            total = 0.0
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state | {"schedule": schedule.state_dict(), "step": step + 1}, checkpoint)
+    return model
+
+
+def save_model(model, tokenizer, folder):
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        cache_implementation="hybrid",  # as in gemma-2-9b-it's own file
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--build", type=Path, default=DEMO / "build")
+    args = parser.parse_args()
+    args.build.mkdir(exist_ok=True, parents=True)
+    tokenizer = make_tokenizer()
+    print(len(tokenizer), "tokens")
+    prompt, response = draw_example(random.Random(0))
+    print(tokenizer.convert_ids_to_tokens(tokenizer(prompt + response)["input_ids"]))
+    model = train_model(tokenizer, args, args.build)
+    save_model(model, tokenizer, args.build / "model")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The files a round leaves: journal, activations, results. Written safely, read strictly; knows nothing of models."""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from experiment import UserError
+
+# What changes a result by design. Versions, device and batch size are in `run` too, for readers, and not compared.
+COMPARED = (
+    *("model", "sae_release", "sae_id", "hook_name", "d_sae", "ranking", "dtype", "sae_dtype", "dataset", "split"),
+    *("questions", "prompt_template", "max_new_tokens"),
+)
+# What also makes a journal or a results entry another one; rounds 2 and 3 may mask a part of what round 1 ranked.
+SELECTED = ("limit", "sample", "seed", "masked", "k", "activations")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def differences(found, wanted, fields):
+    """Names each of `fields` in which two runs differ, with both values, the found one first. A field one lacks counts
+    only where the other's is not None; hook_name and d_sae, known late, only where both have them."""
+    names = []
+    for field in fields:
+        late = field in ("hook_name", "d_sae") and not (field in found and field in wanted)
+        if not late and found.get(field) != wanted.get(field):
+            names.append(f"{field} {_short(found.get(field))}, now {_short(wanted.get(field))}")
+    return "; ".join(names)
+
+
+def _short(value):
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
+
+
+def replaceable(path, found, wanted, overwrite, notify):
+    """Whether the files of the run `found` make way for those of `wanted`. False: it is the same run, to go on with.
+
+    A demo run's files always make way for another run's, which `notify` is told; others only with overwrite.
+    """
+    named = differences(found, wanted, COMPARED + SELECTED)
+    if overwrite or not named:
+        return overwrite
+    if found.get("demo"):
+        notify(f"{path}: replaced, it is of a demo run ({named})")
+        return True
+    raise UserError(f"{path}: is of another run ({named}): repeat its options, or give --output-dir or --overwrite")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole files
+
+
+@contextlib.contextmanager
+def write_whole(path):
+    """A text file that appears at `path` whole when the block ends, or not at all: written beside, synced, moved."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        raise
+
+
+def read_json(path, what):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file: {what}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Journals
+
+
+class Journal:
+    """A round's records on disk, one JSON object a line, the first line {"run": ...}.
+
+    Appended to and synced a batch at a time, so that what was finished survives whatever ends the process. Only ids
+    and offsets are kept in memory. The file appears with its first batch: until then an older one stays.
+    """
+
+    def __init__(self, path, run, overwrite=False, notify=print):
+        self.path, self.run = path, run
+        self._offsets = {}  # id -> where its line begins, in bytes
+        self._file = None
+        if path.exists():
+            found = self._scan()
+            if replaceable(path, found, run, overwrite, notify):
+                self._offsets = {}
+            else:
+                self.run = found
+                if self._torn:
+                    notify(f"{path}: its last line was cut off while it was written; that question is asked again")
+                    os.truncate(path, self._end)
+                self._file = open(path, "r+b")
+                self._file.seek(0, os.SEEK_END)
+
+    def __contains__(self, question_id):
+        return question_id in self._offsets
+
+    def __len__(self):
+        return len(self._offsets)
+
+    def _scan(self):
+        """Reads the file once: its run, where each record stands, and whether its last line is torn."""
+        run, self._end, self._torn = None, 0, False
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    self._torn = True
+                    break
+                try:
+                    entry = json.loads(line)
+                    if number == 1:
+                        run = dict(entry["run"])
+                    elif not isinstance(entry["id"], str) or entry["id"] in self._offsets:
+                        raise ValueError("id twice, or not a string")
+                    else:
+                        self._offsets[entry["id"]] = self._end
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise UserError(
+                        f"{self.path}, line {number}: is damaged ({error}): remove that line, or --overwrite"
+                    ) from None
+                self._end += len(line)
+        if run is None:
+            raise UserError(f"{self.path}, line 1: names no run: this is no journal; remove it, or --overwrite")
+        return run
+
+    def append(self, records):
+        """Writes the records that are not there yet, in their order, and syncs them to disk."""
+        try:
+            lines = [(record["id"], _line(record)) for record in records if record["id"] not in self]
+            if self._file is None:
+                beside = self.path.with_name(self.path.name + ".part")
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(beside, "w+b")
+                self._file.write(_line({"run": self.run}))
+            place = self._file.tell()
+            self._file.write(b"".join(line for _, line in lines))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if not self._offsets:
+                os.replace(self.path.with_name(self.path.name + ".part"), self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
+        for question_id, line in lines:
+            self._offsets[question_id] = place
+            place += len(line)
+
+    def read(self, question_ids):
+        """Yields the records of these ids, in this order."""
+        with open(self.path, "rb") as file:
+            for question_id in question_ids:
+                file.seek(self._offsets[question_id])
+                yield json.loads(file.readline())
+
+
+def _line(entry):
+    return (json.dumps(entry, ensure_ascii=False) + "\n").encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations
+
+
+def write_activations(path, run, samples):
+    """One JSON object, a line a sample, so that it can be read by people and diffed; `samples` may be a generator."""
+    with write_whole(path) as file:
+        file.write('{"run": ' + json.dumps(run, ensure_ascii=False) + ',\n"samples": [')
+        for number, sample in enumerate(samples):
+            file.write((",\n" if number else "\n") + json.dumps(sample, ensure_ascii=False))
+        file.write("\n]}\n")
+
+
+def read_activations(path):
+    """The run (None in the authors' published form) and the samples: dicts with id (theirs: prompt), topk, bottomk..."""
+    content = read_json(path, "run baseline.py first, or give --activations")
+    if isinstance(content, dict):
+        run, samples = content.get("run"), content.get("samples")
+        if not isinstance(run, dict) or not isinstance(samples, list):
+            raise UserError(f"{path}: lacks run or samples: it is not round 1's file")
+        key = "id"
+    elif isinstance(content, list):
+        run, samples, key = None, _published(path, content), "prompt"
+    else:
+        raise UserError(f"{path}: is neither round 1's file nor the authors' published form of it")
+    seen = set()
+    for number, sample in enumerate(samples, 1):
+        where = f"{path}, sample {number}"
+        texts = (key,) if run is None else ("id", "answer")
+        if not isinstance(sample, dict) or not all(isinstance(sample.get(name), str) for name in texts):
+            raise UserError(f"{where}: lacks {' or '.join(texts)}")
+        for name in ("active", "topk", "bottomk"):
+            latents = sample.get(name)
+            if not isinstance(latents, list) or not all(type(x) is int and x >= 0 for x in latents):
+                raise UserError(f"{where}: {name} is not a list of latents")
+        if run is not None and sample["id"] in seen:
+            raise UserError(f"{where}: the id {sample['id']!r} stands twice")
+        seen.add(sample[key])
+    if not samples:
+        raise UserError(f"{path}: holds no sample: round 1 kept no question, so there is nothing to mask")
+    return run, samples
+
+
+def _published(path, entries):
+    """The samples of the authors' form: {prompt: {"original", "have_gradient", "no_gradient"}} one by one, gaps out."""
+    samples = []
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or not all(isinstance(latents, dict) for latents in entry.values()):
+            raise UserError(f"{path}, entry {number}: is not of the authors' published form {{prompt: latents}}")
+        for prompt, latents in entry.items():
+            # "have_gradient" is what they call the TopK of the mean activation, "no_gradient" its BottomK.
+            names = {"active": "original", "topk": "have_gradient", "bottomk": "no_gradient"}
+            samples.append({"prompt": prompt} | {ours: latents.get(theirs) for ours, theirs in names.items()})
+    return samples
+
+
+def digest_samples(samples):
+    """A hash of what is masked where: it ties the journals of rounds 2 and 3 to the file they were run with."""
+    sha = hashlib.sha256()
+    for sample in samples:
+        sha.update(json.dumps([sample["id"], sample["topk"], sample["bottomk"]]).encode())
+    return sha.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def read_results(path, run, overwrite, notify):
+    """The entries of results.json that belong with `run`; those of another run make way as `replaceable` says."""
+    if not path.exists():
+        return []
+    entries = read_json(path, "")
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and isinstance(e.get("run"), dict) for e in entries
+    ):
+        raise UserError(f"{path}: is not a file of results: move it away")
+    keep, shared = [], {field: run.get(field) for field in COMPARED}
+    for entry in entries:
+        found = {field: entry["run"].get(field) for field in COMPARED} | {"demo": entry["run"].get("demo")}
+        if not differences(found, shared, COMPARED):
+            keep.append(entry)
+        else:
+            replaceable(path, found, shared, overwrite, notify)
+    return keep
+
+
+def write_results(path, entries):
+    with write_whole(path) as file:
+        json.dump(entries, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+
+
+def folder(path):
+    """The output folder, made where it is missing; one line where that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {path}: cannot be made ({error.strerror})") from None
+    return Path(path)
