@@ -133,7 +133,7 @@ def parse_options(argv, doc, masks):
         "--activations",
         type=Path,
         metavar="FILE",
-        help=f"round 1's file, {'read' if masks else 'written'} here (default: activations_baseline.json in --output-dir)",
+        help=f"round 1's file, {'read' if masks else 'written'} (default: activations_baseline.json in --output-dir)",
     )
     if masks:
         add(
@@ -157,6 +157,8 @@ def parse_options(argv, doc, masks):
         given["token_file"] = ROOT / "token.txt"
     elif not given["token_file"].is_file():
         raise UserError(f"--token-file {given['token_file']}: there is no such file")
+    if given["sae_id"] is None and given["sae_release"] and Path(given["sae_release"]).is_dir():
+        given["sae_id"] = ""  # a folder that holds one SAE
     for name, value in (DEMO_DEFAULTS if given["demo"] else DEFAULTS).items():
         if given[name] is None:
             given[name] = value
@@ -166,7 +168,7 @@ def parse_options(argv, doc, masks):
 
 
 def guard(main):
-    """Runs a script's main. A person's mistake is one line and exit code 2, Ctrl-C 130; our own bugs keep a traceback."""
+    """Runs a script's main. A person's mistake is one line and exit code 2, Ctrl-C 130; only our bugs trace back."""
     try:
         main()
         return 0
@@ -212,7 +214,7 @@ def build_prompt(template, context, question):
 
 
 def tokenize(tokenizer, text):
-    """Token ids of a prompt, with BOS exactly once where the tokenizer has one, whether or not the text begins with it."""
+    """Token ids of a prompt; BOS stands first exactly once, whether or not the text begins with it."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
@@ -254,7 +256,7 @@ def prepare(options):
         raise UserError(f"--device {options.device}: PyTorch has no such device here") from None
     if options.token_file.is_file():
         token = options.token_file.read_text(encoding="utf-8", errors="replace").strip()
-        if not re.fullmatch(r"hf_\w{8,}", token):
+        if not re.fullmatch(r"hf_[A-Za-z0-9]{8,}", token):
             raise UserError(f"{options.token_file}: holds no Hugging Face token (hf_...): put yours in, or remove it")
         os.environ["HF_TOKEN"] = token
     warnings.filterwarnings("ignore")
@@ -279,6 +281,8 @@ def hub_errors(name):
         def among(*types):
             return any(isinstance(link, types) for link in chain)
 
+        # A broken connection comes up as the HTTP library's own error, which the Hub's libraries do not always wrap.
+        broken = any(type(link).__module__.startswith("http") for link in chain)
         status = next((r.status_code for link in chain if (r := getattr(link, "response", None)) is not None), None)
         # A gated repository is a kind of repository that is not found, so it has to be asked for first.
         if among(errors.GatedRepoError):
@@ -290,7 +294,7 @@ def hub_errors(name):
             advice = "the Hub refused the token, or the name: check both (token.txt, HF_TOKEN or `hf auth login`)"
         elif among(errors.RepositoryNotFoundError) or type(error).__name__ == "DatasetNotFoundError":
             advice = "there is no such repository on the Hub, or it is private and the token is not allowed in"
-        elif among(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+        elif broken or among(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
             advice = "is not on this machine and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE)"
         else:
             advice = str(error).strip().split("\n")[0]
@@ -332,7 +336,7 @@ def check_sae_names(options):
             raise UserError(f"--sae-id {sae_id}: not in release {release}{near}")
         if "transcoder" in (table[release].conversion_func or "") or "transcoder" in release:
             raise UserError(
-                f"--sae-release {release}: holds transcoders, which reconstruct another place than they read"
+                f"--sae-release {release}: holds transcoders, not SAEs: they read one place and write another"
             )
     elif "/" not in release:
         raise UserError(f"--sae-release {release}: not in SAELens' table, nor a folder{nearest(release, table)}")
@@ -367,9 +371,9 @@ def load(options, tokenizer):
 
     The SAE comes first: a wrong name costs seconds then, not the model's download.
     """
+    import torch
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import GenerationConfig
-    import torch
 
     sae = load_sae(options)
     name = official_name(bundled(options.model))

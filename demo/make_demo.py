@@ -10,15 +10,13 @@ import argparse
 import json
 import math
 import random
-import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 DEMO = Path(__file__).resolve().parent
-sys.path.insert(0, str(DEMO.parent))
 
 # The format our rounds ask for, and the ones that keep the model reading the instruction instead of a constant.
 FORMATS = [
@@ -192,13 +190,20 @@ def make_model(tokenizer, args):
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        initializer_range=args.width**-0.5,
     )
     config._attn_implementation = "eager"
-    return Gemma2ForCausalLM(config)
+    model = Gemma2ForCausalLM(config)
+    # Gemma 2 brings every block's output to unit size before adding it. In a model this small that drowns the token's
+    # own embedding, which is what has to be copied into the answer: begin with small additions.
+    for layer in model.model.layers:
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            torch.nn.init.constant_(norm.weight, -0.7)
+    return model
 
 
 def encode_batch(tokenizer, examples):
-    """Right-padded ids, and a weight a token: 1 on the response, 0.03 on the prompt.  [batch, pos] each"""
+    """Right-padded ids, and a weight a token: 1 on the response, 0.1 on the prompt.  [batch, pos] each"""
     prompts = tokenizer([prompt for prompt, _ in examples])["input_ids"]
     wholes = tokenizer([prompt + response for prompt, response in examples])["input_ids"]
     length = 16 * math.ceil(max(map(len, wholes)) / 16)  # few distinct lengths: each one is compiled
@@ -206,7 +211,7 @@ def encode_batch(tokenizer, examples):
     weights = torch.zeros(len(wholes), length)
     for row, (prompt, whole) in enumerate(zip(prompts, wholes)):
         ids[row, : len(whole)] = torch.tensor(whole)
-        weights[row, : len(whole)] = 0.03
+        weights[row, : len(whole)] = 0.1
         weights[row, len(prompt) : len(whole)] = 1.0
     return ids, weights
 
@@ -282,23 +287,84 @@ def save_model(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The SAE.
+
+
+@torch.no_grad()
+def activations(model, tokenizer, layer, batch_size, seed):
+    """Endless batches of the residual stream after `layer`, BOS and padding left out, shuffled.  [batch, d_model]
+
+    Gemma Scope leaves BOS out too: its norm is many times that of any other position.
+    """
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    while True:
+        rows = []
+        for _ in range(16):
+            ids, weights = encode_batch(tokenizer, [draw_example(rng) for _ in range(64)])
+            hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[layer + 1]  # [batch, pos, d_model]
+            rows.append(hidden[:, 1:][weights[:, 1:] > 0])
+        rows = torch.cat(rows)
+        for chosen in torch.randperm(len(rows), generator=generator).split(batch_size)[:-1]:
+            yield rows[chosen]
+
+
+def train_sae(model, tokenizer, layer, width, k, samples, folder):
+    """A BatchTopK SAE with `k` latents a position on average, saved as the JumpReLU SAE that it becomes."""
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(0)
+    hook_name = f"blocks.{layer}.hook_resid_post"
+    metadata = SAEMetadata(model_name="demo/model", hook_name=hook_name, hook_head_index=None, prepend_bos=True)
+    config = BatchTopKTrainingSAEConfig(k=k, d_in=model.config.hidden_size, d_sae=width, metadata=metadata)
+    sae = BatchTopKTrainingSAE(config)
+    trainer_config = SAETrainerConfig(
+        total_training_samples=samples,
+        train_batch_size_samples=2048,
+        lr=1e-3,
+        lr_end=1e-4,
+        lr_warm_up_steps=50,
+        lr_decay_steps=samples // 2048 // 3,
+    )
+    trainer = SAETrainer(trainer_config, sae, activations(model, tokenizer, layer, 2048, seed=6))
+    trainer.fit()
+    sae.save_inference_model(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--build", type=Path, default=DEMO / "build")
+    parser.add_argument("--sae-layer", type=int, default=1)
+    parser.add_argument("--sae-width", type=int, default=1024)
+    parser.add_argument("--sae-k", type=float, default=64)
+    parser.add_argument("--sae-samples", type=int, default=1_000_000)
+    parser.add_argument("--folder", type=Path, default=DEMO)
     args = parser.parse_args()
-    args.build.mkdir(exist_ok=True, parents=True)
-    tokenizer = make_tokenizer()
-    print(len(tokenizer), "tokens")
-    prompt, response = draw_example(random.Random(0))
-    print(tokenizer.convert_ids_to_tokens(tokenizer(prompt + response)["input_ids"]))
-    model = train_model(tokenizer, args, args.build)
-    save_model(model, tokenizer, args.build / "model")
+    build = args.folder / "build"
+    build.mkdir(exist_ok=True, parents=True)
+    for path, n_contexts, seed in ((args.folder / "questions.jsonl", 160, 7), (build / "dev.jsonl", 160, 8)):
+        if not path.exists():
+            make_questions(path, n_contexts, seed)
+    if not (args.folder / "model").exists():
+        tokenizer = make_tokenizer()
+        print(len(tokenizer), "tokens")
+        save_model(train_model(tokenizer, args, build), tokenizer, args.folder / "model")
+    if not (args.folder / "sae").exists():
+        tokenizer = AutoTokenizer.from_pretrained(args.folder / "model")
+        model = Gemma2ForCausalLM.from_pretrained(args.folder / "model", attn_implementation="eager")
+        sae_args = (args.sae_layer, args.sae_width, args.sae_k, args.sae_samples)
+        train_sae(model, tokenizer, *sae_args, args.folder / "sae")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def residuals(model, sae, sequences):
     _, cache = model.run_with_cache(
         ids, names_filter=hook_name, stop_at_layer=layer + 1, return_cache_object=False, return_type=None
     )
-    (residual,) = cache.values()  # [batch, pos, d_model]
+    residual = cache[hook_name]  # [batch, pos, d_model]
     for row, length in enumerate(lengths):
         yield residual[row, :length]
 

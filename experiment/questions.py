@@ -27,7 +27,7 @@ def load(dataset, split):
     nested form) or the name of a Hub data set with SQuAD's columns, of which `split` is read.
     Raises UserError, naming the row, for anything that is not a question, and for an id that stands twice.
     """
-    if dataset.endswith((".json", ".jsonl")):
+    if is_local(dataset):
         rows = _read_local(Path(dataset))
     else:
         import datasets  # slow to import, and a local file does not need it
@@ -48,6 +48,10 @@ def load(dataset, split):
     if not found:
         raise UserError(f"{dataset}: no question with a ground truth in it")
     return found, unanswerable
+
+
+def is_local(dataset):
+    return dataset.endswith((".json", ".jsonl"))
 
 
 def _read_local(path):

@@ -190,7 +190,7 @@ def write_activations(path, run, samples):
 
 
 def read_activations(path):
-    """The run (None in the authors' published form) and the samples: dicts with id (theirs: prompt), topk, bottomk..."""
+    """The run (None in the authors' published form) and the samples: dicts with id (theirs: prompt), topk, ..."""
     content = read_json(path, "run baseline.py first, or give --activations")
     if isinstance(content, dict):
         run, samples = content.get("run"), content.get("samples")
@@ -253,9 +253,9 @@ def read_results(path, run, overwrite, notify):
         isinstance(e, dict) and isinstance(e.get("run"), dict) for e in entries
     ):
         raise UserError(f"{path}: is not a file of results: move it away")
-    keep, shared = [], {field: run.get(field) for field in COMPARED}
+    keep, shared = [], {field: run[field] for field in COMPARED if field in run}
     for entry in entries:
-        found = {field: entry["run"].get(field) for field in COMPARED} | {"demo": entry["run"].get("demo")}
+        found = {field: entry["run"][field] for field in (*COMPARED, "demo") if field in entry["run"]}
         if not differences(found, shared, COMPARED):
             keep.append(entry)
         else:

@@ -45,7 +45,7 @@ class Setup:
             "dtype": options.dtype,
             "sae_dtype": options.sae_dtype,
             "dataset": options.dataset,
-            "split": options.split,
+            "split": None if questions.is_local(options.dataset) else options.split,
             "questions": questions.digest(self.dataset),
             "prompt_template": self.template,
             "max_new_tokens": options.max_new_tokens,
@@ -197,8 +197,8 @@ def count_answers(journal, asked):
 def mask(options, which):
     """Rounds 2 and 3: the kept questions again, each with its own TopK (`which`: topk) or BottomK (bottomk) masked."""
     word, label = NAMES[which]
-    setup = Setup(options)
     activations_run, samples = records.read_activations(options.activations)
+    setup = Setup(options)
     samples = match_samples(setup, activations_run, samples)
     asked = [question for question in setup.selected if question.id in samples]
     if not asked:

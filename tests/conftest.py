@@ -1,0 +1,88 @@
+import http.server
+import os
+import pathlib
+import sys
+import tempfile
+import threading
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """Answers as the Hugging Face Hub does to those who ask for what they may not have. Serves nothing."""
+
+    tokens = []
+
+    def do_GET(self):
+        self.tokens.append(self.headers.get("Authorization"))
+        if "gemma" in self.path:
+            self.refuse(403, "GatedRepo", "Access to this model is restricted.")
+        elif "bad-token" in self.path:
+            self.refuse(401, None, "Invalid credentials in Authorization header")
+        elif "unreachable" in self.path:
+            self.close_connection = True
+        else:
+            self.refuse(404, "RepoNotFound", "Repository not found")
+
+    do_HEAD = do_GET
+
+    def refuse(self, status, code, message):
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", message)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+# Before anything imports huggingface_hub, which reads its address and its folders once.
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")
+os.environ.pop("HF_HUB_OFFLINE", None)
+os.environ.pop("HF_TOKEN", None)
+
+import common  # noqa: E402
+from experiment import questions  # noqa: E402
+
+
+@pytest.fixture
+def hub():
+    return FakeHub
+
+
+def options(*arguments, masks=False):
+    """The options of a demo round, as the command line would give them."""
+    return common.parse_options(["--demo", *map(str, arguments)], "", masks)
+
+
+def run_script(name, arguments, monkeypatch, capsys):
+    """Runs a script's main in this process, which has the libraries loaded. Returns exit code, stdout, stderr."""
+    script = __import__(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    capsys.readouterr()
+    code = common.guard(script.main)
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The bundled model and SAE in float32, as the scripts load them: (model, sae, tokenizer)."""
+    chosen = options()
+    common.prepare(chosen)
+    tokenizer = common.load_tokenizer(chosen)
+    return *common.load(chosen, tokenizer), tokenizer
+
+
+@pytest.fixture(scope="session")
+def demo_questions():
+    found, _ = questions.load(common.bundled("demo/questions.jsonl"), "")
+    return found

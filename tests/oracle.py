@@ -1,0 +1,86 @@
+"""The experiment to the letter, as naive as it can be: one question at a time, no cache, the whole sequence again for
+every token, Python sorting. It shares no code with the project; the tests hold the project against it."""
+
+import re
+import string
+
+import torch
+
+PROMPT = (
+    "<start_of_turn>user\nAnswer the following question based on the context.\nContext:\n{context}\n\n"
+    "Question:\n{question}\n\n"
+    'Please organize your final answer in this format: "Result = [[ label ]]"\n'
+)
+
+
+def encode_prompt(tokenizer, context, question):
+    text = PROMPT.replace("{question}", question).replace("{context}", context)
+    return [tokenizer.bos_token_id] + tokenizer.encode(text, add_special_tokens=False)
+
+
+def generate(model, sae, tokenizer, prompt, masked=(), max_new_tokens=50):
+    """Token ids generated greedily after `prompt` (ids), with the latents in `masked` zeroed at every position."""
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")}
+
+    def replace_residual(residual, hook):
+        acts = sae.encode(residual.to(sae.dtype))
+        acts[:, :, list(masked)] = 0
+        return sae.decode(acts).to(residual.dtype)
+
+    generated = []
+    while len(generated) < max_new_tokens and not (generated and generated[-1] in ends):
+        with torch.no_grad(), model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, replace_residual)]):
+            logits = model(torch.tensor([prompt + generated]))
+        generated.append(int(logits[0, -1].argmax()))
+    return generated
+
+
+def score_latents(model, sae, sequence):
+    """The mean activation of every latent over the sequence, and the latents that are not zero at its last position."""
+    seen = []
+
+    def keep_residual(residual, hook):
+        seen.append(residual.clone())
+
+    with torch.no_grad(), model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, keep_residual)]):
+        model(torch.tensor([sequence]))
+        acts = sae.encode(seen[0][0].to(sae.dtype))
+    active = [c for c, value in enumerate(acts[-1].tolist()) if value != 0]
+    return acts.mean(dim=0).tolist(), active
+
+
+def rank_latents(model, sae, tokenizer, prompt, generated):
+    """active, topk and bottomk of a question, and every score; None where no generated token has a [ in its text."""
+    brackets = [i for i, token in enumerate(generated) if "[" in tokenizer.decode([token])]
+    if not brackets:
+        return None
+    scores, active = score_latents(model, sae, prompt + generated[: brackets[-1]])
+    k = len(active) // 2
+    nonzero = [c for c in range(len(scores)) if scores[c] != 0]
+    topk = sorted(nonzero, key=lambda c: (-scores[c], c))[:k]  # of equal scores the lower id first
+    bottomk = sorted(nonzero, key=lambda c: (scores[c], c))[:k]
+    return {"active": active, "topk": topk, "bottomk": bottomk, "scores": scores}
+
+
+def parse(text):
+    match = re.compile(r"\[\s*(.*?)\s*\]").search(text)
+    answer = text if match is None else match.group(1)
+    for character in "[]=":
+        answer = answer.replace(character, "")
+    return answer.strip()
+
+
+def squad_f1(answer, truth):
+    def words(text):
+        for mark in string.punctuation:
+            text = text.replace(mark, "")
+        return [word for word in re.sub(r"\b(a|an|the)\b", " ", text.lower()).split()]
+
+    left, right = words(answer), words(truth)
+    common = 0
+    for word in set(left):
+        common += min(left.count(word), right.count(word))
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(left), common / len(right)
+    return 2 * precision * recall / (precision + recall)

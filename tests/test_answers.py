@@ -1,0 +1,110 @@
+"""The answer parser and the metrics on awkward text, and against third parties."""
+
+import random
+
+import oracle
+import pytest
+
+import common
+from experiment import questions
+
+PARSED = {
+    "Result = [[ Oslo ]]": "Oslo",
+    "Result = [[Oslo]]": "Oslo",
+    "[ Oslo ]": "Oslo",
+    "Result = [[ [ Oslo ] ]]": "Oslo",
+    "Result = [[  ]]": "",
+    "[]": "",
+    "Result = [[ Oslo": "Result   Oslo",
+    "Result = Oslo ]]": "Result  Oslo",
+    "no brackets = at all": "no brackets  at all",
+    "": "",
+    "[[ first ]] and [[ second ]]": "first",
+    "[[ two\nlines ]]": "two\nlines",
+    "[[ two\nlines ]] [[ one ]]": "one",
+    "[[ a = b ]]": "a  b",
+    '[[ "quoted" ]]': '"quoted"',
+    "[[ Orléans ]]": "Orléans",
+    "[[ 東京 ]]": "東京",
+    "[[ the ]]": "the",
+    "[[ ... ]]": "...",
+    "=[[ x ]]=": "x",
+}
+
+
+@pytest.mark.parametrize("text", PARSED)
+def test_parser(text):
+    assert common.parse_answer(text) == PARSED[text] == oracle.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truths", "em", "f1", "accuracy"),
+    [
+        ("Oslo", ["Oslo"], 1, 1, 1),
+        ("oslo.", ["Oslo"], 1, 1, 0),
+        ("the Oslo", ["Oslo"], 1, 1, 0),
+        (" Oslo ", ["Oslo"], 1, 1, 1),
+        ("Oslo", ["Bergen", "Oslo"], 1, 1, 1),
+        ("grey heron", ["a grey goat", "heron"], 0, 2 / 3, 0),
+        ("the", ["the"], 1, 0, 1),  # nothing is left of either: SQuAD's script counts EM 1 and F1 0
+        ("the", ["an"], 1, 0, 0),
+        ("...", ["..."], 1, 0, 1),
+        ("", ["Oslo"], 0, 0, 0),
+        ("", [""], 1, 0, 1),
+        ("Orléans", ["Orleans"], 0, 0, 0),
+        ("Orléans", ["orléans"], 1, 1, 0),
+        ('"Oslo"', ["Oslo"], 1, 1, 0),
+        ("Oslo Oslo", ["Oslo"], 0, 2 / 3, 0),
+        ("theatre", ["atre"], 0, 0, 0),
+    ],
+)
+def test_scores(answer, truths, em, f1, accuracy):
+    score = questions.score(answer, truths)
+    assert score == {"em": em, "f1": pytest.approx(f1), "accuracy": accuracy}
+
+
+def test_scores_agree_with_a_third_party():
+    squad = pytest.importorskip("torchmetrics.functional.text").squad
+    rng = random.Random(0)
+    words = [
+        "the",
+        "a",
+        "an",
+        "Oslo",
+        "oslo",
+        "Oslo's",
+        "grey",
+        "heron,",
+        "heron",
+        "1903",
+        "-",
+        "...",
+        "Orléans",
+        '"x"',
+    ]
+
+    def text():
+        return " ".join(rng.choice(words) for _ in range(rng.randint(0, 5)))
+
+    compared = 0
+    for number in range(600):
+        answer, truths = text(), [text() for _ in range(rng.randint(1, 3))]
+        theirs = squad(
+            {"prediction_text": answer, "id": str(number)},
+            {"answers": {"text": truths, "answer_start": [0] * len(truths)}, "id": str(number)},
+        )
+        ours = questions.score(answer, truths)
+        assert 100 * ours["em"] == pytest.approx(theirs["exact_match"].item()), (answer, truths)
+        # Where nothing is left of either text, SQuAD v1.1's own script gives F1 0 and torchmetrics 1 (as v2.0 does).
+        if questions.normalize(answer) or all(questions.normalize(truth) for truth in truths):
+            compared += 1
+            assert 100 * ours["f1"] == pytest.approx(theirs["f1"].item(), abs=1e-4), (answer, truths)
+    assert compared > 500
+
+
+def test_prompt_fields_are_filled_once():
+    template = "{context}|{question}|{other}"
+    assert (
+        common.build_prompt(template, "has {question} in it", "q {context}")
+        == "has {question} in it|q {context}|{other}"
+    )

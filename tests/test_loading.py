@@ -1,0 +1,157 @@
+"""Loading the real thing, as far as a machine without network can: real tables, real libraries, a Hub of our own."""
+
+import os
+
+import pytest
+import torch
+from conftest import ROOT, options, run_script
+
+import common
+from experiment import UserError
+
+
+def test_default_options_resolve():
+    chosen = common.parse_options([], "", masks=True)
+    assert common.official_name(chosen.model) == "google/gemma-2-9b-it"
+    common.check_sae_names(chosen)
+    assert (chosen.device, chosen.dtype, chosen.sae_dtype, chosen.k) == ("cuda", "float16", "float32", "50%")
+    assert chosen.max_new_tokens == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--sae-release", "gemma-scope-9b-it-res-canonicle"], "nearest: gemma-scope-9b-it-res-canonical"),
+        (["--sae-id", "layer_9/width_131k/canon"], "nearest: layer_9/width_131k/canonical"),
+        (
+            ["--sae-release", "gemma-scope-2b-pt-transcoders", "--sae-id", "layer_0/width_16k/average_l0_76"],
+            "transcoder",
+        ),
+    ],
+)
+def test_wrong_sae_names(arguments, named):
+    with pytest.raises(UserError, match=named):
+        common.check_sae_names(common.parse_options(arguments, "", masks=False))
+
+
+def test_wrong_model_name():
+    with pytest.raises(UserError, match="nearest: .*gemma-2-9b-it"):
+        common.official_name("gemma-2-9b-its")
+
+
+def test_demo_model_is_loaded_as_the_real_one_would_be(demo):
+    model, sae, tokenizer = demo
+    assert type(model.original_model).__name__ == "Gemma2ForCausalLM"
+    assert sae.cfg.architecture() == "jumprelu"
+    config = model.original_model.generation_config
+    assert set(config.eos_token_id) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")}
+    assert not config.do_sample and config.repetition_penalty in (None, 1.0)
+    assert tokenizer.tokenize("<start_of_turn>Result = [[")[0] == "<start_of_turn>"
+
+
+# --- each error: exit code 2, one line that says what to do -----------------------------------------------------------
+
+HUB = ["--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "no CUDA device here: add --demo"),
+        (["--device", "cuda", "--model", "gemma-2-9b-it"], "no CUDA device here: add --demo"),
+        (["--demo", "--device", "cuda"], "no CUDA device"),
+        (["--demo", "--device", "gpu"], "--device gpu"),
+        (HUB, "gemma-2-9b-it: is gated: accept its licence"),
+        ([*HUB, "--model", "nobody/no-such-model"], "there is no such repository"),
+        ([*HUB, "--model", "nobody/bad-token"], "refused the token"),
+        ([*HUB, "--model", "nobody/unreachable"], "cannot be reached"),
+        ([*HUB, "--model", "gemma-9b"], "not a model TransformerLens knows"),
+        (["--demo", "--sae-release", "gemma-scope-9b-it-res-canonicle", "--sae-id", "x"], "nearest"),
+        (["--demo", "--sae-release", "gemma-scope-9b-it-res-canonical", "--sae-id", "layer_9/x"], "not in release"),
+        (["--demo", "--dataset", "nobody/no-such-data"], "nobody/no-such-data: there is no such repository"),
+        (["--demo", "--dataset", "missing.jsonl"], "missing.jsonl: cannot be read"),
+        (["--demo", "--token-file", "missing.txt"], "missing.txt"),
+        (["--demo", "--prompt-template", "missing.txt"], "missing.txt"),
+        (["--demo", "--limit", "0"], "--limit"),
+        (["--demo", "--limit", "3", "--sample", "3"], "cannot be combined"),
+        (["--demo", "--dtype", "int8"], "--dtype"),
+        (["--demo", "--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_errors(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_refused(arguments, says, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("content", ["", "\n", "hf_your token", "hf_", "my-token-is-secret"])
+def test_unusable_token_file(content, tmp_path, monkeypatch, capsys):
+    (tmp_path / "token.txt").write_text(content)
+    arguments = ["--demo", "--token-file", str(tmp_path / "token.txt")]
+    assert_refused(arguments, "holds no Hugging Face token", tmp_path, monkeypatch, capsys)
+
+
+def test_example_token_is_no_token(tmp_path, monkeypatch, capsys):
+    arguments = ["--demo", "--token-file", str(ROOT / "token.txt.example")]
+    assert_refused(arguments, "holds no Hugging Face token", tmp_path, monkeypatch, capsys)
+
+
+def test_token_reaches_the_hub(tmp_path, monkeypatch, capsys, hub):
+    monkeypatch.setenv("HF_TOKEN", "")
+    (tmp_path / "token.txt").write_text("hf_abcdefghijkl\n")
+    arguments = [*HUB, "--token-file", str(tmp_path / "token.txt")]
+    assert_refused(arguments, "is gated", tmp_path, monkeypatch, capsys)
+    assert hub.tokens[-1] == "Bearer hf_abcdefghijkl"
+    assert os.environ["HF_TOKEN"] == "hf_abcdefghijkl"
+
+
+def save_sae(folder, d_in=128, hook_name="blocks.1.hook_resid_post", transcoder=False):
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, Transcoder, TranscoderConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    if transcoder:
+        metadata = SAEMetadata(hook_name="blocks.1.ln2.hook_normalized", hook_name_out="blocks.1.hook_mlp_out")
+        sae = Transcoder(
+            TranscoderConfig(d_in=d_in, d_sae=32, d_out=d_in, apply_b_dec_to_input=False, metadata=metadata)
+        )
+    else:
+        sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=32, metadata=SAEMetadata(hook_name=hook_name)))
+    sae.save_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ({"d_in": 64}, "reads 64 dimensions, but demo/model has 128"),
+        ({"hook_name": "blocks.9.hook_resid_post"}, "blocks.9.hook_resid_post, but demo/model has 4 layers"),
+        ({"hook_name": "hook_embed"}, "names no hook in a layer"),
+        ({"transcoder": True}, "a transcoder"),
+    ],
+)
+def test_saes_that_do_not_fit(made, says, tmp_path, monkeypatch, capsys):
+    save_sae(tmp_path / "sae", **made)
+    assert_refused(["--demo", "--sae-release", str(tmp_path / "sae")], says, tmp_path, monkeypatch, capsys)
+
+
+def test_folder_without_an_sae(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sae").mkdir()
+    assert_refused(["--demo", "--sae-release", str(tmp_path / "sae")], "sae", tmp_path, monkeypatch, capsys)
+
+
+def test_folder_without_a_model(tmp_path, monkeypatch, capsys):
+    (tmp_path / "model").mkdir()
+    assert_refused(["--demo", "--model", str(tmp_path / "model")], "model", tmp_path, monkeypatch, capsys)
+
+
+def assert_refused(arguments, says, tmp_path, monkeypatch, capsys):
+    code, out, err = run_script("baseline", [*arguments, "--output-dir", tmp_path / "out"], monkeypatch, capsys)
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if not line.startswith("Loading ")]
+    assert len(lines) == 1 and says in lines[0], err
+    assert lines[0].startswith("baseline.py: ")
+    assert out == ""
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_options_of_the_demo():
+    chosen = options("--device", "cuda", "--dtype", "float16", "--k", "10", masks=True)
+    assert (chosen.model, chosen.device, chosen.dtype, chosen.k) == ("demo/model", "cuda", "float16", "10")

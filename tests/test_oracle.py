@@ -1,0 +1,127 @@
+"""The project against the naive oracle, in float32 on the bundled model and SAE."""
+
+import oracle
+import pytest
+
+import common
+from experiment import generation, latents, questions, rounds
+
+COUNT = 64
+
+
+@pytest.fixture(scope="module")
+def asked(demo, demo_questions):
+    """The first questions: prompt ids, and the oracle's answer and ranking of each."""
+    model, sae, tokenizer = demo
+    found = []
+    for question in demo_questions[:COUNT]:
+        prompt = oracle.encode_prompt(tokenizer, question.context, question.question)
+        generated = oracle.generate(model, sae, tokenizer, prompt)
+        ranking = oracle.rank_latents(model, sae, tokenizer, prompt, generated)
+        found.append({"question": question, "prompt": prompt, "generated": generated, "ranking": ranking})
+    return found
+
+
+def in_batches(asked, size):
+    return [asked[start : start + size] for start in range(0, len(asked), size)]
+
+
+def assert_same_latents(ours, oracles, scores):
+    """The same list, but that latents whose scores differ by rounding alone (1e-5 relative) may have changed places."""
+    assert len(ours) == len(oracles)
+    for mine, theirs in zip(ours, oracles):
+        assert mine == theirs or scores[mine] == pytest.approx(scores[theirs], rel=1e-5)
+
+
+def test_prompts_are_the_papers(demo, asked):
+    _, _, tokenizer = demo
+    template = common.choose_template("auto", tokenizer)
+    for case in asked:
+        text = common.build_prompt(template, case["question"].context, case["question"].question)
+        assert common.tokenize(tokenizer, text) == case["prompt"]
+        assert case["prompt"].count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_answers(demo, asked, size):
+    model, sae, _ = demo
+    for batch in in_batches(asked, size):
+        ours = generation.answer(model, sae, [case["prompt"] for case in batch], 50)
+        assert ours == [case["generated"] for case in batch]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_rankings(demo, asked, size):
+    model, sae, tokenizer = demo
+    ranked = [case for case in asked if case["ranking"]]
+    assert len(ranked) >= 50
+    exact = 0
+    for batch in in_batches(ranked, size):
+        cuts = [rounds.last_bracket(tokenizer, case["generated"]) for case in batch]
+        sequences = [case["prompt"] + case["generated"][:cut] for case, cut in zip(batch, cuts)]
+        for case, ours in zip(batch, latents.rank(model, sae, sequences)):
+            theirs = case["ranking"]
+            assert ours["active"] == theirs["active"]
+            for name in ("topk", "bottomk"):
+                assert len(ours[name]) == len(ours["active"]) // 2 > 0
+                assert_same_latents(ours[name], theirs[name], theirs["scores"])
+            exact += ours["topk"] == theirs["topk"] and ours["bottomk"] == theirs["bottomk"]
+    assert exact >= 0.95 * len(ranked)
+
+
+@pytest.mark.parametrize("which", ["topk", "bottomk"])
+def test_masked_answers(demo, asked, which):
+    model, sae, tokenizer = demo
+    ranked = [case for case in asked if case["ranking"]]
+    masks = [case["ranking"][which] for case in ranked]
+    expected = [oracle.generate(model, sae, tokenizer, case["prompt"], mask) for case, mask in zip(ranked, masks)]
+    if which == "topk":  # masking has to change something for this to be a test
+        assert sum(case["generated"] != ids for case, ids in zip(ranked, expected)) >= 3
+    for size in (5, 64):
+        ours = []
+        for start in range(0, len(ranked), size):
+            prompts = [case["prompt"] for case in ranked[start : start + size]]
+            ours += generation.answer(model, sae, prompts, 50, masks[start : start + size])
+        assert ours == expected
+
+
+def test_small_chunks_change_nothing(demo, asked, monkeypatch):
+    """A wide SAE works through its latents in chunks; the demo's fit in one unless the limit is lowered."""
+    model, sae, tokenizer = demo
+    batch = [case for case in asked if case["ranking"]][:9]
+    masks = [case["ranking"]["topk"] for case in batch]
+    prompts = [case["prompt"] for case in batch]
+    expected = generation.answer(model, sae, prompts, 50, masks)
+    rankings = list(latents.rank(model, sae, prompts))
+    monkeypatch.setattr(latents, "LATENTS_AT_ONCE", 17 * sae.cfg.d_sae)
+    assert generation.answer(model, sae, prompts, 50, masks) == expected
+    for ours, theirs in zip(latents.rank(model, sae, prompts), rankings):
+        assert ours["active"] == theirs["active"]
+        assert set(ours["topk"]) == set(theirs["topk"])
+
+
+def test_ties_go_to_the_lower_id():
+    import torch
+
+    scores = torch.tensor([0.0, 2.0, 1.0, 2.0, 0.0, 1.0, 3.0, 2.0])
+    assert latents.top_and_bottom(scores, 3) == ([6, 1, 3], [2, 5, 1])
+    assert latents.top_and_bottom(scores, 0) == ([], [])
+
+
+def test_parser_and_f1_agree(asked, demo):
+    _, _, tokenizer = demo
+    for case in asked:
+        text = tokenizer.decode(case["generated"], skip_special_tokens=True)
+        assert common.parse_answer(text) == oracle.parse(text)
+        truths = case["question"].truths
+        best = max(oracle.squad_f1(oracle.parse(text), truth) for truth in truths)
+        assert questions.score(common.parse_answer(text), truths)["f1"] == pytest.approx(best)
+
+
+def test_batches_hold_every_question_once_within_the_budget():
+    lengths = [5, 90, 7, 7, 300, 12, 41, 90, 3]
+    plan = generation.plan_batches(lengths, 100)
+    assert sorted(index for batch in plan for index in batch) == list(range(9))
+    for batch in plan:
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 100
+    assert plan == [[4], [1], [7], [6, 5], [2, 3, 0, 8]]
