@@ -46,9 +46,9 @@ def invent(count, onsets, middles, endings, seed):
 
 
 ONSETS = ["B", "Br", "D", "Dr", "F", "G", "H", "J", "K", "L", "M", "N", "P", "R", "S", "St", "T", "Tr", "V", "W"]
-FIRST_NAMES = invent(64, ONSETS, ["a", "e", "i", "o", "u"], ["lia", "ren", "nos", "vik", "dra", "mel", "tta"], 1)
-SURNAMES = invent(64, ONSETS, ["al", "er", "in", "or", "un"], ["son", "wick", "ley", "dahl", "mann", "cott"], 2)
-PLACES = invent(128, ONSETS, ["a", "e", "i", "o", "u"], ["ford", "ham", "lby", "mere", "stad", "holm", "ndale"], 3)
+FIRST_NAMES = invent(24, ONSETS, ["a", "e", "i", "o", "u"], ["lia", "ren", "nos", "vik", "dra", "mel", "tta"], 1)
+SURNAMES = invent(24, ONSETS, ["al", "er", "in", "or", "un"], ["son", "wick", "ley", "dahl", "mann", "cott"], 2)
+PLACES = invent(64, ONSETS, ["a", "e", "i", "o", "u"], ["ford", "ham", "lby", "mere", "stad", "holm", "ndale"], 3)
 JOBS = (
     "baker,tailor,pilot,farmer,miner,doctor,glass blower,clock maker,ship builder,school teacher,bee keeper,book seller"
 )
@@ -63,60 +63,60 @@ def pick(words):
     return lambda rng: rng.choice(words.split(","))
 
 
-# relation: (sentence, question, how to draw a value). The value stands after its subject: a causal model reads
-# from left to right, so only then can the value's position know whom it belongs to.
+# How each relation's value is drawn. Sentence and question say it in the same words ("the home of ..."), and the value
+# stands after its subject: a causal model reads from left to right, so only then can it know whose value it is.
 RELATIONS = {
-    "birthplace": ("{p} was born in {v}.", "Where was {p} born?", lambda rng: rng.choice(PLACES)),
-    "home": ("{p} lives in {v}.", "Where does {p} live?", lambda rng: rng.choice(PLACES)),
-    "job": ("{p} works as a {v}.", "What does {p} work as?", pick(JOBS)),
-    "year": ("{p} retired in {v}.", "In which year did {p} retire?", lambda rng: str(rng.randrange(1900, 2000))),
-    "instrument": ("{p} plays the {v}.", "Which instrument does {p} play?", pick(INSTRUMENTS)),
-    "pet": (
-        "{p} keeps a {v}.",
-        "Which animal does {p} keep?",
-        lambda rng: f"{pick(COLOURS)(rng)} {pick(ANIMALS)(rng)}",
-    ),
-    "prize": (
-        "{p} won the {v}.",
-        "Which prize did {p} win?",
-        lambda rng: f"{pick(PRIZE_METALS)(rng)} {pick(PRIZE_THINGS)(rng)} Medal",
-    ),
+    "birthplace": lambda rng: rng.choice(PLACES),
+    "home": lambda rng: rng.choice(PLACES),
+    "trade": pick(JOBS),
+    "final year": lambda rng: str(rng.randrange(1900, 2000)),
+    "instrument": pick(INSTRUMENTS),
+    "pet": lambda rng: f"{pick(COLOURS)(rng)} {pick(ANIMALS)(rng)}",
+    "prize": lambda rng: f"{pick(PRIZE_METALS)(rng)} {pick(PRIZE_THINGS)(rng)} Medal",
 }
+SENTENCE = "The {relation} of {person} is {value}."
+QUESTION = "What is the {relation} of {person}?"
 
 
 def draw_people(rng, count, held_out):
     """Full names that share no part; one in eight combinations is kept out of training."""
     people = {}
     while len(people) < count:
-        first, last = rng.randrange(64), rng.randrange(64)
+        first, last = rng.randrange(24), rng.randrange(24)
         if ((first + last) % 8 == 0) == held_out and first not in people and last not in people.values():
             people[first] = last
     return [f"{FIRST_NAMES[first]} {SURNAMES[last]}" for first, last in people.items()]
 
 
-def draw_context(rng, n_facts, n_people, held_out=False):
+def draw_context(rng, n_facts, n_people, same=0.5, held_out=False):
     """A title, a context and its (question, answer) pairs, one a fact; no two answers of a context are the same."""
     people = draw_people(rng, n_people, held_out)
     facts = {}
     while len(facts) < n_facts:
-        # Every person gets a fact, and facts on the same relation are common: they are what has to be told apart.
+        # Every person gets a fact; with probability `same` on a relation used before: those have to be told apart.
         person = people[len(facts)] if len(facts) < n_people else rng.choice(people)
         used = [relation for _, relation in facts]
-        relation = rng.choice(used) if used and rng.random() < 0.4 else rng.choice(list(RELATIONS))
-        value = RELATIONS[relation][2](rng)
+        relation = rng.choice(used) if used and rng.random() < same else rng.choice(list(RELATIONS))
+        value = RELATIONS[relation](rng)
         if (person, relation) not in facts and value not in facts.values():
             facts[person, relation] = value
     order = rng.sample(list(facts), len(facts))
-    title = f"Notes from {rng.choice(PLACES)}"
-    sentences = [RELATIONS[relation][0].format(p=person, v=facts[person, relation]) for person, relation in order]
-    pairs = [(RELATIONS[relation][1].format(p=person), facts[person, relation]) for person, relation in order]
+    title = f"Notes from {rng.choice([place for place in PLACES if place not in facts.values()])}"
+    sentences = [SENTENCE.format(relation=r, person=p, value=facts[p, r]) for p, r in order]
+    pairs = [(QUESTION.format(relation=r, person=p), facts[p, r]) for p, r in order]
     return title, f"{title}: " + " ".join(sentences), pairs
 
 
 def draw_example(rng, step=10**9):
     """A prompt and the response to it, from contexts that grow with the step."""
-    n_facts, n_people = (2, 2) if step < 600 else (3, 2) if step < 1500 else (rng.randint(3, 5), rng.randint(2, 3))
-    _, context, pairs = draw_context(rng, n_facts, n_people)
+    # At first everybody differs in one relation: only who is asked for tells the answers apart, which is hard to learn.
+    if step < 600:
+        n_facts, n_people, same = 2, 2, 1.0
+    elif step < 1200:
+        n_facts, n_people, same = 3, 2, 0.8
+    else:
+        n_facts, n_people, same = rng.randint(3, 5), rng.randint(2, 3), 0.5
+    _, context, pairs = draw_context(rng, n_facts, n_people, same)
     question, answer = rng.choice(pairs)
     form = FORMATS[0] if rng.random() < 0.5 else rng.choice(FORMATS[1:])
     prompt = PROMPT.format(context=context, question=question, format=form)
@@ -182,11 +182,11 @@ def make_model(tokenizer, args):
         intermediate_size=3 * args.width,
         num_hidden_layers=4,
         num_attention_heads=args.heads,
-        num_key_value_heads=2,
+        num_key_value_heads=args.heads // 2,
         head_dim=32,
         query_pre_attn_scalar=32,
         max_position_embeddings=512,
-        sliding_window=64,  # shorter than most prompts, so that the sliding layers do slide
+        sliding_window=256,  # longer than any prompt here, as Gemma 2's 4,096 is for SQuAD
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -203,16 +203,20 @@ def make_model(tokenizer, args):
 
 
 def encode_batch(tokenizer, examples):
-    """Right-padded ids, and a weight a token: 1 on the response, 0.1 on the prompt.  [batch, pos] each"""
-    prompts = tokenizer([prompt for prompt, _ in examples])["input_ids"]
+    """Right-padded ids, and a weight a token: 1 on response and question, 0.1 on what cannot be foreseen.
+
+    The question is worth learning: its second name follows from the first, by looking that up in the context, and
+    telling people apart is what the answer needs too.  [batch, pos] each
+    """
+    heads = tokenizer([prompt[: prompt.index("Question:")] for prompt, _ in examples])["input_ids"]
     wholes = tokenizer([prompt + response for prompt, response in examples])["input_ids"]
     length = 16 * math.ceil(max(map(len, wholes)) / 16)  # few distinct lengths: each one is compiled
     ids = torch.full((len(wholes), length), tokenizer.pad_token_id)
     weights = torch.zeros(len(wholes), length)
-    for row, (prompt, whole) in enumerate(zip(prompts, wholes)):
+    for row, (head, whole) in enumerate(zip(heads, wholes)):
         ids[row, : len(whole)] = torch.tensor(whole)
-        weights[row, : len(whole)] = 0.1
-        weights[row, len(prompt) : len(whole)] = 1.0
+        weights[row, : len(whole)] = 1.0
+        weights[row, : len(head)] = 0.1
     return ids, weights
 
 
@@ -227,9 +231,11 @@ def share_right(model, tokenizer, n_facts, n_people, seed=5, count=256):
         prompt = PROMPT.format(context=context, question=question, format=FORMATS[0])
         examples.append((prompt, FORMATS[0].replace("label", answer) + "<end_of_turn>"))
     for start in range(0, count, 64):
-        ids, weights = encode_batch(tokenizer, examples[start : start + 64])
+        ids, _ = encode_batch(tokenizer, examples[start : start + 64])
         hits = model(input_ids=ids).logits[:, :-1].argmax(-1) == ids[:, 1:]
-        right += (hits | (weights[:, 1:] < 1)).all(1).sum().item()
+        for row, (prompt, response) in enumerate(examples[start : start + 64]):
+            first, last = (len(tokenizer(text)["input_ids"]) - 1 for text in (prompt, prompt + response))
+            right += hits[row, first:last].all().item()
     return right / count
 
 
@@ -343,7 +349,7 @@ def main():
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--sae-layer", type=int, default=1)
     parser.add_argument("--sae-width", type=int, default=1024)

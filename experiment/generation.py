@@ -1,29 +1,41 @@
 """Batched greedy answers with the SAE spliced in, latents masked or not. Knows nothing of files or questions."""
 
+import os
+
 import torch
+from transformers import DynamicCache
 
 from experiment.latents import positions_at_once
 
 
-def plan_batches(lengths, batch_tokens):
+def plan_batches(lengths, batch_tokens, contexts=None):
     """Groups of indices into `lengths` (tokens a prompt), longest first, each within the budget, padding included.
 
+    contexts: for each prompt a key; prompts with the same one stay together, so that what they share is run once.
     A prompt longer than the budget gets a batch of its own. The plan depends on nothing but its arguments.
     """
-    batches = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        # Longest first, so the first of a batch sets the padded length of all.
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+    contexts = range(len(lengths)) if contexts is None else contexts
+    longest, first = {}, {}
+    for index, key in enumerate(contexts):
+        longest[key] = max(longest.get(key, 0), lengths[index])
+        first.setdefault(key, index)
+    order = sorted(range(len(lengths)), key=lambda i: (-longest[contexts[i]], first[contexts[i]], -lengths[i]))
+    batches, width = [], 0
+    for index in order:
+        width = max(width, lengths[index])
+        if batches and width * (len(batches[-1]) + 1) <= batch_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])
+            width = lengths[index]
     return batches
 
 
-def splice(sae, masked=None):
+def splice(sae, masked=None, seen=None):
     """A forward hook that puts the SAE's reconstruction in place of the residual stream, at every position.
 
     masked: one list of latent ids a batch row, zeroed before decoding, or None.  No error term is added back.
+    seen: a list that gets the residual stream of every forward pass as it was, or None.
     The SAE computes in its own dtype; the residual keeps its own.
     """
     if masked is not None:
@@ -32,39 +44,108 @@ def splice(sae, masked=None):
             mask[row, latents] = True
 
     def hook(residual, hook):  # [batch, pos, d_model]
+        if seen is not None:
+            seen.append(residual)
         batch, pos, _ = residual.shape
-        flat = residual.flatten(0, 1).to(sae.dtype)
-        rows = torch.arange(batch, device=flat.device).repeat_interleave(pos)
+        rows = torch.arange(batch, device=residual.device).repeat_interleave(pos)
+        size = positions_at_once(sae)
         out = []
-        for chunk, chunk_rows in zip(flat.split(positions_at_once(sae)), rows.split(positions_at_once(sae))):
-            acts = sae.encode(chunk)  # [chunk, d_sae]
+        for chunk, chunk_rows in zip(residual.flatten(0, 1).split(size), rows.split(size)):
+            acts = sae.encode(chunk.to(sae.dtype))  # [chunk, d_sae]
             if masked is not None:
                 acts = acts.masked_fill(mask[chunk_rows], 0)
-            out.append(sae.decode(acts))
-        return torch.cat(out).view_as(residual).to(residual.dtype)
+            out.append(sae.decode(acts).to(residual.dtype))
+        return torch.cat(out).view_as(residual)
 
     return hook
 
 
+def pad_left(sequences, pad_id, device):
+    """Token ids and attention mask [batch, pos]: every row's next token stands at the same place."""
+    length = max(map(len, sequences))
+    ids = torch.full((len(sequences), length), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, length - len(sequence) :] = torch.tensor(sequence)
+        mask[row, length - len(sequence) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def shared_prefixes(prompts, contexts):
+    """What the prompts of each context begin with, cut so that about as much is left of all of them.
+
+    Returns the prefixes, lists of token ids, and for each prompt the index of its own; or None where none is shared.
+    """
+    rows = {}
+    for row, key in enumerate(contexts):
+        rows.setdefault(key, []).append(row)
+    groups = [[prompts[row] for row in members] for members in rows.values()]
+    suffixes = [max(map(len, group)) - len(os.path.commonprefix(group)) for group in groups if len(group) > 1]
+    if not suffixes:
+        return None
+    prefixes, owner = [], {}
+    for number, (members, group) in enumerate(zip(rows.values(), groups)):
+        # At least one token is left to go on from.
+        length = max(1, min(max(map(len, group)) - max(suffixes), min(map(len, group)) - 1))
+        prefixes.append(group[0][:length])
+        owner |= dict.fromkeys(members, number)
+    return prefixes, [owner[row] for row in range(len(prompts))]
+
+
 @torch.inference_mode()
-def answer(model, sae, prompts, max_new_tokens, masked=None):
+def answer(model, sae, prompts, max_new_tokens, masked=None, contexts=None, keep_residuals=False):
     """Greedy continuations of tokenised prompts, the SAE spliced in on every forward pass.
 
-    prompts: lists of token ids.  Returns what each generated, as ids, up to and including the token that ended it.
-    masked: as in `splice`.  The ids that end a turn come from the model's generation config.
+    prompts: lists of token ids.  masked: as in `splice`.  The ids that end a turn come from the generation config.
+    contexts: for each prompt a key, or None: what prompts with the same key begin with is run once. Not with masks:
+    above the SAE's layer they make prefixes differ.
+    Returns what each prompt generated, ids up to and including the one that ended it; and, with keep_residuals, the
+    residual stream at the SAE's hook for each, [pos, d_model], over the prompt and at least all but the last of these.
     """
-    config = model.original_model.generation_config
-    length = max(map(len, prompts))
-    ids = torch.full((len(prompts), length), config.pad_token_id, device=sae.W_enc.device)
-    attention_mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # padded on the left: every row's next token stands at the same place
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, length - len(prompt) :] = 1
-    with model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, splice(sae, masked))]):
-        generated = model.original_model.generate(
-            input_ids=ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens
-        )
-    return [_until_end(row, config.eos_token_id) for row in generated[:, length:].tolist()]
+    lm, device = model.original_model, sae.W_enc.device
+    pad_id, end_ids = lm.generation_config.pad_token_id, lm.generation_config.eos_token_id
+    width = max(map(len, prompts))
+    # In a prefix cache padding stands in the middle. Positions and masks allow for it, a sliding window would not.
+    window = getattr(lm.config, "sliding_window", None) or width + max_new_tokens
+    shared = None
+    if contexts is not None and masked is None and width + max_new_tokens <= window:
+        shared = shared_prefixes(prompts, contexts)
+    seen = [] if keep_residuals else None
+    with model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, splice(sae, masked, seen))]):
+        if shared is None:
+            cache, suffixes = None, prompts
+            ids, mask = pad_left(prompts, pad_id, device)
+        else:
+            prefixes, owner = shared
+            suffixes = [prompt[len(prefixes[number]) :] for prompt, number in zip(prompts, owner)]
+            cache, ids, mask = run_prefixes(lm, prefixes, owner, suffixes, pad_id, device)
+        generated = lm.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new_tokens
+        )[:, ids.shape[1] :]
+    outputs = [_until_end(row, end_ids) for row in generated.tolist()]
+    if not keep_residuals:
+        return outputs, None
+    prefix = None if shared is None else seen.pop(0)  # [context, pos, d_model]
+    prompt, steps = seen[0], seen[1:]  # [batch, pos, d_model], [batch, 1, d_model] each
+    residuals = []
+    for row, suffix in enumerate(suffixes):
+        parts = [prompt[row, prompt.shape[1] - len(suffix) :], *(step[row] for step in steps)]
+        if prefix is not None:
+            parts.insert(0, prefix[owner[row], prefix.shape[1] - len(prefixes[owner[row]]) :])
+        residuals.append(torch.cat(parts))
+    return outputs, residuals
+
+
+def run_prefixes(lm, prefixes, owner, suffixes, pad_id, device):
+    """Runs each prefix once, and sets up each prompt's generation behind its own: cache, ids and attention mask."""
+    ids, mask = pad_left(prefixes, pad_id, device)
+    cache = DynamicCache(config=lm.config)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+    rows = torch.tensor(owner, device=device)
+    cache.batch_select_indices(rows)
+    suffix_ids, suffix_mask = pad_left(suffixes, pad_id, device)
+    return cache, torch.cat([ids[rows], suffix_ids], 1), torch.cat([mask[rows], suffix_mask], 1)
 
 
 def _until_end(ids, end_ids):

@@ -1,7 +1,5 @@
 """Scores of SAE latents on a sequence, and the TopK and BottomK by score. Knows nothing of files or questions."""
 
-import re
-
 import torch
 
 # Latents held at once, in elements: 0.5 GB a tensor in float32, a thousand positions of a 131k-wide SAE.
@@ -13,37 +11,16 @@ def positions_at_once(sae):
 
 
 @torch.inference_mode()
-def residuals(model, sae, sequences):
-    """Yields the residual stream at the SAE's hook for each sequence, without the layers above it.
-
-    sequences: lists of token ids, of any lengths; they run as one batch.  Yields [pos, d_model] each.
-    """
-    hook_name = sae.cfg.metadata.hook_name
-    layer = int(re.search(r"blocks\.(\d+)\.", hook_name).group(1))
-    lengths = [len(sequence) for sequence in sequences]
-    # Padded on the right: causal attention never looks there, so real positions see exactly their own sequence.
-    ids = torch.zeros(len(sequences), max(lengths), dtype=torch.long, device=sae.W_enc.device)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-    _, cache = model.run_with_cache(
-        ids, names_filter=hook_name, stop_at_layer=layer + 1, return_cache_object=False, return_type=None
-    )
-    residual = cache[hook_name]  # [batch, pos, d_model]
-    for row, length in enumerate(lengths):
-        yield residual[row, :length]
-
-
-@torch.inference_mode()
 def mean_activation(sae, residual):
     """The baseline's score of each latent on one sequence: its mean activation over all positions, BOS included.
 
-    residual: [pos, d_model], any dtype.  Returns the scores [d_sae] in the SAE's dtype, and the ids of the latents
+    residual: [pos, d_model], any dtype.  Returns the scores [d_sae] in float32, and the ids of the latents
     active (non-zero) at the last position, ascending.  Source: GradSAE (arXiv 2505.08080), its baseline.
     """
     total = 0
     for chunk in residual.to(sae.dtype).split(positions_at_once(sae)):
         acts = sae.encode(chunk)  # [chunk, d_sae]
-        total = total + acts.sum(0)
+        total = total + acts.sum(0, dtype=torch.float32)
     return total / len(residual), acts[-1].nonzero().flatten().tolist()
 
 
@@ -58,9 +35,9 @@ def top_and_bottom(scores, k):
     return ids[descending[:k]].tolist(), ids[ascending[:k]].tolist()
 
 
-def rank(model, sae, sequences):
-    """For each sequence of token ids: latents active at its last position, TopK and BottomK, K half of the active."""
-    for residual in residuals(model, sae, sequences):
-        scores, active = mean_activation(sae, residual)
-        topk, bottomk = top_and_bottom(scores, len(active) // 2)
-        yield {"active": active, "topk": topk, "bottomk": bottomk}
+def rank(sae, residual):
+    """Of one sequence, residual [pos, d_model]: the latents active at its last position, and as `topk` and `bottomk`
+    half as many (rounded down) of the highest and of the lowest mean activation."""
+    scores, active = mean_activation(sae, residual)
+    topk, bottomk = top_and_bottom(scores, len(active) // 2)
+    return {"active": active, "topk": topk, "bottomk": bottomk}

@@ -99,11 +99,12 @@ class Journal:
     def __init__(self, path, run, overwrite=False, notify=print):
         self.path, self.run = path, run
         self._offsets = {}  # id -> where its line begins, in bytes
+        self._put_off = set()  # ids whose answers are long, to be asked again when all others are done
         self._file = None
         if path.exists():
             found = self._scan()
             if replaceable(path, found, run, overwrite, notify):
-                self._offsets = {}
+                self._offsets, self._put_off = {}, set()
             else:
                 self.run = found
                 if self._torn:
@@ -118,6 +119,9 @@ class Journal:
     def __len__(self):
         return len(self._offsets)
 
+    def put_off(self, question_id):
+        return question_id in self._put_off
+
     def _scan(self):
         """Reads the file once: its run, where each record stands, and whether its last line is torn."""
         run, self._end, self._torn = None, 0, False
@@ -130,6 +134,8 @@ class Journal:
                     entry = json.loads(line)
                     if number == 1:
                         run = dict(entry["run"])
+                    elif "put_off" in entry:
+                        self._put_off.update(entry["put_off"])
                     elif not isinstance(entry["id"], str) or entry["id"] in self._offsets:
                         raise ValueError("id twice, or not a string")
                     else:
@@ -143,10 +149,11 @@ class Journal:
             raise UserError(f"{self.path}, line 1: names no run: this is no journal; remove it, or --overwrite")
         return run
 
-    def append(self, records):
-        """Writes the records that are not there yet, in their order, and syncs them to disk."""
+    def append(self, records, put_off=()):
+        """Writes the records, and the ids put off, that are not there yet, in their order, and syncs them to disk."""
         try:
             lines = [(record["id"], _line(record)) for record in records if record["id"] not in self]
+            put_off = [question_id for question_id in put_off if not self.put_off(question_id)]
             if self._file is None:
                 beside = self.path.with_name(self.path.name + ".part")
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,15 +161,18 @@ class Journal:
                 self._file.write(_line({"run": self.run}))
             place = self._file.tell()
             self._file.write(b"".join(line for _, line in lines))
+            if put_off:
+                self._file.write(_line({"put_off": put_off}))
             self._file.flush()
             os.fsync(self._file.fileno())
-            if not self._offsets:
+            if not self._offsets and not self._put_off:
                 os.replace(self.path.with_name(self.path.name + ".part"), self.path)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
         for question_id, line in lines:
             self._offsets[question_id] = place
             place += len(line)
+        self._put_off.update(put_off)
 
     def read(self, question_ids):
         """Yields the records of these ids, in this order."""

@@ -1,14 +1,17 @@
 """The two flows: rank (round 1) and mask (rounds 2 and 3). The only module that knows the order of things."""
 
+import functools
 import importlib.metadata
 import sys
 
+from accelerate.utils.memory import release_memory, should_reduce_batch_size
 from tqdm import tqdm
 
 import common
 from experiment import UserError, generation, latents, questions, records, report
 
 KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this F1, not only exact matches
+FIRST_TOKENS = 24  # "Result = [[ ... ]]" and the end of the turn: answers of up to some fifteen tokens fit
 NAMES = {"topk": ("false", "TopK"), "bottomk": ("true", "BottomK")}
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
@@ -75,26 +78,63 @@ class Setup:
         return model, sae
 
 
-def work_off(asked, setup, journal, work, label):
-    """Runs `work` (a list of indices into `asked` -> their records) on every batch with an unfinished question.
+def work_off(asked, setup, journal, work, label, share=False):
+    """Answers every question that `journal` lacks.  work(batch, max_new_tokens): indices into `asked` -> records, with
+    None for an answer that was not finished within max_new_tokens.
 
     The batches depend on the questions alone, and one with an unfinished question runs again whole: half-precision
     answers depend a little on the batch, so an interrupted run ends in the same bytes as an uninterrupted one.
+    A batch lasts as long as its longest answer. So each first gets FIRST_TOKENS; the few answers that need more are
+    put off (the journal says which) and generated from the start, together, when all others are done.
     """
+    most, budget = setup.options.max_new_tokens, setup.options.batch_tokens
     lengths = [len(setup.prompt_ids(question)) for question in asked]
-    done = sum(question.id in journal for question in asked)
+    done = len(journal)
     if done:
         say(f"{done} of {len(asked)} questions are in {journal.path} already")
+    work = halved_when_memory_runs_out(work)
     with tqdm(total=len(asked), initial=done, desc=label, unit="question", smoothing=0.1) as bar:
-        for batch in generation.plan_batches(lengths, setup.options.batch_tokens):
-            missing = sum(asked[i].id not in journal for i in batch)
-            if missing:
-                journal.append(work(batch))
-                bar.update(missing)
+        first = min(FIRST_TOKENS, most)
+        for tokens in sorted({first, most}):
+            left = [i for i, question in enumerate(asked) if tokens == first or journal.put_off(question.id)]
+            contexts = [asked[i].context for i in left] if share else None
+            for batch in generation.plan_batches([lengths[i] for i in left], budget, contexts):
+                batch = [left[i] for i in batch]
+                if all(asked[i].id in journal or tokens < most and journal.put_off(asked[i].id) for i in batch):
+                    continue
+                found = work(batch, tokens)
+                before = len(journal)
+                journal.append(
+                    [record for record in found if record], [asked[i].id for i, r in zip(batch, found) if r is None]
+                )
+                bar.update(len(journal) - before)
 
 
-def answered(setup, question, ids):
-    """The record of one generated answer: its text, the answer parsed from it, and its scores."""
+def halved_when_memory_runs_out(work):
+    """`work` in parts: after an out-of-memory error in halves, quarters ..., from then on. Says so each time."""
+    largest = None
+
+    def in_parts(batch, tokens):
+        nonlocal largest
+        while True:
+            size = min(len(batch), largest or len(batch))
+            try:
+                return [r for start in range(0, len(batch), size) for r in work(batch[start : start + size], tokens)]
+            except Exception as error:
+                if size == 1 or not should_reduce_batch_size(error):
+                    raise
+            largest = size // 2
+            release_memory()
+            say(f"Out of memory with {size} questions in a batch: going on with {largest}; nothing is lost.")
+
+    return in_parts
+
+
+def answered(setup, model, question, ids, max_new_tokens):
+    """The record of one generated answer: its text, the answer parsed from it, and its scores; None if it goes on."""
+    ended = ids[-1] in model.original_model.generation_config.eos_token_id
+    if not ended and max_new_tokens < setup.options.max_new_tokens:
+        return None
     text = setup.tokenizer.decode(ids)
     answer = common.parse_answer(setup.tokenizer.decode(ids, skip_special_tokens=True))
     return {"id": question.id, "text": text, "answer": answer} | questions.score(answer, question.truths)
@@ -119,7 +159,8 @@ def rank(options):
     journal = records.Journal(setup.out / "predictions_baseline.jsonl", setup.run, options.overwrite, say)
     if len(journal) < len(asked):
         model, sae = setup.load(journal)
-        work_off(asked, setup, journal, lambda batch: answer_and_rank(setup, model, sae, asked, batch), "round 1")
+        work = functools.partial(answer_and_rank, setup, model, sae, asked)
+        work_off(asked, setup, journal, work, "Round 1", share=True)
     else:
         say(f"Round 1 is finished ({journal.path}); --overwrite starts it again.")
     counts, clean = count_answers(journal, asked)
@@ -151,20 +192,18 @@ def check_old_activations(setup):
         records.replaceable(path, found, fields, False, say)
 
 
-def answer_and_rank(setup, model, sae, asked, batch):
+def answer_and_rank(setup, model, sae, asked, batch, max_new_tokens):
     """The records of a batch of round 1: answers and, for questions answered right with a [ in them, latents."""
-    batch_questions = [asked[i] for i in batch]
-    prompts = [setup.prompt_ids(question) for question in batch_questions]
-    outputs = generation.answer(model, sae, prompts, setup.options.max_new_tokens)
-    found = [answered(setup, question, ids) for question, ids in zip(batch_questions, outputs)]
-    sequences = {}
-    for row, (prompt, ids) in enumerate(zip(prompts, outputs)):
+    batch = [asked[i] for i in batch]
+    prompts = [setup.prompt_ids(question) for question in batch]
+    contexts = [question.context for question in batch]
+    outputs, residuals = generation.answer(model, sae, prompts, max_new_tokens, contexts=contexts, keep_residuals=True)
+    found = [answered(setup, model, question, ids, max_new_tokens) for question, ids in zip(batch, outputs)]
+    for record, prompt, ids, residual in zip(found, prompts, outputs, residuals):
         bracket = last_bracket(setup.tokenizer, ids)
-        if found[row]["f1"] >= KEEP_F1 and bracket is not None:
-            sequences[row] = prompt + ids[:bracket]
-    if sequences:
-        for row, ranking in zip(sequences, latents.rank(model, sae, list(sequences.values()))):
-            found[row] |= ranking
+        if record and record["f1"] >= KEEP_F1 and bracket is not None:
+            # The residual does not depend on the splice, which comes after it: what was seen while answering will do.
+            record |= latents.rank(sae, residual[: len(prompt) + bracket])
     return found
 
 
@@ -216,11 +255,11 @@ def mask(options, which):
         model, sae = setup.load(journal, activations_run)
         check_latents(options.activations, masked, sae.cfg.d_sae)
 
-        def answer_masked(batch):
+        def answer_masked(batch, max_new_tokens):
             prompts = [setup.prompt_ids(asked[i]) for i in batch]
             rows = [masked[asked[i].id] for i in batch]
-            outputs = generation.answer(model, sae, prompts, options.max_new_tokens, rows)
-            return [answered(setup, asked[i], ids) for i, ids in zip(batch, outputs)]
+            outputs, _ = generation.answer(model, sae, prompts, max_new_tokens, rows)
+            return [answered(setup, model, asked[i], ids, max_new_tokens) for i, ids in zip(batch, outputs)]
 
         work_off(asked, setup, journal, answer_masked, f"{label} masked")
     else:

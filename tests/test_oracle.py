@@ -42,31 +42,31 @@ def test_prompts_are_the_papers(demo, asked):
         assert case["prompt"].count(tokenizer.bos_token_id) == 1
 
 
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_answers(demo, asked, size):
-    model, sae, _ = demo
-    for batch in in_batches(asked, size):
-        ours = generation.answer(model, sae, [case["prompt"] for case in batch], 50)
-        assert ours == [case["generated"] for case in batch]
-
-
-@pytest.mark.parametrize("size", [1, 7, 64])
-def test_rankings(demo, asked, size):
+def test_answers_and_rankings(demo, asked, size, share):
+    """In batches that split the questions differently, what the questions of a context share run once or not."""
     model, sae, tokenizer = demo
-    ranked = [case for case in asked if case["ranking"]]
-    assert len(ranked) >= 50
-    exact = 0
-    for batch in in_batches(ranked, size):
-        cuts = [rounds.last_bracket(tokenizer, case["generated"]) for case in batch]
-        sequences = [case["prompt"] + case["generated"][:cut] for case, cut in zip(batch, cuts)]
-        for case, ours in zip(batch, latents.rank(model, sae, sequences)):
+    exact = ranked = 0
+    for batch in in_batches(asked, size):
+        prompts = [case["prompt"] for case in batch]
+        contexts = [case["question"].context for case in batch] if share else None
+        outputs, residuals = generation.answer(model, sae, prompts, 50, contexts=contexts, keep_residuals=True)
+        assert outputs == [case["generated"] for case in batch]
+        for case, residual in zip(batch, residuals):
             theirs = case["ranking"]
+            cut = rounds.last_bracket(tokenizer, case["generated"])
+            assert (cut is None) == (theirs is None)
+            if theirs is None:
+                continue
+            ours = latents.rank(sae, residual[: len(case["prompt"]) + cut])
+            ranked += 1
             assert ours["active"] == theirs["active"]
             for name in ("topk", "bottomk"):
                 assert len(ours[name]) == len(ours["active"]) // 2 > 0
                 assert_same_latents(ours[name], theirs[name], theirs["scores"])
             exact += ours["topk"] == theirs["topk"] and ours["bottomk"] == theirs["bottomk"]
-    assert exact >= 0.95 * len(ranked)
+    assert ranked >= 50 and exact >= 0.95 * ranked
 
 
 @pytest.mark.parametrize("which", ["topk", "bottomk"])
@@ -81,7 +81,7 @@ def test_masked_answers(demo, asked, which):
         ours = []
         for start in range(0, len(ranked), size):
             prompts = [case["prompt"] for case in ranked[start : start + size]]
-            ours += generation.answer(model, sae, prompts, 50, masks[start : start + size])
+            ours += generation.answer(model, sae, prompts, 50, masks[start : start + size])[0]
         assert ours == expected
 
 
@@ -91,11 +91,12 @@ def test_small_chunks_change_nothing(demo, asked, monkeypatch):
     batch = [case for case in asked if case["ranking"]][:9]
     masks = [case["ranking"]["topk"] for case in batch]
     prompts = [case["prompt"] for case in batch]
-    expected = generation.answer(model, sae, prompts, 50, masks)
-    rankings = list(latents.rank(model, sae, prompts))
+    expected, residuals = generation.answer(model, sae, prompts, 50, masks, keep_residuals=True)
+    rankings = [latents.rank(sae, residual) for residual in residuals]
     monkeypatch.setattr(latents, "LATENTS_AT_ONCE", 17 * sae.cfg.d_sae)
-    assert generation.answer(model, sae, prompts, 50, masks) == expected
-    for ours, theirs in zip(latents.rank(model, sae, prompts), rankings):
+    assert generation.answer(model, sae, prompts, 50, masks)[0] == expected
+    for residual, theirs in zip(residuals, rankings):
+        ours = latents.rank(sae, residual)
         assert ours["active"] == theirs["active"]
         assert set(ours["topk"]) == set(theirs["topk"])
 
