@@ -5,6 +5,7 @@ import os
 import torch
 from transformers import DynamicCache
 
+from experiment import UserError
 from experiment.latents import positions_at_once
 
 
@@ -60,6 +61,28 @@ def splice(sae, masked=None, seen=None):
     return hook
 
 
+class FiniteLogits:
+    """A logits processor that changes nothing and remembers whether any logit was NaN or infinite.
+
+    What goes wrong below, in the model or the SAE, arrives here as NaN. Looked at once a batch: asking at every token
+    would make the device wait.
+    """
+
+    def __init__(self, device):
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids, scores):
+        self.finite &= scores.isfinite().all()
+        return scores
+
+    def check(self):
+        if not self.finite:
+            raise UserError(
+                "the model's logits are not finite: float16 overflows in some models; try --dtype bfloat16 "
+                "(or float32; and the same for --sae-dtype)"
+            )
+
+
 def pad_left(sequences, pad_id, device):
     """Token ids and attention mask [batch, pos]: every row's next token stands at the same place."""
     length = max(map(len, sequences))
@@ -110,7 +133,7 @@ def answer(model, sae, prompts, max_new_tokens, masked=None, contexts=None, keep
     shared = None
     if contexts is not None and masked is None and width + max_new_tokens <= window:
         shared = shared_prefixes(prompts, contexts)
-    seen = [] if keep_residuals else None
+    seen, logits = [] if keep_residuals else None, FiniteLogits(device)
     with model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, splice(sae, masked, seen))]):
         if shared is None:
             cache, suffixes = None, prompts
@@ -120,8 +143,13 @@ def answer(model, sae, prompts, max_new_tokens, masked=None, contexts=None, keep
             suffixes = [prompt[len(prefixes[number]) :] for prompt, number in zip(prompts, owner)]
             cache, ids, mask = run_prefixes(lm, prefixes, owner, suffixes, pad_id, device)
         generated = lm.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new_tokens
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            logits_processor=[logits],
         )[:, ids.shape[1] :]
+    logits.check()
     outputs = [_until_end(row, end_ids) for row in generated.tolist()]
     if not keep_residuals:
         return outputs, None

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+import filelock
+
 from experiment import UserError
 
 # What changes a result by design. Versions, device and batch size are in `run` too, for readers, and not compared.
@@ -49,6 +51,21 @@ def replaceable(path, found, wanted, overwrite, notify):
         notify(f"{path}: replaced, it is of a demo run ({named})")
         return True
     raise UserError(f"{path}: is of another run ({named}): repeat its options, or give --output-dir or --overwrite")
+
+
+def lock(folder):
+    """Refuses a second writer in the same folder. The kernel releases the lock when this process ends, however it does.
+
+    Returns the lock, to be kept: it is held while it is referenced.
+    """
+    held = filelock.FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another round is writing here: wait for it, or give another --output-dir") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    return held
 
 
 # ---------------------------------------------------------------------------------------------------------------------

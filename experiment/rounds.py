@@ -31,7 +31,6 @@ class Setup:
     def __init__(self, options):
         common.prepare(options)
         self.options = options
-        self.out = records.folder(options.output_dir)
         self.tokenizer = common.load_tokenizer(options)
         self.template = common.choose_template(options.prompt_template, self.tokenizer)
         with common.hub_errors(options.dataset):
@@ -59,6 +58,9 @@ class Setup:
             "batch_tokens": options.batch_tokens,
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
+        # Last: a mistake in the options touches no file.
+        self.out = records.folder(options.output_dir)
+        self.lock = records.lock(self.out)  # held as long as this process lives
 
     def prompt(self, question):
         return common.build_prompt(self.template, question.context, question.question)
@@ -78,7 +80,7 @@ class Setup:
         return model, sae
 
 
-def work_off(asked, setup, journal, work, label, share=False):
+def work_off(asked, setup, model, journal, work, label, share=False):
     """Answers every question that `journal` lacks.  work(batch, max_new_tokens): indices into `asked` -> records, with
     None for an answer that was not finished within max_new_tokens.
 
@@ -89,6 +91,7 @@ def work_off(asked, setup, journal, work, label, share=False):
     """
     most, budget = setup.options.max_new_tokens, setup.options.batch_tokens
     lengths = [len(setup.prompt_ids(question)) for question in asked]
+    check_lengths(asked, lengths, most, model)
     done = len(journal)
     if done:
         say(f"{done} of {len(asked)} questions are in {journal.path} already")
@@ -108,6 +111,16 @@ def work_off(asked, setup, journal, work, label, share=False):
                     [record for record in found if record], [asked[i].id for i, r in zip(batch, found) if r is None]
                 )
                 bar.update(len(journal) - before)
+
+
+def check_lengths(asked, lengths, max_new_tokens, model):
+    """Refuses, before anything is answered, prompts that with their answers do not fit the model's context."""
+    longest = max(range(len(asked)), key=lambda i: lengths[i])
+    if lengths[longest] + max_new_tokens > model.cfg.n_ctx:
+        raise UserError(
+            f"question {asked[longest].id}: its prompt of {lengths[longest]} tokens and an answer of {max_new_tokens} "
+            f"do not fit the model's context of {model.cfg.n_ctx} tokens: shorten or remove it"
+        )
 
 
 def halved_when_memory_runs_out(work):
@@ -160,7 +173,7 @@ def rank(options):
     if len(journal) < len(asked):
         model, sae = setup.load(journal)
         work = functools.partial(answer_and_rank, setup, model, sae, asked)
-        work_off(asked, setup, journal, work, "Round 1", share=True)
+        work_off(asked, setup, model, journal, work, "Round 1", share=True)
     else:
         say(f"Round 1 is finished ({journal.path}); --overwrite starts it again.")
     counts, clean = count_answers(journal, asked)
@@ -261,7 +274,7 @@ def mask(options, which):
             outputs, _ = generation.answer(model, sae, prompts, max_new_tokens, rows)
             return [answered(setup, model, asked[i], ids, max_new_tokens) for i, ids in zip(batch, outputs)]
 
-        work_off(asked, setup, journal, answer_masked, f"{label} masked")
+        work_off(asked, setup, model, journal, answer_masked, f"{label} masked")
     else:
         say(f"This round is finished ({journal.path}); --overwrite starts it again.")
 
