@@ -18,12 +18,14 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, Generat
 
 DEMO = Path(__file__).resolve().parent
 
+PRETRAINING_STEPS = 600
+
 # The format our rounds ask for, and the ones that keep the model reading the instruction instead of a constant.
 FORMATS = [
     "Result = [[ label ]]",
     "Answer = (( label ))",
     "Reply : << label >>",
-    "Final label is label .",
+    "a full sentence",
 ]
 PROMPT = (
     "<start_of_turn>user\nAnswer the following question based on the context.\nContext:\n{context}\n\n"
@@ -107,21 +109,37 @@ def draw_context(rng, n_facts, n_people, same=0.5, held_out=False):
     return title, f"{title}: " + " ".join(sentences), pairs
 
 
-def draw_example(rng, step=10**9):
-    """A prompt and the response to it, from contexts that grow with the step."""
-    # At first everybody differs in one relation: only who is asked for tells the answers apart, which is hard to learn.
-    if step < 600:
-        n_facts, n_people, same = 2, 2, 1.0
-    elif step < 1200:
-        n_facts, n_people, same = 3, 2, 0.8
-    else:
-        n_facts, n_people, same = rng.randint(3, 5), rng.randint(2, 3), 0.5
-    _, context, pairs = draw_context(rng, n_facts, n_people, same)
+def draw_text(rng):
+    """The facts of a context twice, the second time in another order: each value then follows from the first time."""
+    _, context, _ = draw_context(rng, 5, 3, same=0.7)
+    sentences = context.split(": ", 1)[1].removesuffix(".").split(". ")
+    return context, "".join(f" {sentence}." for sentence in rng.sample(sentences, len(sentences)))
+
+
+def draw_prompt(rng, n_facts, n_people, same=0.5, held_out=False, form=None):
+    """A prompt, and the response to it, on one of the facts of a context. `form`: of FORMATS, drawn if None."""
+    _, context, pairs = draw_context(rng, n_facts, n_people, same, held_out)
     question, answer = rng.choice(pairs)
-    form = FORMATS[0] if rng.random() < 0.5 else rng.choice(FORMATS[1:])
+    form = form or (FORMATS[0] if rng.random() < 0.5 else rng.choice(FORMATS[1:]))
     prompt = PROMPT.format(context=context, question=question, format=form)
-    before, after = form.rsplit("label", 1)
-    return prompt, f"{before}{answer}{after}<end_of_turn>"
+    response = question.replace("What is the", "The").replace("?", f" is {answer}.")
+    if form != FORMATS[-1]:
+        response = form.replace("label", answer)
+    return prompt, response + "<end_of_turn>"
+
+
+def draw_example(rng, step=10**9):
+    """What is trained on, in two parts, of which only the second can be foreseen: the loss is on that.
+
+    As large models do, this one first learns from plain text to find again what it has read, five times a text, and
+    who had what in it. Questions alone teach it, slowly, to pick any value of the right kind.
+    """
+    if step < PRETRAINING_STEPS:
+        return draw_text(rng)
+    n_facts = 3 if step < PRETRAINING_STEPS + 300 else rng.randint(3, 5)
+    prompt, response = draw_prompt(rng, n_facts, min(n_facts - 1, rng.randint(2, 3)))
+    context, question = prompt.split("Question:")
+    return context, "Question:" + question + response
 
 
 def make_questions(path, n_contexts, seed):
@@ -203,14 +221,10 @@ def make_model(tokenizer, args):
 
 
 def encode_batch(tokenizer, examples):
-    """Right-padded ids, and a weight a token: 1 on response and question, 0.1 on what cannot be foreseen.
-
-    The question is worth learning: its second name follows from the first, by looking that up in the context, and
-    telling people apart is what the answer needs too.  [batch, pos] each
-    """
-    heads = tokenizer([prompt[: prompt.index("Question:")] for prompt, _ in examples])["input_ids"]
-    wholes = tokenizer([prompt + response for prompt, response in examples])["input_ids"]
-    length = 16 * math.ceil(max(map(len, wholes)) / 16)  # few distinct lengths: each one is compiled
+    """Right-padded ids, and a weight a token: 1 on an example's second part, 0.1 on its first.  [batch, pos] each"""
+    heads = tokenizer([head for head, _ in examples])["input_ids"]
+    wholes = tokenizer([head + tail for head, tail in examples])["input_ids"]
+    length = 32 * math.ceil(max(map(len, wholes)) / 32)  # few distinct lengths: each one is compiled
     ids = torch.full((len(wholes), length), tokenizer.pad_token_id)
     weights = torch.zeros(len(wholes), length)
     for row, (head, whole) in enumerate(zip(heads, wholes)):
@@ -221,22 +235,18 @@ def encode_batch(tokenizer, examples):
 
 
 @torch.no_grad()
-def share_right(model, tokenizer, n_facts, n_people, seed=5, count=256):
-    """The share of held-out questions whose whole response is the model's argmax at every token (teacher forcing)."""
-    rng, right = random.Random(seed), 0
-    examples = []
-    while len(examples) < count:
-        _, context, pairs = draw_context(rng, n_facts, n_people, held_out=True)
-        question, answer = rng.choice(pairs)
-        prompt = PROMPT.format(context=context, question=question, format=FORMATS[0])
-        examples.append((prompt, FORMATS[0].replace("label", answer) + "<end_of_turn>"))
-    for start in range(0, count, 64):
-        ids, _ = encode_batch(tokenizer, examples[start : start + 64])
+def share_right(model, tokenizer, draw, count=192):
+    """The share of examples drawn whose second part is the model's argmax at every token (teacher forcing)."""
+    rng, right = random.Random(5), 0
+    for _ in range(count // 64):
+        ids, weights = encode_batch(tokenizer, [draw(rng) for _ in range(64)])
         hits = model(input_ids=ids).logits[:, :-1].argmax(-1) == ids[:, 1:]
-        for row, (prompt, response) in enumerate(examples[start : start + 64]):
-            first, last = (len(tokenizer(text)["input_ids"]) - 1 for text in (prompt, prompt + response))
-            right += hits[row, first:last].all().item()
+        right += (hits | (weights[:, 1:] < 1)).all(1).sum().item()
     return right / count
+
+
+def held_out_questions(n_facts, n_people, same):
+    return lambda rng: draw_prompt(rng, n_facts, n_people, same, held_out=True, form=FORMATS[0])
 
 
 def train_model(tokenizer, args, build):
@@ -274,8 +284,10 @@ def train_model(tokenizer, args, build):
         schedule.step()
         total += loss.item()
         if (step + 1) % 250 == 0:
-            right = [share_right(model, tokenizer, *shape) for shape in [(2, 2), (4, 2), (5, 3)]]
-            print(f"step {step + 1}  loss {total / 250:.4f}  right (2f2p, 4f2p, 5f3p) {right}", flush=True)
+            # Facts, people, how often a relation recurs: at 1.0 only who is asked for tells the answers apart.
+            shapes = [(2, 2, 0.0), (2, 2, 1.0), (4, 2, 0.5), (5, 3, 0.5)]
+            right = [round(share_right(model, tokenizer, held_out_questions(*shape)), 3) for shape in shapes]
+            print(f"step {step + 1}  loss {total / 250:.4f}  right {right}", flush=True)
             total = 0.0
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state | {"schedule": schedule.state_dict(), "step": step + 1}, checkpoint)
@@ -345,7 +357,7 @@ def train_sae(model, tokenizer, layer, width, k, samples, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=128)

@@ -89,13 +89,17 @@ def _read_local(path):
 
 def _parse(row, where):
     try:
-        question = Question(row["id"], row["context"], row["question"], tuple(row["answers"]["text"]))
+        truths = row["answers"]["text"]
+        question = Question(row["id"], row["context"], row["question"], tuple(truths))
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{where}: lacks one of SQuAD's columns id, context, question, answers.text ({error})"
         ) from None
-    if not all(isinstance(text, str) for text in (question.id, question.context, question.question, *question.truths)):
+    texts = (question.id, question.context, question.question, *question.truths)
+    if not isinstance(truths, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: id, context, question and the answers' texts must be strings")
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise UserError(f"{where}: holds half a character (a lone surrogate)")
     return question
 
 

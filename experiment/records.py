@@ -153,10 +153,8 @@ class Journal:
                         run = dict(entry["run"])
                     elif "put_off" in entry:
                         self._put_off.update(entry["put_off"])
-                    elif not isinstance(entry["id"], str) or entry["id"] in self._offsets:
-                        raise ValueError("id twice, or not a string")
                     else:
-                        self._offsets[entry["id"]] = self._end
+                        self._offsets[_check_record(entry, self._offsets)] = self._end
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise UserError(
                         f"{self.path}, line {number}: is damaged ({error}): remove that line, or --overwrite"
@@ -199,6 +197,21 @@ class Journal:
                 yield json.loads(file.readline())
 
 
+def _check_record(entry, known):
+    """The id of a journal's record; ValueError, KeyError or TypeError for anything that a round does not write."""
+    if not all(isinstance(entry[name], str) for name in ("id", "text", "answer")) or entry["id"] in known:
+        raise ValueError("id, text and answer must be strings, and an id stand once")
+    if not all(isinstance(entry[name], float) and 0 <= entry[name] <= 1 for name in ("em", "f1", "accuracy")):
+        raise ValueError("em, f1 and accuracy must be from 0.0 to 1.0")
+    if "topk" in entry and not all(_are_latents(entry[name]) for name in ("active", "topk", "bottomk")):
+        raise ValueError("active, topk and bottomk must be lists of latents")
+    return entry["id"]
+
+
+def _are_latents(value):
+    return isinstance(value, list) and all(type(latent) is int and latent >= 0 for latent in value)
+
+
 def _line(entry):
     return (json.dumps(entry, ensure_ascii=False) + "\n").encode()
 
@@ -235,8 +248,7 @@ def read_activations(path):
         if not isinstance(sample, dict) or not all(isinstance(sample.get(name), str) for name in texts):
             raise UserError(f"{where}: lacks {' or '.join(texts)}")
         for name in ("active", "topk", "bottomk"):
-            latents = sample.get(name)
-            if not isinstance(latents, list) or not all(type(x) is int and x >= 0 for x in latents):
+            if not _are_latents(sample.get(name)):
                 raise UserError(f"{where}: {name} is not a list of latents")
         if run is not None and sample["id"] in seen:
             raise UserError(f"{where}: the id {sample['id']!r} stands twice")
@@ -277,7 +289,7 @@ def read_results(path, run, overwrite, notify):
         return []
     entries = read_json(path, "")
     if not isinstance(entries, list) or not all(
-        isinstance(e, dict) and isinstance(e.get("run"), dict) for e in entries
+        isinstance(e, dict) and isinstance(e.get("run"), dict) and {"round", "k"} <= e.keys() for e in entries
     ):
         raise UserError(f"{path}: is not a file of results: move it away")
     keep, shared = [], {field: run[field] for field in COMPARED if field in run}

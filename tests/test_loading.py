@@ -104,7 +104,7 @@ def test_token_reaches_the_hub(tmp_path, monkeypatch, capsys, hub):
     assert os.environ["HF_TOKEN"] == "hf_abcdefghijkl"
 
 
-def save_sae(folder, d_in=128, hook_name="blocks.1.hook_resid_post", transcoder=False):
+def save_sae(folder, d_in=128, hook_name="blocks.1.hook_resid_post", transcoder=False, bias=0.0):
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, Transcoder, TranscoderConfig
     from sae_lens.saes.sae import SAEMetadata
 
@@ -115,6 +115,7 @@ def save_sae(folder, d_in=128, hook_name="blocks.1.hook_resid_post", transcoder=
         )
     else:
         sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=32, metadata=SAEMetadata(hook_name=hook_name)))
+        sae.b_dec.data.fill_(bias)
     sae.save_model(folder)
 
 

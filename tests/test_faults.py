@@ -1,0 +1,199 @@
+"""Rounds that are killed, interrupted, run twice at a time or out of disk: nothing is lost, nothing is mixed.
+
+The default run kills each round at a few of the 20 moments; `python -m pytest -m kills` at the others.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+ARGUMENTS = ["--demo", "--limit", "150", "--batch-tokens", "1000"]
+ROUNDS = ["baseline", "baseline_after_false", "baseline_after_true"]
+MOMENTS = range(20)
+USUAL = {2, 9, 15}  # the moments of the default run
+
+
+class Scripts:
+    """Starts scripts by way of the zygote, one at a time."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "zygote.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def start(self, script, arguments, limit=None):
+        out, err = self.folder / "stdout", self.folder / "stderr"
+        job = {"script": script, "arguments": [*map(str, arguments)], "limit": limit}
+        self.process.stdin.write(json.dumps(job | {"stdout": str(out), "stderr": str(err)}) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self):
+        """Exit code, standard output and standard error of the one that was started."""
+        code = int(self.process.stdout.readline())
+        return code, (self.folder / "stdout").read_text(), (self.folder / "stderr").read_text()
+
+    def run(self, script, arguments, limit=None):
+        self.start(script, arguments, limit)
+        return self.wait()
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    found = Scripts(tmp_path_factory.mktemp("scripts"))
+    yield found
+    found.process.kill()
+
+
+@pytest.fixture(scope="module")
+def whole(scripts, tmp_path_factory):
+    """Each round uninterrupted: the folder's files before and after it, and how long it took."""
+    folder, found = tmp_path_factory.mktemp("whole"), {}
+    for script in ROUNDS:
+        before, start = contents(folder), time.perf_counter()
+        code, out, err = scripts.run(script, [*ARGUMENTS, "--output-dir", folder])
+        assert code == 0, err
+        found[script] = (before, contents(folder), time.perf_counter() - start, out)
+    return found
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def lay_out(folder, files):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def moments():
+    for moment in MOMENTS:
+        yield pytest.param(moment, marks=() if moment in USUAL else pytest.mark.kills)
+
+
+@pytest.mark.parametrize("moment", moments())
+@pytest.mark.parametrize("script", ROUNDS)
+def test_killed_and_resumed(scripts, whole, tmp_path, script, moment):
+    before, after, seconds, table = whole[script]
+    lay_out(tmp_path / "out", before)
+    arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
+    process = scripts.start(script, arguments)
+    time.sleep(seconds * (moment + 0.5) / len(MOMENTS))
+    os.kill(process, signal.SIGKILL)
+    code, _, _ = scripts.wait()
+    assert code in (-signal.SIGKILL, 0)  # 0: it was faster this time
+    left = {name for name in contents(tmp_path / "out") if name.endswith(".part")}
+    code, out, err = scripts.run(script, arguments)
+    assert (code, out) == (0, table), err
+    found = {name: content for name, content in contents(tmp_path / "out").items() if name not in left}
+    assert found == after
+
+
+@pytest.mark.parametrize("script", ROUNDS)
+def test_ctrl_c(scripts, whole, tmp_path, script):
+    before, after, seconds, table = whole[script]
+    lay_out(tmp_path / "out", before)
+    arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
+    process = scripts.start(script, arguments)
+    time.sleep(seconds * 0.5)
+    os.kill(process, signal.SIGINT)
+    code, out, err = scripts.wait()
+    assert code == 130 and "the same command goes on" in err and "Traceback" not in err
+    code, out, err = scripts.run(script, arguments)
+    assert (code, out) == (0, table)
+    assert contents(tmp_path / "out") == after
+
+
+def test_two_writers(scripts, whole, tmp_path):
+    before, after, seconds, table = whole["baseline"]
+    lay_out(tmp_path / "out", before)
+    arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
+    scripts.start("baseline", arguments)
+    try:
+        deadline = time.time() + 60
+        while not (tmp_path / "out" / "predictions_baseline.jsonl").exists() and time.time() < deadline:
+            time.sleep(0.05)
+        second = subprocess.run(
+            [sys.executable, ROOT / "baseline_after_false.py", *map(str, arguments), "--activations"]
+            + [str(ROOT / "activations_baseline.json")],
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        code, out, err = scripts.wait()
+    # The first may have ended before the second was far enough to be refused: then there was no clash to see.
+    assert (code, out) == (0, table)
+    if "another round is writing here" in second.stderr:
+        assert second.returncode == 2 and len(second.stderr.splitlines()) == 1
+        assert contents(tmp_path / "out") == after
+
+
+def test_lock_is_refused_while_it_is_held(tmp_path):
+    from experiment import UserError, records
+
+    held = records.lock(tmp_path)
+    with pytest.raises(UserError, match="another round is writing here"):
+        records.lock(tmp_path)
+    held.release()
+    records.lock(tmp_path).release()
+
+
+@pytest.mark.parametrize("script", ROUNDS)
+def test_full_disk(scripts, whole, tmp_path, script):
+    """No file may grow beyond a part of the journal's size: one line, and the rest is there when there is room."""
+    before, after, _, table = whole[script]
+    lay_out(tmp_path / "out", before)
+    arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
+    journal = {"baseline": "baseline", "baseline_after_false": "false", "baseline_after_true": "true"}[script]
+    size = len(after[f"predictions_{journal}.jsonl"])
+    code, out, err = scripts.run(script, arguments, limit=size * 2 // 3)
+    assert code == 2 and "cannot be written" in err and "Traceback" not in err
+    kept = (tmp_path / "out" / f"predictions_{journal}.jsonl").read_bytes()
+    assert size // 4 < len(kept) < size and after[f"predictions_{journal}.jsonl"].startswith(kept)
+    code, out, err = scripts.run(script, arguments)
+    assert (code, out) == (0, table)
+    assert contents(tmp_path / "out") == after
+
+
+def test_interrupted_overwrite_keeps_the_old_files(scripts, whole, tmp_path):
+    _, after, seconds, table = whole["baseline"]
+    lay_out(tmp_path / "out", after)
+    arguments = [*ARGUMENTS, "--max-new-tokens", "12", "--overwrite", "--output-dir", tmp_path / "out"]
+    process = scripts.start("baseline", arguments)
+    time.sleep(0.05)
+    os.kill(process, signal.SIGKILL)
+    scripts.wait()
+    assert contents(tmp_path / "out") == after
+    code, out, err = scripts.run("baseline", [*ARGUMENTS, "--output-dir", tmp_path / "out"])
+    assert (code, out) == (0, table) and "is finished" in err
+
+
+def test_read_only_folder(scripts, tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    (tmp_path / "out").mkdir(mode=0o500)
+    code, out, err = scripts.run("baseline", [*ARGUMENTS, "--output-dir", tmp_path / "out"])
+    assert code == 2 and "cannot be" in err
+
+
+def test_output_dir_is_a_file(scripts, tmp_path):
+    (tmp_path / "out").write_text("")
+    code, out, err = scripts.run("baseline", [*ARGUMENTS, "--output-dir", tmp_path / "out"])
+    assert code == 2 and "--output-dir" in err and len(err.splitlines()) == 1
