@@ -18,8 +18,6 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, Generat
 
 DEMO = Path(__file__).resolve().parent
 
-PRETRAINING_STEPS = 600
-
 # The format our rounds ask for, and the ones that keep the model reading the instruction instead of a constant.
 FORMATS = [
     "Result = [[ label ]]",
@@ -90,18 +88,16 @@ def draw_people(rng, count, held_out):
     return [f"{FIRST_NAMES[first]} {SURNAMES[last]}" for first, last in people.items()]
 
 
-def draw_context(rng, n_facts, n_people, same=0.5, held_out=False):
-    """A title, a context and its (question, answer) pairs, one a fact; no two answers of a context are the same."""
+def draw_context(rng, n_facts, n_people, held_out=False):
+    """A title, a context and its (question, answer) pairs, one a fact. No relation and no answer stands in it twice."""
     people = draw_people(rng, n_people, held_out)
     facts = {}
-    while len(facts) < n_facts:
-        # Every person gets a fact; with probability `same` on a relation used before: those have to be told apart.
-        person = people[len(facts)] if len(facts) < n_people else rng.choice(people)
-        used = [relation for _, relation in facts]
-        relation = rng.choice(used) if used and rng.random() < same else rng.choice(list(RELATIONS))
+    for number, relation in enumerate(rng.sample(list(RELATIONS), n_facts)):
+        person = people[number] if number < n_people else rng.choice(people)
         value = RELATIONS[relation](rng)
-        if (person, relation) not in facts and value not in facts.values():
-            facts[person, relation] = value
+        while value in facts.values():
+            value = RELATIONS[relation](rng)
+        facts[person, relation] = value
     order = rng.sample(list(facts), len(facts))
     title = f"Notes from {rng.choice([place for place in PLACES if place not in facts.values()])}"
     sentences = [SENTENCE.format(relation=r, person=p, value=facts[p, r]) for p, r in order]
@@ -109,37 +105,16 @@ def draw_context(rng, n_facts, n_people, same=0.5, held_out=False):
     return title, f"{title}: " + " ".join(sentences), pairs
 
 
-def draw_text(rng):
-    """The facts of a context twice, the second time in another order: each value then follows from the first time."""
-    _, context, _ = draw_context(rng, 5, 3, same=0.7)
-    sentences = context.split(": ", 1)[1].removesuffix(".").split(". ")
-    return context, "".join(f" {sentence}." for sentence in rng.sample(sentences, len(sentences)))
-
-
-def draw_prompt(rng, n_facts, n_people, same=0.5, held_out=False, form=None):
-    """A prompt, and the response to it, on one of the facts of a context. `form`: of FORMATS, drawn if None."""
-    _, context, pairs = draw_context(rng, n_facts, n_people, same, held_out)
+def draw_example(rng, n_facts=None, held_out=False, form=None):
+    """A prompt, and the response to it, on one of the facts of a context; in one of FORMATS, ours in half the cases."""
+    _, context, pairs = draw_context(rng, n_facts or rng.randint(3, 5), rng.randint(2, 3), held_out)
     question, answer = rng.choice(pairs)
     form = form or (FORMATS[0] if rng.random() < 0.5 else rng.choice(FORMATS[1:]))
     prompt = PROMPT.format(context=context, question=question, format=form)
-    response = question.replace("What is the", "The").replace("?", f" is {answer}.")
-    if form != FORMATS[-1]:
-        response = form.replace("label", answer)
+    response = form.replace("label", answer)
+    if form == FORMATS[-1]:
+        response = question.replace("What is the", "The").replace("?", f" is {answer}.")
     return prompt, response + "<end_of_turn>"
-
-
-def draw_example(rng, step=10**9):
-    """What is trained on, in two parts, of which only the second can be foreseen: the loss is on that.
-
-    As large models do, this one first learns from plain text to find again what it has read, five times a text, and
-    who had what in it. Questions alone teach it, slowly, to pick any value of the right kind.
-    """
-    if step < PRETRAINING_STEPS:
-        return draw_text(rng)
-    n_facts = 3 if step < PRETRAINING_STEPS + 300 else rng.randint(3, 5)
-    prompt, response = draw_prompt(rng, n_facts, min(n_facts - 1, rng.randint(2, 3)))
-    context, question = prompt.split("Question:")
-    return context, "Question:" + question + response
 
 
 def make_questions(path, n_contexts, seed):
@@ -221,32 +196,29 @@ def make_model(tokenizer, args):
 
 
 def encode_batch(tokenizer, examples):
-    """Right-padded ids, and a weight a token: 1 on an example's second part, 0.1 on its first.  [batch, pos] each"""
-    heads = tokenizer([head for head, _ in examples])["input_ids"]
-    wholes = tokenizer([head + tail for head, tail in examples])["input_ids"]
+    """Right-padded ids, and a weight a token: 1 on the response, 0.1 on the prompt.  [batch, pos] each"""
+    prompts = tokenizer([prompt for prompt, _ in examples])["input_ids"]
+    wholes = tokenizer([prompt + response for prompt, response in examples])["input_ids"]
     length = 32 * math.ceil(max(map(len, wholes)) / 32)  # few distinct lengths: each one is compiled
     ids = torch.full((len(wholes), length), tokenizer.pad_token_id)
     weights = torch.zeros(len(wholes), length)
-    for row, (head, whole) in enumerate(zip(heads, wholes)):
+    for row, (prompt, whole) in enumerate(zip(prompts, wholes)):
         ids[row, : len(whole)] = torch.tensor(whole)
         weights[row, : len(whole)] = 1.0
-        weights[row, : len(head)] = 0.1
+        weights[row, : len(prompt)] = 0.1
     return ids, weights
 
 
 @torch.no_grad()
-def share_right(model, tokenizer, draw, count=192):
-    """The share of examples drawn whose second part is the model's argmax at every token (teacher forcing)."""
+def share_right(model, tokenizer, n_facts, count=256):
+    """The share of held-out questions whose whole response is the model's argmax at every token (teacher forcing)."""
     rng, right = random.Random(5), 0
     for _ in range(count // 64):
-        ids, weights = encode_batch(tokenizer, [draw(rng) for _ in range(64)])
+        examples = [draw_example(rng, n_facts, held_out=True, form=FORMATS[0]) for _ in range(64)]
+        ids, weights = encode_batch(tokenizer, examples)
         hits = model(input_ids=ids).logits[:, :-1].argmax(-1) == ids[:, 1:]
         right += (hits | (weights[:, 1:] < 1)).all(1).sum().item()
     return right / count
-
-
-def held_out_questions(n_facts, n_people, same):
-    return lambda rng: draw_prompt(rng, n_facts, n_people, same, held_out=True, form=FORMATS[0])
 
 
 def train_model(tokenizer, args, build):
@@ -273,7 +245,7 @@ def train_model(tokenizer, args, build):
     total = 0.0
     for step in range(first, args.steps):
         rng = random.Random(1_000_003 * (step + 1))
-        ids, weights = encode_batch(tokenizer, [draw_example(rng, step) for _ in range(args.batch)])
+        ids, weights = encode_batch(tokenizer, [draw_example(rng) for _ in range(args.batch)])
         logits = forward(input_ids=ids).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
@@ -284,10 +256,8 @@ def train_model(tokenizer, args, build):
         schedule.step()
         total += loss.item()
         if (step + 1) % 250 == 0:
-            # Facts, people, how often a relation recurs: at 1.0 only who is asked for tells the answers apart.
-            shapes = [(2, 2, 0.0), (2, 2, 1.0), (4, 2, 0.5), (5, 3, 0.5)]
-            right = [round(share_right(model, tokenizer, held_out_questions(*shape)), 3) for shape in shapes]
-            print(f"step {step + 1}  loss {total / 250:.4f}  right {right}", flush=True)
+            right = [share_right(model, tokenizer, n_facts) for n_facts in (3, 4, 5)]
+            print(f"step {step + 1}  loss {total / 250:.4f}  right with 3, 4, 5 facts: {right}", flush=True)
             total = 0.0
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state | {"schedule": schedule.state_dict(), "step": step + 1}, checkpoint)
@@ -357,11 +327,11 @@ def train_sae(model, tokenizer, layer, width, k, samples, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=1250)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--sae-layer", type=int, default=1)
     parser.add_argument("--sae-width", type=int, default=1024)

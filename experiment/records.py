@@ -44,11 +44,11 @@ def replaceable(path, found, wanted, overwrite, notify):
 
     A demo run's files always make way for another run's, which `notify` is told; others only with overwrite.
     """
-    named = differences(found, wanted, COMPARED + SELECTED)
+    named = differences(found, wanted, COMPARED) or differences(found, wanted, SELECTED)
     if overwrite or not named:
         return overwrite
     if found.get("demo"):
-        notify(f"{path}: replaced, it is of a demo run ({named})")
+        notify(f"{path.parent}: the files of a demo run are replaced ({named})")
         return True
     raise UserError(f"{path}: is of another run ({named}): repeat its options, or give --output-dir or --overwrite")
 

@@ -21,6 +21,9 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+say_once = functools.cache(say)  # for what is true of several files alike
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What both flows begin with
 
@@ -167,9 +170,9 @@ def rank(options):
     """Round 1: answer every question, keep the right ones, rank the latents of those -> activations_baseline.json."""
     setup = Setup(options)
     asked = setup.selected
-    entries = records.read_results(setup.out / "results.json", setup.run, options.overwrite, say)
+    entries = records.read_results(setup.out / "results.json", setup.run, options.overwrite, say_once)
     check_old_activations(setup)
-    journal = records.Journal(setup.out / "predictions_baseline.jsonl", setup.run, options.overwrite, say)
+    journal = records.Journal(setup.out / "predictions_baseline.jsonl", setup.run, options.overwrite, say_once)
     if len(journal) < len(asked):
         model, sae = setup.load(journal)
         work = functools.partial(answer_and_rank, setup, model, sae, asked)
@@ -201,8 +204,8 @@ def check_old_activations(setup):
         found, _ = records.read_activations(path)
         if found is None:
             raise UserError(f"{path}: is the authors' published file: give another --activations, or --overwrite")
-        fields = {field: setup.run.get(field) for field in found}
-        records.replaceable(path, found, fields, False, say)
+        fields = {field: setup.run[field] for field in found if field in setup.run}
+        records.replaceable(path, found, fields, False, say_once)
 
 
 def answer_and_rank(setup, model, sae, asked, batch, max_new_tokens):
@@ -262,8 +265,8 @@ def mask(options, which):
     run = setup.run | {"masked": which, "k": options.k, "activations": records.digest_samples(samples.values())}
 
     suffix = "" if options.k == "50%" else f"_k{options.k.replace('%', 'pct')}"
-    entries = records.read_results(setup.out / "results.json", run, options.overwrite, say)
-    journal = records.Journal(setup.out / f"predictions_{word}{suffix}.jsonl", run, options.overwrite, say)
+    entries = records.read_results(setup.out / "results.json", run, options.overwrite, say_once)
+    journal = records.Journal(setup.out / f"predictions_{word}{suffix}.jsonl", run, options.overwrite, say_once)
     if len(journal) < len(asked):
         model, sae = setup.load(journal, activations_run)
         check_latents(options.activations, masked, sae.cfg.d_sae)
