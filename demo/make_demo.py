@@ -334,9 +334,9 @@ def main():
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--sae-layer", type=int, default=1)
-    parser.add_argument("--sae-width", type=int, default=1024)
-    parser.add_argument("--sae-k", type=float, default=64)
-    parser.add_argument("--sae-samples", type=int, default=1_000_000)
+    parser.add_argument("--sae-width", type=int, default=512)
+    parser.add_argument("--sae-k", type=float, default=24)
+    parser.add_argument("--sae-samples", type=int, default=700_000)
     parser.add_argument("--folder", type=Path, default=DEMO)
     args = parser.parse_args()
     build = args.folder / "build"
