@@ -306,8 +306,7 @@ def match_samples(setup, activations_run, samples):
     path = setup.options.activations
     known = {question.id: question for question in setup.dataset}
     if activations_run is None:
-        say(f"{path}: the authors' published form, which does not say what made it: model, SAE, layer, dtype and data")
-        say("set cannot be checked. Its questions are found by their prompts.")
+        say(f"{path}: the authors' published form: model, SAE, layer and dtype that made it cannot be checked.")
         by_prompt = {}
         for question in setup.dataset:
             by_prompt.setdefault(setup.prompt(question), []).append(question.id)

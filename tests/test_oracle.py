@@ -42,8 +42,7 @@ def test_prompts_are_the_papers(demo, asked):
         assert case["prompt"].count(tokenizer.bos_token_id) == 1
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("size", [1, 7, 64])
+@pytest.mark.parametrize(("size", "share"), [(1, True), (7, True), (64, True), (7, False), (64, False)])
 def test_answers_and_rankings(demo, asked, size, share):
     """In batches that split the questions differently, what the questions of a context share run once or not."""
     model, sae, tokenizer = demo
