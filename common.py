@@ -36,7 +36,7 @@ DEMO_DEFAULTS = {
     "split": "",
     "device": "cpu",
     "dtype": "float32",
-    "batch_tokens": 8192,
+    "batch_tokens": 16384,
 }
 
 INSTRUCTION = (

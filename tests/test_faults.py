@@ -122,7 +122,8 @@ def test_two_writers(scripts, whole, tmp_path):
     """A round is refused while another process lives that writes in its folder, and not when that one was killed."""
     before, after, _, table = whole["baseline"]
     lay_out(tmp_path / "out", before)
-    hold = "import sys, time, filelock; filelock.FileLock(sys.argv[1]).acquire(); print(flush=True); time.sleep(600)"
+    hold = "import sys, time, filelock\nlock = filelock.FileLock(sys.argv[1])\n"
+    hold += "lock.acquire()\nprint(flush=True)\ntime.sleep(99)"
     lock = tmp_path / "out" / ".lock"
     with subprocess.Popen([sys.executable, "-c", hold, lock], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
