@@ -26,7 +26,7 @@ def test_demo_rounds_in_float16_on_cuda(tmp_path):
 
 @pytest.mark.parametrize(
     ("scale", "device", "dtype"),
-    [(16, "cpu", "float32"), (16, "cpu", "float16"), pytest.param(1, "cuda", "float16", marks=needs_cuda)],
+    [(32, "cpu", "float32"), (32, "cpu", "float16"), pytest.param(1, "cuda", "float16", marks=needs_cuda)],
 )
 def test_gemma_shape(scale, device, dtype):
     """gemma-2-9b-it's shape (on the CPU: the same, smaller), random weights: generation, ranking and masking."""
