@@ -254,7 +254,7 @@ def mask(options, which):
     word, label = NAMES[which]
     activations_run, samples = records.read_activations(options.activations)
     setup = Setup(options)
-    samples = match_samples(setup, activations_run, samples)
+    samples, missing = match_samples(setup, activations_run, samples)
     asked = [question for question in setup.selected if question.id in samples]
     if not asked:
         raise UserError(
@@ -291,6 +291,7 @@ def mask(options, which):
     rows = [{"masked": "none", "k": "-"} | clean] if clean else []
     rows.append({"masked": label, "k": f"{options.k} (mean {mean_k:.1f})", "drop": drop} | after)
     entry = {"round": word, "k": options.k, "mean_k": mean_k, "fewer_than_k": fewer, "clean": clean, "drop": drop}
+    entry["missing"] = missing  # in the activations file, but not in the data set: in no figure
     finish(setup, journal, entry | after, entries)
     print(f"\n{label} of each question masked:\n\n{report.table(rows)}\n")
     if clean is None:
@@ -302,7 +303,7 @@ def mask(options, which):
 
 
 def match_samples(setup, activations_run, samples):
-    """The samples by question id. Refuses activations of another run; names the questions the data set lacks."""
+    """The samples by question id, and what names those that the data set lacks. Refuses activations of another run."""
     path = setup.options.activations
     known = {question.id: question for question in setup.dataset}
     if activations_run is None:
@@ -313,14 +314,15 @@ def match_samples(setup, activations_run, samples):
         for sample in samples:  # the same prompt twice: the first stands for the first question, and so on
             ids = by_prompt.get(sample["prompt"])
             sample["id"] = ids.pop(0) if ids else None
-        missing = [repr(sample["prompt"][-80:]) for sample in samples if sample["id"] is None]
+        missing = [sample["prompt"] for sample in samples if sample["id"] is None]
     else:
         if named := records.differences(activations_run, setup.run, records.COMPARED):
             raise UserError(f"{path}: is of another run ({named}): repeat its options, or run baseline.py again")
         missing = [sample["id"] for sample in samples if sample["id"] not in known]
     if missing:
-        say(f"{path}: {len(missing)} of its {len(samples)} questions are not in the data set: {', '.join(missing[:5])}")
-    return {sample["id"]: sample for sample in samples if sample["id"] in known}
+        named = ", ".join(repr(name[-80:]) for name in missing[:5])
+        say(f"{path}: {len(missing)} of its {len(samples)} questions are not in the data set: {named}")
+    return {sample["id"]: sample for sample in samples if sample["id"] in known}, missing
 
 
 def masked_count(k, active):

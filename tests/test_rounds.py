@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import ROOT, options, run_script
 
 import common
@@ -134,6 +135,8 @@ def test_published_format(full, tmp_path, monkeypatch, capsys, demo_questions):
         assert code == 0, err
         assert "cannot be checked" in err and "1 of its 61 questions are not in the data set" in err
         assert "no unmasked answers" in out
+        entry = next(e for e in json.loads((tmp_path / "results.json").read_text()) if e["round"] == name)
+        assert entry["missing"] == ["a prompt of another data set"] and entry["n"] == 60
         _, ours = read_journal(tmp_path / f"predictions_{name}.jsonl")
         assert list(ours) and {i: r["answer"] for i, r in ours.items()} == {
             sample["id"]: found[name][sample["id"]]["answer"] for sample in samples[:60]
@@ -210,3 +213,21 @@ def test_table():
     text = report.table([{"masked": "none", "k": "-"} | clean, {"masked": "TopK", "k": "10", "drop": drop} | masked])
     assert text.splitlines()[1].split() == ["none", "-", "4", "100.00", "100.00", "100.00", "-", "-", "-"]
     assert text.splitlines()[2].split() == ["TopK", "10", "4", "75.00", "37.50", "0.00", "25.00", "62.50", "100.00"]
+
+
+def test_out_of_memory_halves_the_batch(capsys):
+    calls = []
+
+    def work(batch, tokens):
+        calls.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return [(index, tokens) for index in batch]
+
+    in_parts = rounds.halved_when_memory_runs_out(work)
+    assert in_parts(list(range(11)), 7) == [(index, 7) for index in range(11)]
+    assert in_parts([5, 4, 3], 9) == [(5, 9), (4, 9), (3, 9)]
+    assert calls == [11, 5, 2, 2, 2, 2, 2, 1, 2, 1]
+    assert capsys.readouterr().err.count("Out of memory with") == 2
+    with pytest.raises(ZeroDivisionError):  # anything else is not ours to handle
+        rounds.halved_when_memory_runs_out(lambda batch, tokens: 1 / 0)([1, 2], 3)
