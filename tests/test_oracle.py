@@ -6,7 +6,7 @@ import pytest
 import common
 from experiment import generation, latents, questions, rounds
 
-COUNT = 64
+COUNT = 60
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_prompts_are_the_papers(demo, asked):
         assert case["prompt"].count(tokenizer.bos_token_id) == 1
 
 
-@pytest.mark.parametrize(("size", "share"), [(1, True), (7, True), (64, True), (7, False), (64, False)])
+@pytest.mark.parametrize(("size", "share"), [(1, True), (7, True), (60, True), (7, False), (60, False)])
 def test_answers_and_rankings(demo, asked, size, share):
     """In batches that split the questions differently, what the questions of a context share run once or not."""
     model, sae, tokenizer = demo
@@ -76,7 +76,7 @@ def test_masked_answers(demo, asked, which):
     expected = [oracle.generate(model, sae, tokenizer, case["prompt"], mask) for case, mask in zip(ranked, masks)]
     if which == "topk":  # masking has to change something for this to be a test
         assert sum(case["generated"] != ids for case, ids in zip(ranked, expected)) >= 3
-    for size in (5, 64):
+    for size in (5, 60):
         ours = []
         for start in range(0, len(ranked), size):
             prompts = [case["prompt"] for case in ranked[start : start + size]]
