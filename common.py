@@ -54,6 +54,7 @@ TEMPLATES = {
     ),
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
+RANKINGS = ("baseline", "gradsae", "random")
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
 
 
@@ -75,8 +76,11 @@ class Options:
     sample: int | None
     seed: int
     prompt_template: str
+    exclude_special_tokens: bool
+    ranking: str
+    no_splice: bool  # round 1's
     activations: Path
-    k: str | None  # None in round 1, which ranks and masks nothing
+    k: tuple[str, ...]  # rounds 2 and 3's
     output_dir: Path
     device: str
     dtype: str
@@ -123,25 +127,39 @@ def parse_options(argv, doc, masks):
     add("--split", help=f"split of a Hub data set ({default('split')})")
     add("--limit", type=positive, metavar="N", help="only the first N questions (default: all)")
     add("--sample", type=positive, metavar="N", help="only N questions, drawn (default: all)")
-    add("--seed", type=int, default=42, help="seed of --sample (default: 42)")
+    add("--seed", type=int, default=42, help="seed of --sample and of the random ranking (default: 42)")
     add(
         "--prompt-template",
         default="auto",
         help=f"auto, {', '.join(TEMPLATES)}, or a text file with {{context}} and {{question}} (default: auto)",
     )
     add(
+        "--exclude-special-tokens",
+        action="store_true",
+        help="BOS and other special tokens bypass the SAE and count in no score (default: as in the paper, they do not)",
+    )
+    add(
+        "--ranking",
+        choices=RANKINGS,
+        default="baseline",
+        help="latents by mean activation, by GradSAE's gradient score, or drawn: the control (default: baseline)",
+    )
+    add(
         "--activations",
         type=Path,
         metavar="FILE",
-        help=f"round 1's file, {'read' if masks else 'written'} (default: activations_baseline.json in --output-dir)",
+        help=f"round 1's file, {'read' if masks else 'written'} (default: activations_RANKING.json in --output-dir)",
     )
     if masks:
         add(
             "--k",
             type=masked_latents,
-            default="50%",
-            help="latents to mask: a number, or a percentage of those active at the last position (default: 50%%)",
+            nargs="+",
+            default=["50%"],
+            help="latents to mask: numbers, or percentages of those active at the last position (default: 50%%)",
         )
+    else:
+        add("--no-splice", action="store_true", help="only answer, with no SAE at all: what the splice itself costs")
     add("--output-dir", type=Path, default=Path("."), metavar="FOLDER", help="for journals and results (default: .)")
     add("--device", help=f"torch device ({default('device')})")
     add("--dtype", choices=floats, help=f"of the model ({default('dtype')})")
@@ -163,8 +181,9 @@ def parse_options(argv, doc, masks):
         if given[name] is None:
             given[name] = value
     if given["activations"] is None:
-        given["activations"] = given["output_dir"] / "activations_baseline.json"
-    return Options(**({"k": None} | given))
+        given["activations"] = given["output_dir"] / f"activations_{given['ranking']}.json"
+    given["k"] = tuple(dict.fromkeys(given.get("k", ())))  # each once
+    return Options(**({"no_splice": False} | given))
 
 
 def guard(main):
@@ -218,6 +237,12 @@ def tokenize(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def special_ids(tokenizer):
+    """The ids of BOS, padding, turn markers and the like, ascending."""
+    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return sorted({*tokenizer.all_special_ids, *added})
 
 
 def parse_answer(text):
@@ -366,21 +391,43 @@ def load_sae(options):
     return sae.eval().requires_grad_(False)
 
 
-def load(options, tokenizer):
-    """The model (a TransformerBridge over Transformers' own weights) and the SAE that belongs to one of its layers.
+def neuronpedia_page(options, latent):
+    """The address of a latent's page on Neuronpedia, where SAELens' table knows one for the SAE; or None."""
+    if Path(bundled(options.sae_release)).is_dir():
+        return None
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    The SAE comes first: a wrong name costs seconds then, not the model's download.
-    """
+    release = get_pretrained_saes_directory().get(options.sae_release)
+    page = release and release.neuronpedia_id.get(options.sae_id)
+    return f"https://www.neuronpedia.org/{page}/{latent}" if page else None
+
+
+def load_model(options, tokenizer):
+    """The model: a TransformerBridge over Transformers' own weights, greedy and nothing else."""
     import torch
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import GenerationConfig
 
-    sae = load_sae(options)
     name = official_name(bundled(options.model))
     with hub_errors(options.model):
         model = TransformerBridge.boot_transformers(
             name, device=options.device, dtype=getattr(torch, options.dtype), tokenizer=tokenizer
         )
+    model.requires_grad_(False)
+    # A model's own generation config may hold sampling or a repetition penalty.
+    model.original_model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def load(options, tokenizer):
+    """The model and the SAE that belongs to one of its layers.
+
+    The SAE comes first: a wrong name costs seconds then, not the model's download.
+    """
+    sae = load_sae(options)
+    model = load_model(options, tokenizer)
     hook_name = sae.cfg.metadata.hook_name
     if int(hook_name.split(".")[1]) >= model.cfg.n_layers:
         raise UserError(
@@ -391,11 +438,6 @@ def load(options, tokenizer):
             f"{options.sae_release}: reads {sae.cfg.d_in} dimensions, but {options.model} has {model.cfg.d_model}: "
             "this SAE belongs to another model"
         )
-    model.requires_grad_(False)
-    # Greedy and nothing else: a model's own generation config may hold sampling or a repetition penalty.
-    model.original_model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id
-    )
     return model, sae
 
 

@@ -1,12 +1,17 @@
 """Batched greedy answers with the SAE spliced in, latents masked or not. Knows nothing of files or questions."""
 
+import contextlib
 import os
 
 import torch
-from transformers import DynamicCache
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformers import DynamicCache, StoppingCriteria
 
 from experiment import UserError
-from experiment.latents import positions_at_once
+
+# Positions whose latents are held at once: 0.5 GB a tensor for a 131k-wide SAE in float32. On the CPU the demo's fit
+# into the cache then, and the SAE takes two thirds of the time that it takes on a whole batch.
+POSITIONS_AT_ONCE = 1024
 
 
 def plan_batches(lengths, batch_tokens, contexts=None):
@@ -32,33 +37,71 @@ def plan_batches(lengths, batch_tokens, contexts=None):
     return batches
 
 
-def splice(sae, masked=None, seen=None):
-    """A forward hook that puts the SAE's reconstruction in place of the residual stream, at every position.
+def splice(sae, masked=None, seen=None, bypass=()):
+    """A function of a residual stream [batch, pos, d_model] and its token ids [batch, pos]: the SAE's reconstruction.
 
     masked: one list of latent ids a batch row, zeroed before decoding, or None.  No error term is added back.
     seen: a list that gets the residual stream of every forward pass as it was, or None.
+    bypass: ids of tokens at whose positions the residual stream stays as it is.
     The SAE computes in its own dtype; the residual keeps its own.
     """
+    device = sae.device
+    bypass = torch.tensor(bypass, dtype=torch.long, device=device)
     if masked is not None:
-        mask = torch.zeros(len(masked), sae.cfg.d_sae, dtype=torch.bool, device=sae.W_enc.device)  # [batch, d_sae]
+        mask = torch.zeros(len(masked), sae.cfg.d_sae, dtype=torch.bool, device=device)  # [batch, d_sae]
         for row, latents in enumerate(masked):
             mask[row, latents] = True
 
-    def hook(residual, hook):  # [batch, pos, d_model]
+    def reconstruct(residual, ids):
         if seen is not None:
             seen.append(residual)
-        batch, pos, _ = residual.shape
-        rows = torch.arange(batch, device=residual.device).repeat_interleave(pos)
-        size = positions_at_once(sae)
+        batch, pos = ids.shape
+        rows = torch.arange(batch, device=device).repeat_interleave(pos)
         out = []
-        for chunk, chunk_rows in zip(residual.flatten(0, 1).split(size), rows.split(size)):
+        for chunk, chunk_rows in zip(residual.flatten(0, 1).split(POSITIONS_AT_ONCE), rows.split(POSITIONS_AT_ONCE)):
             acts = sae.encode(chunk.to(sae.dtype))  # [chunk, d_sae]
             if masked is not None:
                 acts = acts.masked_fill(mask[chunk_rows], 0)
             out.append(sae.decode(acts).to(residual.dtype))
-        return torch.cat(out).view_as(residual)
+        out = torch.cat(out).view_as(residual)
+        return out if not len(bypass) else torch.where(torch.isin(ids, bypass).unsqueeze(-1), residual, out)
 
-    return hook
+    return reconstruct
+
+
+@contextlib.contextmanager
+def spliced(model, sae, replace):
+    """The Transformers model with `replace` (as `splice` gives it) at the SAE's place; with sae None, as it is.
+
+    TransformerLens' wrappers around every module compute what nobody hooks here. They are set aside meanwhile: a
+    forward pass is a tenth faster without them, and the same bit for bit.
+    """
+    lm, place = model.original_model, None if sae is None else sae.cfg.metadata.hook_name
+    point = None if sae is None else model.hook_dict[place]
+    wrapped = [
+        (parent, name, child)
+        for parent in lm.modules()
+        if not isinstance(parent, GeneralizedComponent)
+        for name, child in parent.named_children()
+        if isinstance(child, GeneralizedComponent) and not any(point is part for part in child.children())
+    ]
+    token_ids = []  # of the forward pass under way
+
+    def remember(module, arguments):
+        token_ids[:] = arguments
+
+    def hook(residual, hook):
+        return replace(residual, token_ids[0])
+
+    try:
+        for parent, name, child in wrapped:
+            setattr(parent, name, child.original_component)
+        with lm.get_input_embeddings().register_forward_pre_hook(remember):
+            with model.hooks(fwd_hooks=[] if sae is None else [(place, hook)]):
+                yield lm
+    finally:
+        for parent, name, child in wrapped:
+            setattr(parent, name, child)
 
 
 class FiniteLogits:
@@ -83,6 +126,17 @@ class FiniteLogits:
             )
 
 
+class AllButFewEnded(StoppingCriteria):
+    """Ends a batch's generation once at most `few` of its rows still go on. Decided on the device, without waiting."""
+
+    def __init__(self, few, end_ids, device):
+        self.few, self.end_ids, self.ended = few, torch.tensor(end_ids, device=device), False
+
+    def __call__(self, input_ids, scores, **_):
+        self.ended = self.ended | torch.isin(input_ids[:, -1], self.end_ids)  # [batch]
+        return ((~self.ended).sum() <= self.few).expand(len(input_ids))
+
+
 def pad_left(sequences, pad_id, device):
     """Token ids and attention mask [batch, pos]: every row's next token stands at the same place."""
     length = max(map(len, sequences))
@@ -92,6 +146,11 @@ def pad_left(sequences, pad_id, device):
         ids[row, length - len(sequence) :] = torch.tensor(sequence)
         mask[row, length - len(sequence) :] = 1
     return ids.to(device), mask.to(device)
+
+
+def positions_of(mask):
+    """Each token's place in its own sequence, [batch, pos], of a left-padded attention mask."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def shared_prefixes(prompts, contexts):
@@ -116,17 +175,18 @@ def shared_prefixes(prompts, contexts):
 
 
 @torch.inference_mode()
-def answer(model, sae, prompts, max_new_tokens, masked=None, contexts=None, keep_residuals=False):
-    """Greedy continuations of tokenised prompts, the SAE spliced in on every forward pass.
+def answer(model, sae, prompts, max_new_tokens, *, masked=None, bypass=(), contexts=None, keep_residuals=False, few=0):
+    """Greedy continuations of tokenised prompts, the SAE spliced in on every forward pass; with sae None, without.
 
-    prompts: lists of token ids.  masked: as in `splice`.  The ids that end a turn come from the generation config.
+    prompts: lists of token ids.  masked, bypass: as in `splice`.  What ends a turn stands in the generation config.
     contexts: for each prompt a key, or None: what prompts with the same key begin with is run once. Not with masks:
     above the SAE's layer they make prefixes differ.
+    few: how many answers may be left unfinished: a batch lasts as long as its longest answer.
     Returns what each prompt generated, ids up to and including the one that ended it; and, with keep_residuals, the
     residual stream at the SAE's hook for each, [pos, d_model], over the prompt and at least all but the last of these.
     """
-    lm, device = model.original_model, sae.W_enc.device
-    pad_id, end_ids = lm.generation_config.pad_token_id, lm.generation_config.eos_token_id
+    lm = model.original_model
+    pad_id, end_ids, device = lm.generation_config.pad_token_id, lm.generation_config.eos_token_id, lm.device
     width = max(map(len, prompts))
     # In a prefix cache padding stands in the middle. Positions and masks allow for it, a sliding window would not.
     window = getattr(lm.config, "sliding_window", None) or width + max_new_tokens
@@ -134,7 +194,7 @@ def answer(model, sae, prompts, max_new_tokens, masked=None, contexts=None, keep
     if contexts is not None and masked is None and width + max_new_tokens <= window:
         shared = shared_prefixes(prompts, contexts)
     seen, logits = [] if keep_residuals else None, FiniteLogits(device)
-    with model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, splice(sae, masked, seen))]):
+    with spliced(model, sae, sae and splice(sae, masked, seen, bypass)):
         if shared is None:
             cache, suffixes = None, prompts
             ids, mask = pad_left(prompts, pad_id, device)
@@ -148,6 +208,7 @@ def answer(model, sae, prompts, max_new_tokens, masked=None, contexts=None, keep
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
             logits_processor=[logits],
+            stopping_criteria=[AllButFewEnded(few, end_ids, device)],
         )[:, ids.shape[1] :]
     logits.check()
     outputs = [_until_end(row, end_ids) for row in generated.tolist()]
@@ -168,8 +229,7 @@ def run_prefixes(lm, prefixes, owner, suffixes, pad_id, device):
     """Runs each prefix once, and sets up each prompt's generation behind its own: cache, ids and attention mask."""
     ids, mask = pad_left(prefixes, pad_id, device)
     cache = DynamicCache(config=lm.config)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+    lm(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), past_key_values=cache, logits_to_keep=1)
     rows = torch.tensor(owner, device=device)
     cache.batch_select_indices(rows)
     suffix_ids, suffix_mask = pad_left(suffixes, pad_id, device)

@@ -56,17 +56,17 @@ def is_local(dataset):
 
 def _read_local(path):
     """Yields (where, row) of a local file, whichever of the three forms it has."""
+    where = "as a whole"
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            # Not splitlines(): JSON strings may hold other line separators than \n.
-            for number, line in enumerate(text.split("\n"), 1):
-                where = f"line {number}"
-                if line.strip():
-                    yield where, json.loads(line)
-            return
-        where = "as a whole"
-        content = json.loads(text)
+        # JSON strings may hold other line separators than \n: they end no line.
+        with open(path, encoding="utf-8", newline="\n") as file:
+            if path.suffix == ".jsonl":
+                for number, line in enumerate(file, 1):
+                    where = f"line {number}"
+                    if line.strip():
+                        yield where, json.loads(line)
+                return
+            content = json.load(file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): check --dataset") from None
     except UnicodeDecodeError:

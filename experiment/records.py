@@ -13,10 +13,10 @@ from experiment import UserError
 # What changes a result by design. Versions, device and batch size are in `run` too, for readers, and not compared.
 COMPARED = (
     *("model", "sae_release", "sae_id", "hook_name", "d_sae", "ranking", "dtype", "sae_dtype", "dataset", "split"),
-    *("questions", "prompt_template", "max_new_tokens"),
+    *("exclude_special_tokens", "questions", "prompt_template", "max_new_tokens"),
 )
 # What also makes a journal or a results entry another one; rounds 2 and 3 may mask a part of what round 1 ranked.
-SELECTED = ("limit", "sample", "seed", "masked", "k", "activations")
+SELECTED = ("limit", "sample", "seed", "ranking_seed", "splice", "answers", "masked", "k", "activations")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,12 +73,13 @@ def lock(folder):
 
 
 @contextlib.contextmanager
-def write_whole(path):
-    """A text file that appears at `path` whole when the block ends, or not at all: written beside, synced, moved."""
+def write_whole(path, mode="w"):
+    """A file that appears at `path` whole when the block ends, or not at all: written beside, synced, moved."""
     beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "w", encoding="utf-8", newline="\n") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        with open(beside, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -203,8 +204,8 @@ def _check_record(entry, known):
         raise ValueError("id, text and answer must be strings, and an id stand once")
     if not all(isinstance(entry[name], float) and 0 <= entry[name] <= 1 for name in ("em", "f1", "accuracy")):
         raise ValueError("em, f1 and accuracy must be from 0.0 to 1.0")
-    if "topk" in entry and not all(_are_latents(entry[name]) for name in ("active", "topk", "bottomk")):
-        raise ValueError("active, topk and bottomk must be lists of latents")
+    if "topk" in entry and not all(_are_latents(entry[name]) for name in ("tokens", "active", "topk", "bottomk")):
+        raise ValueError("tokens, active, topk and bottomk must be lists of ids")
     return entry["id"]
 
 
@@ -271,11 +272,11 @@ def _published(path, entries):
     return samples
 
 
-def digest_samples(samples):
-    """A hash of what is masked where: it ties the journals of rounds 2 and 3 to the file they were run with."""
+def digest(samples, *fields):
+    """A hash of these fields of all samples: it ties a journal to what it was made from."""
     sha = hashlib.sha256()
     for sample in samples:
-        sha.update(json.dumps([sample["id"], sample["topk"], sample["bottomk"]]).encode())
+        sha.update(json.dumps([sample[field] for field in fields]).encode())
     return sha.hexdigest()
 
 
@@ -292,9 +293,10 @@ def read_results(path, run, overwrite, notify):
         isinstance(e, dict) and isinstance(e.get("run"), dict) and {"round", "k"} <= e.keys() for e in entries
     ):
         raise UserError(f"{path}: is not a file of results: move it away")
-    keep, shared = [], {field: run[field] for field in COMPARED if field in run}
+    fields = [field for field in COMPARED if field != "ranking"]  # rankings stand side by side
+    keep, shared = [], {field: run[field] for field in fields if field in run}
     for entry in entries:
-        found = {field: entry["run"][field] for field in (*COMPARED, "demo") if field in entry["run"]}
+        found = {field: entry["run"][field] for field in (*fields, "demo") if field in entry["run"]}
         if not differences(found, shared, COMPARED):
             keep.append(entry)
         else:
@@ -306,6 +308,12 @@ def write_results(path, entries):
     with write_whole(path) as file:
         json.dump(entries, file, indent=1, ensure_ascii=False)
         file.write("\n")
+
+
+def write_figure(path, draw):
+    """draw(file) writes the picture's bytes."""
+    with write_whole(path, "wb") as file:
+        draw(file)
 
 
 def folder(path):

@@ -1,5 +1,6 @@
 """The two flows: rank (round 1) and mask (rounds 2 and 3). The only module that knows the order of things."""
 
+import array
 import functools
 import importlib.metadata
 import sys
@@ -11,8 +12,9 @@ import common
 from experiment import UserError, generation, latents, questions, records, report
 
 KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this F1, not only exact matches
-FIRST_TOKENS = 24  # "Result = [[ ... ]]" and the end of the turn: answers of up to some fifteen tokens fit
-NAMES = {"topk": ("false", "TopK"), "bottomk": ("true", "BottomK")}
+FEW = 16  # one question in so many may keep a batch no longer: to begin its answer again later costs less
+GRADIENT_TOKENS = 16  # a token whose gradient is asked for takes about so many times the memory of one in the cache
+WORDS = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
 
@@ -36,11 +38,13 @@ class Setup:
         self.options = options
         self.tokenizer = common.load_tokenizer(options)
         self.template = common.choose_template(options.prompt_template, self.tokenizer)
+        self.bypass = common.special_ids(self.tokenizer) if options.exclude_special_tokens else ()
         with common.hub_errors(options.dataset):
             self.dataset, unanswerable = questions.load(common.bundled(options.dataset), options.split)
         if unanswerable:
             say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
         self.selected = questions.select(self.dataset, options.limit, options.sample, options.seed)
+        # The run of the unmasked answers, which are the same for every ranking and have the baseline's beside them.
         self.run = {
             "demo": options.demo,
             "model": options.model,
@@ -49,6 +53,7 @@ class Setup:
             "ranking": "baseline",
             "dtype": options.dtype,
             "sae_dtype": options.sae_dtype,
+            "exclude_special_tokens": options.exclude_special_tokens,
             "dataset": options.dataset,
             "split": None if questions.is_local(options.dataset) else options.split,
             "questions": questions.digest(self.dataset),
@@ -61,9 +66,19 @@ class Setup:
             "batch_tokens": options.batch_tokens,
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
+        self.ranked_run = self.run | {"ranking": options.ranking}
+        if options.ranking == "random":
+            self.ranked_run["ranking_seed"] = options.seed
+        self._loaded = None
         # Last: a mistake in the options touches no file.
         self.out = records.folder(options.output_dir)
         self.lock = records.lock(self.out)  # held as long as this process lives
+        self.results = self.out / "results.json"
+        self.entries = records.read_results(self.results, self.ranked_run, options.overwrite, say_once)
+        try:
+            report.table(self.entries)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.results}: is damaged ({error!r}): move it away") from None
 
     def prompt(self, question):
         return common.build_prompt(self.template, question.context, question.question)
@@ -71,10 +86,15 @@ class Setup:
     def prompt_ids(self, question):
         return common.tokenize(self.tokenizer, self.prompt(question))
 
+    def journal(self, name, run):
+        return records.Journal(self.out / f"predictions_{name}.jsonl", run, self.options.overwrite, say_once)
+
     def load(self, journal, activations_run=None):
-        """Model and SAE. Completes the run with what only the SAE's configuration says, and checks that too."""
-        say(f"Loading {self.options.sae_release} and {self.options.model} ...")
-        model, sae = common.load(self.options, self.tokenizer)
+        """Model and SAE. Completes the journal's run with what only the SAE's configuration says, and checks it."""
+        if self._loaded is None:
+            say(f"Loading {self.options.sae_release} and {self.options.model} ...")
+            self._loaded = common.load(self.options, self.tokenizer)
+        model, sae = self._loaded
         late = {"hook_name": sae.cfg.metadata.hook_name, "d_sae": sae.cfg.d_sae}
         for found, path in ((journal.run, journal.path), (activations_run, self.options.activations)):
             if found and (named := records.differences(found, late, late)):
@@ -82,38 +102,56 @@ class Setup:
         journal.run.update(late)
         return model, sae
 
+    def finish(self, run, *entries):
+        """Puts a round's entries into results.json, in place of those of the same round, ranking and K; and draws."""
+        fresh = [{"run": run} | entry for entry in entries]
 
-def work_off(asked, setup, model, journal, work, label, share=False):
-    """Answers every question that `journal` lacks.  work(batch, max_new_tokens): indices into `asked` -> records, with
-    None for an answer that was not finished within max_new_tokens.
+        def key(entry):
+            return entry["round"], entry["run"]["ranking"], entry["k"]
 
+        replaced = set(map(key, fresh))
+        self.entries = [entry for entry in self.entries if key(entry) not in replaced] + fresh
+        records.write_results(self.results, self.entries)
+        if any("masked" in entry for entry in self.entries):
+            records.write_figure(self.out / "results.png", lambda file: report.draw(file, self.entries))
+
+
+def work_off(asked, lengths, journal, work, label, budget, contexts=None):
+    """Answers every question that `journal` lacks.  work(batch, few): indices into `asked` -> records, with None for
+    the at most `few` answers that are unfinished when all others have ended.
+
+    lengths: tokens of each.  budget, contexts: as in `generation.plan_batches`.
     The batches depend on the questions alone, and one with an unfinished question runs again whole: half-precision
     answers depend a little on the batch, so an interrupted run ends in the same bytes as an uninterrupted one.
-    A batch lasts as long as its longest answer. So each first gets FIRST_TOKENS; the few answers that need more are
-    put off (the journal says which) and generated from the start, together, when all others are done.
+    A batch lasts as long as its longest answer. So its last few are put off (the journal says which), and generated
+    from the start, together, when all others are done.
     """
-    most, budget = setup.options.max_new_tokens, setup.options.batch_tokens
-    lengths = [len(setup.prompt_ids(question)) for question in asked]
-    check_lengths(asked, lengths, most, model)
     done = len(journal)
     if done:
         say(f"{done} of {len(asked)} questions are in {journal.path} already")
     work = halved_when_memory_runs_out(work)
     with tqdm(total=len(asked), initial=done, desc=label, unit="question", smoothing=0.1) as bar:
-        first = min(FIRST_TOKENS, most)
-        for tokens in sorted({first, most}):
-            left = [i for i, question in enumerate(asked) if tokens == first or journal.put_off(question.id)]
-            contexts = [asked[i].context for i in left] if share else None
-            for batch in generation.plan_batches([lengths[i] for i in left], budget, contexts):
+        for first in (True, False):
+            left = [i for i, question in enumerate(asked) if first or journal.put_off(question.id)]
+            keys = contexts and [contexts[i] for i in left]
+            for batch in generation.plan_batches([lengths[i] for i in left], budget, keys):
                 batch = [left[i] for i in batch]
-                if all(asked[i].id in journal or tokens < most and journal.put_off(asked[i].id) for i in batch):
+                if all(asked[i].id in journal or first and journal.put_off(asked[i].id) for i in batch):
                     continue
-                found = work(batch, tokens)
+                found = work(batch, len(batch) // FEW if first else 0)
                 before = len(journal)
                 journal.append(
                     [record for record in found if record], [asked[i].id for i, r in zip(batch, found) if r is None]
                 )
                 bar.update(len(journal) - before)
+
+
+def work_off_answers(setup, model, asked, journal, work, label, share):
+    """`work_off` for answers: from the prompts' lengths; share: whether the questions of a context stay together."""
+    lengths = [len(setup.prompt_ids(question)) for question in asked]
+    check_lengths(asked, lengths, setup.options.max_new_tokens, model)
+    contexts = [question.context for question in asked] if share else None
+    work_off(asked, lengths, journal, work, label, setup.options.batch_tokens, contexts)
 
 
 def check_lengths(asked, lengths, max_new_tokens, model):
@@ -130,12 +168,12 @@ def halved_when_memory_runs_out(work):
     """`work` in parts: after an out-of-memory error in halves, quarters ..., from then on. Says so each time."""
     largest = None
 
-    def in_parts(batch, tokens):
+    def in_parts(batch, few):
         nonlocal largest
         while True:
             size = min(len(batch), largest or len(batch))
             try:
-                return [r for start in range(0, len(batch), size) for r in work(batch[start : start + size], tokens)]
+                return [r for start in range(0, len(batch), size) for r in work(batch[start : start + size], few)]
             except Exception as error:
                 if size == 1 or not should_reduce_batch_size(error):
                     raise
@@ -146,20 +184,18 @@ def halved_when_memory_runs_out(work):
     return in_parts
 
 
-def answered(setup, model, question, ids, max_new_tokens):
+def answered(setup, model, question, ids):
     """The record of one generated answer: its text, the answer parsed from it, and its scores; None if it goes on."""
     ended = ids[-1] in model.original_model.generation_config.eos_token_id
-    if not ended and max_new_tokens < setup.options.max_new_tokens:
+    if not ended and len(ids) < setup.options.max_new_tokens:
         return None
     text = setup.tokenizer.decode(ids)
     answer = common.parse_answer(setup.tokenizer.decode(ids, skip_special_tokens=True))
     return {"id": question.id, "text": text, "answer": answer} | questions.score(answer, question.truths)
 
 
-def finish(setup, journal, entry, entries):
-    """Puts a round's entry into results.json, in place of the one of the same round and K."""
-    fresh = [e for e in entries if (e["round"], e["k"]) != (entry["round"], entry["k"])]
-    records.write_results(setup.out / "results.json", [*fresh, {"run": journal.run} | entry])
+def scores_of(record):
+    return {metric: record[metric] for metric in report.METRICS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,34 +203,41 @@ def finish(setup, journal, entry, entries):
 
 
 def rank(options):
-    """Round 1: answer every question, keep the right ones, rank the latents of those -> activations_baseline.json."""
+    """Round 1: answer every question, keep the right ones, rank the latents of those -> activations_<ranking>.json."""
     setup = Setup(options)
-    asked = setup.selected
-    entries = records.read_results(setup.out / "results.json", setup.run, options.overwrite, say_once)
+    if options.no_splice:
+        answer_without_sae(setup)
+        return
     check_old_activations(setup)
-    journal = records.Journal(setup.out / "predictions_baseline.jsonl", setup.run, options.overwrite, say_once)
-    if len(journal) < len(asked):
-        model, sae = setup.load(journal)
-        work = functools.partial(answer_and_rank, setup, model, sae, asked)
-        work_off(asked, setup, model, journal, work, "Round 1", share=True)
-    else:
-        say(f"Round 1 is finished ({journal.path}); --overwrite starts it again.")
-    counts, clean = count_answers(journal, asked)
-    run = journal.run | {"asked": counts["asked"], "kept": counts["kept"]}
-    samples = (
-        {name: record[name] for name in ("id", "answer", "em", "f1", "active", "topk", "bottomk")}
-        for record in journal.read(q.id for q in asked)
-        if "topk" in record
-    )
-    records.write_activations(options.activations, run, samples)
-    rows = [{"masked": f"none, {which}", "k": "-"} | clean[which] for which in ("all asked", "kept")]
-    finish(setup, journal, {"round": "baseline", "k": None} | counts | clean["kept"], entries)
+    asked = setup.selected
+    journal = answers = answer_all(setup, asked)
+    counts, entry = count_answers(answers, asked)
+    setup.finish(answers.run, {"round": "baseline", "k": None} | counts | entry)
     print(
         f"\nRound 1: {counts['asked']} questions asked, {counts['kept']} answered right and kept "
         f"({100 * counts['kept'] / counts['asked']:.1f}%), {counts['wrong']} answered wrong, "
-        f"{counts['unranked']} right but without any [ to rank at.\n\n{report.table(rows)}\n\n"
-        f"Latents of the kept questions: {options.activations}"
+        f"{counts['unranked']} right but without any [ to rank at.\n"
     )
+    kept = [q for q, record in zip(asked, answers.read(q.id for q in asked)) if "topk" in record]
+    if options.ranking != "baseline":
+        journal = rank_kept(setup, answers, kept)
+
+    def samples():
+        for record in journal.read(q.id for q in kept):
+            yield {name: record[name] for name in ("id", "answer", "em", "f1", "active", "topk", "bottomk")}
+
+    run = journal.run | {"asked": counts["asked"], "kept": counts["kept"]}
+    records.write_activations(options.activations, run, samples())
+    statistics = report.latent_statistics(samples(), [q.context for q in kept])
+    statistics["overlap"] = {
+        ranking: report.ranking_overlap(samples(), others) for ranking, others in other_rankings(setup)
+    }
+    for latent in statistics["most_frequent_topk"]:
+        latent["neuronpedia"] = common.neuronpedia_page(options, latent["latent"])
+    own = {"round": "baseline", "k": None} | counts | entry | {"statistics": statistics}
+    setup.finish(journal.run, own)
+    print(f"{report.table(setup.entries)}\n\n{report.describe(statistics, options.ranking)}\n")
+    print(f"Latents of the kept questions: {options.activations}")
 
 
 def check_old_activations(setup):
@@ -204,23 +247,38 @@ def check_old_activations(setup):
         found, _ = records.read_activations(path)
         if found is None:
             raise UserError(f"{path}: is the authors' published file: give another --activations, or --overwrite")
-        fields = {field: setup.run[field] for field in found if field in setup.run}
+        fields = {field: setup.ranked_run[field] for field in found if field in setup.ranked_run}
         records.replaceable(path, found, fields, False, say_once)
 
 
-def answer_and_rank(setup, model, sae, asked, batch, max_new_tokens):
-    """The records of a batch of round 1: answers and, for questions answered right with a [ in them, latents."""
-    batch = [asked[i] for i in batch]
-    prompts = [setup.prompt_ids(question) for question in batch]
-    contexts = [question.context for question in batch]
-    outputs, residuals = generation.answer(model, sae, prompts, max_new_tokens, contexts=contexts, keep_residuals=True)
-    found = [answered(setup, model, question, ids, max_new_tokens) for question, ids in zip(batch, outputs)]
-    for record, prompt, ids, residual in zip(found, prompts, outputs, residuals):
-        bracket = last_bracket(setup.tokenizer, ids)
-        if record and record["f1"] >= KEEP_F1 and bracket is not None:
-            # The residual does not depend on the splice, which comes after it: what was seen while answering will do.
-            record |= latents.rank(sae, residual[: len(prompt) + bracket])
-    return found
+def answer_all(setup, asked):
+    """The journal of the unmasked answers, the baseline's ranking beside those that are kept."""
+    journal = setup.journal("baseline", setup.run)
+    if len(journal) == len(asked):
+        say(f"Round 1's answers are finished ({journal.path}); --overwrite starts them again.")
+        return journal
+    model, sae = setup.load(journal)
+    most = setup.options.max_new_tokens
+
+    def answer_and_rank(batch, few):
+        batch = [asked[i] for i in batch]
+        prompts, contexts = [setup.prompt_ids(q) for q in batch], [q.context for q in batch]
+        outputs, residuals = generation.answer(
+            model, sae, prompts, most, bypass=setup.bypass, contexts=contexts, keep_residuals=True, few=few
+        )
+        found = [answered(setup, model, question, ids) for question, ids in zip(batch, outputs)]
+        for record, prompt, ids, residual in zip(found, prompts, outputs, residuals):
+            bracket = last_bracket(setup.tokenizer, ids)
+            if record and record["f1"] >= KEEP_F1 and bracket is not None:
+                # The residual does not depend on the splice, which comes after it: what was seen while answering will
+                # do. `tokens`: what other rankings need to run the sequence again.
+                sequence = prompt + ids[:bracket]
+                record["tokens"] = ids[: bracket + 1]
+                record |= latents.rank(sae, residual[latents.counted_positions(sequence, setup.bypass)])
+        return found
+
+    work_off_answers(setup, model, asked, journal, answer_and_rank, "Round 1", share=True)
+    return journal
 
 
 def last_bracket(tokenizer, ids):
@@ -231,18 +289,101 @@ def last_bracket(tokenizer, ids):
     return None
 
 
+def rank_kept(setup, answers, kept):
+    """The journal of the kept questions' records with another ranking's latents in place of the baseline's."""
+    ranking = setup.options.ranking
+    run = setup.ranked_run | {
+        "answers": records.digest(answers.read(q.id for q in kept), "id", "answer", "tokens", "active")
+    }
+    journal = setup.journal(ranking, run)
+    if len(journal) == len(kept):
+        say(f"The {ranking} ranking is finished ({journal.path}); --overwrite starts it again.")
+        return journal
+    model, sae = setup.load(journal)
+
+    def rank_again(batch, few):
+        found = list(answers.read(kept[i].id for i in batch))
+        sequences = [setup.prompt_ids(kept[i]) + r["tokens"][:-1] for i, r in zip(batch, found)]
+        if ranking == "gradsae":
+            next_ids = [record["tokens"][-1] for record in found]
+            scores = latents.gradient_scores(model, sae, sequences, next_ids, setup.bypass)
+        else:
+            contexts = [kept[i].context for i in batch]
+            _, residuals = generation.answer(
+                model, sae, sequences, 1, bypass=setup.bypass, contexts=contexts, keep_residuals=True
+            )
+            scores = [
+                latents.random_scores(
+                    sae, residual[latents.counted_positions(ids, setup.bypass)], f"{setup.options.seed} {record['id']}"
+                )
+                for ids, residual, record in zip(sequences, residuals, found)
+            ]
+        for record, of_latents in zip(found, scores):
+            topk, bottomk = latents.top_and_bottom(of_latents, len(record["active"]) // 2)
+            record |= {"topk": topk, "bottomk": bottomk}
+        return found
+
+    lengths = [
+        len(setup.prompt_ids(q)) + len(record["tokens"]) - 1
+        for q, record in zip(kept, answers.read(q.id for q in kept))
+    ]
+    if ranking == "gradsae":
+        budget, contexts = max(1, setup.options.batch_tokens // GRADIENT_TOKENS), None
+    else:
+        budget, contexts = setup.options.batch_tokens, [q.context for q in kept]
+    work_off(kept, lengths, journal, rank_again, f"Ranking ({ranking})", budget, contexts)
+    return journal
+
+
 def count_answers(journal, asked):
     """How many were asked, kept, wrong and right but not to be ranked; and the scores of all asked and of the kept."""
     counts = dict.fromkeys(("asked", "kept", "wrong", "unranked"), 0)
-    scores = {"all asked": [], "kept": []}
-    for record in journal.read(question.id for question in asked):
-        score = {metric: record[metric] for metric in report.METRICS}
+    every, kept = ([], []), ([], [])
+    for question, record in zip(asked, journal.read(question.id for question in asked)):
         counts["asked"] += 1
         counts["kept" if "topk" in record else "unranked" if record["f1"] >= KEEP_F1 else "wrong"] += 1
-        scores["all asked"].append(score)
-        if "topk" in record:
-            scores["kept"].append(score)
-    return counts, {which: report.mean_scores(values) for which, values in scores.items()}
+        for scores, contexts in (every, kept) if "topk" in record else (every,):
+            scores.append(scores_of(record))
+            contexts.append(question.context)
+    return counts, {"all": report.summarize(*every)} | report.summarize(*kept)
+
+
+def other_rankings(setup):
+    """(ranking, samples) of each activations file beside this ranking's that is of the same run."""
+    fields = [field for field in records.COMPARED if field != "ranking"]
+    for ranking in common.RANKINGS:
+        path = setup.out / f"activations_{ranking}.json"
+        if ranking != setup.options.ranking and path.exists():
+            try:
+                found, samples = records.read_activations(path)
+            except UserError as error:
+                say(f"{error}: not compared with")
+                continue
+            if found and not records.differences(found, setup.run, fields):
+                yield ranking, samples
+
+
+def answer_without_sae(setup):
+    """Round 1 with --no-splice: what the model answers by itself, so that the splice's own cost shows."""
+    asked, run = setup.selected, setup.run | {"splice": False}
+    journal = setup.journal("no_splice", run)
+    if len(journal) < len(asked):
+        say(f"Loading {setup.options.model} ...")
+        model = common.load_model(setup.options, setup.tokenizer)
+
+        def answer(batch, few):
+            batch = [asked[i] for i in batch]
+            prompts, contexts = [setup.prompt_ids(q) for q in batch], [q.context for q in batch]
+            most = setup.options.max_new_tokens
+            outputs, _ = generation.answer(model, None, prompts, most, contexts=contexts, few=few)
+            return [answered(setup, model, question, ids) for question, ids in zip(batch, outputs)]
+
+        work_off_answers(setup, model, asked, journal, answer, "Without SAE", share=True)
+    else:
+        say(f"The answers without SAE are finished ({journal.path}); --overwrite starts them again.")
+    scores = [scores_of(record) for record in journal.read(q.id for q in asked)]
+    setup.finish(journal.run, {"round": "no_splice", "k": None} | report.summarize(scores, [q.context for q in asked]))
+    print(f"\n{report.table(setup.entries)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +392,6 @@ def count_answers(journal, asked):
 
 def mask(options, which):
     """Rounds 2 and 3: the kept questions again, each with its own TopK (`which`: topk) or BottomK (bottomk) masked."""
-    word, label = NAMES[which]
     activations_run, samples = records.read_activations(options.activations)
     setup = Setup(options)
     samples, missing = match_samples(setup, activations_run, samples)
@@ -260,46 +400,60 @@ def mask(options, which):
         raise UserError(
             f"{options.activations}: none of its questions is among the {len(setup.selected)} selected ones"
         )
-    masked = {q.id: samples[q.id][which][: masked_count(options.k, samples[q.id]["active"])] for q in asked}
-    fewer = sum(len(masked[q.id]) < masked_count(options.k, samples[q.id]["active"]) for q in asked)
-    run = setup.run | {"masked": which, "k": options.k, "activations": records.digest_samples(samples.values())}
-
-    suffix = "" if options.k == "50%" else f"_k{options.k.replace('%', 'pct')}"
-    entries = records.read_results(setup.out / "results.json", run, options.overwrite, say_once)
-    journal = records.Journal(setup.out / f"predictions_{word}{suffix}.jsonl", run, options.overwrite, say_once)
-    if len(journal) < len(asked):
-        model, sae = setup.load(journal, activations_run)
-        check_latents(options.activations, masked, sae.cfg.d_sae)
-
-        def answer_masked(batch, max_new_tokens):
-            prompts = [setup.prompt_ids(asked[i]) for i in batch]
-            rows = [masked[asked[i].id] for i in batch]
-            outputs, _ = generation.answer(model, sae, prompts, max_new_tokens, rows)
-            return [answered(setup, model, asked[i], ids, max_new_tokens) for i, ids in zip(batch, outputs)]
-
-        work_off(asked, setup, model, journal, answer_masked, f"{label} masked")
-    else:
-        say(f"This round is finished ({journal.path}); --overwrite starts it again.")
-
-    # Unmasked and masked figures are over the same questions, in the same order.
+    run = setup.ranked_run | {"masked": which, "activations": records.digest(samples.values(), "id", "topk", "bottomk")}
+    contexts = [question.context for question in asked]
     clean = None
     if activations_run is not None:
-        clean = report.mean_scores(questions.score(samples[q.id]["answer"], q.truths) for q in asked)
-    after = report.mean_scores(journal.read(q.id for q in asked))
-    drop = report.drops(clean, after)
-    mean_k = sum(map(len, masked.values())) / len(masked)
-    rows = [{"masked": "none", "k": "-"} | clean] if clean else []
-    rows.append({"masked": label, "k": f"{options.k} (mean {mean_k:.1f})", "drop": drop} | after)
-    entry = {"round": word, "k": options.k, "mean_k": mean_k, "fewer_than_k": fewer, "clean": clean, "drop": drop}
-    entry["missing"] = missing  # in the activations file, but not in the data set: in no figure
-    finish(setup, journal, entry | after, entries)
-    print(f"\n{label} of each question masked:\n\n{report.table(rows)}\n")
+        clean = [questions.score(samples[q.id]["answer"], q.truths) for q in asked]
+    active = [len(samples[q.id]["active"]) for q in asked]
+    ranked = [array.array("q", samples[q.id][which]) for q in asked]
+    del samples  # as Python objects they take many times that, and a model is yet to come
+
+    prefix = "" if options.ranking == "baseline" else f"{options.ranking}_"
+    journals = {}
+    for k in options.k:
+        suffix = "" if k == "50%" else f"_k{k.replace('%', 'pct')}"
+        journals[k] = setup.journal(f"{prefix}{WORDS[which]}{suffix}", run | {"k": k})
+    for k, journal in journals.items():
+        masked = [row[: masked_count(k, n)] for row, n in zip(ranked, active)]
+        if len(journal) < len(asked):
+            model, sae = setup.load(journal, activations_run)
+            check_latents(options.activations, asked, ranked, sae.cfg.d_sae)
+            work = functools.partial(answer_masked, setup, model, sae, asked, masked)
+            label = f"{report.LABELS[which]} masked, K = {k}"
+            work_off_answers(setup, model, asked, journal, work, label, share=False)
+        else:
+            say(f"This round is finished for K = {k} ({journal.path}); --overwrite starts it again.")
+        # Unmasked and masked figures are over the same questions, in the same order.
+        after = [scores_of(record) for record in journal.read(q.id for q in asked)]
+        if clean is None:
+            figures = report.summarize(after, contexts) | {"clean": None, "drop": None, "p": None}
+        else:
+            figures = report.compare(clean, after, contexts)
+        entry = {
+            "round": WORDS[which],
+            "k": k,
+            "masked": which,
+            "mean_k": sum(map(len, masked)) / len(masked),
+            "fewer_than_k": sum(len(row) < masked_count(k, n) for row, n in zip(masked, active)),
+            "missing": missing,  # in the activations file, but not in the data set: in no figure
+        }
+        setup.finish(journal.run, entry | figures)
+        if entry["fewer_than_k"]:
+            say(
+                f"{entry['fewer_than_k']} of {len(asked)} questions have fewer than {k} ranked latents: all are masked."
+            )
+    print(f"\n{report.table(setup.entries)}")
     if clean is None:
-        print(f"{options.activations} holds no unmasked answers: there is nothing to compute a drop from.")
-    if fewer:
-        print(
-            f"{fewer} of {len(asked)} questions have fewer than {options.k} ranked latents: all they have are masked."
-        )
+        print(f"\n{options.activations} holds no unmasked answers: there is nothing to compute a drop from.")
+
+
+def answer_masked(setup, model, sae, asked, masked, batch, few):
+    """The records of a batch of rounds 2 and 3; masked: the latents of each question in `asked`."""
+    prompts, rows = [setup.prompt_ids(asked[i]) for i in batch], [masked[i].tolist() for i in batch]
+    most = setup.options.max_new_tokens
+    outputs, _ = generation.answer(model, sae, prompts, most, masked=rows, bypass=setup.bypass, few=few)
+    return [answered(setup, model, asked[i], ids) for i, ids in zip(batch, outputs)]
 
 
 def match_samples(setup, activations_run, samples):
@@ -316,7 +470,7 @@ def match_samples(setup, activations_run, samples):
             sample["id"] = ids.pop(0) if ids else None
         missing = [sample["prompt"] for sample in samples if sample["id"] is None]
     else:
-        if named := records.differences(activations_run, setup.run, records.COMPARED):
+        if named := records.differences(activations_run, setup.ranked_run, records.COMPARED):
             raise UserError(f"{path}: is of another run ({named}): repeat its options, or run baseline.py again")
         missing = [sample["id"] for sample in samples if sample["id"] not in known]
     if missing:
@@ -330,7 +484,7 @@ def masked_count(k, active):
     return len(active) * int(k[:-1]) // 100 if k.endswith("%") else int(k)
 
 
-def check_latents(path, masked, d_sae):
-    for question_id, ids in masked.items():
-        if ids and max(ids) >= d_sae:
-            raise UserError(f"{path}: question {question_id} names latent {max(ids)}, but the SAE has {d_sae}")
+def check_latents(path, asked, ranked, d_sae):
+    for question, row in zip(asked, ranked):
+        if row and max(row) >= d_sae:
+            raise UserError(f"{path}: question {question.id} names latent {max(row)}, but the SAE has {d_sae}")

@@ -14,7 +14,7 @@ import time
 import pytest
 from conftest import ROOT
 
-ARGUMENTS = ["--demo", "--limit", "100", "--batch-tokens", "1000"]
+ARGUMENTS = ["--demo", "--limit", "100", "--batch-tokens", "1600"]
 ROUNDS = ["baseline", "baseline_after_false", "baseline_after_true"]
 MOMENTS = range(20)
 USUAL = {8, 15}  # the moments of the default run

@@ -2,6 +2,7 @@
 
 import oracle
 import pytest
+import torch
 
 import common
 from experiment import generation, latents, questions, rounds
@@ -85,14 +86,15 @@ def test_masked_answers(demo, asked, which):
 
 
 def test_small_chunks_change_nothing(demo, asked, monkeypatch):
-    """A wide SAE works through its latents in chunks; the demo's fit in one unless the limit is lowered."""
+    """Latents are worked through in chunks of positions: here in chunks that end within a prompt."""
     model, sae, tokenizer = demo
     batch = [case for case in asked if case["ranking"]][:9]
     masks = [case["ranking"]["topk"] for case in batch]
     prompts = [case["prompt"] for case in batch]
     expected, residuals = generation.answer(model, sae, prompts, 50, masks, keep_residuals=True)
     rankings = [latents.rank(sae, residual) for residual in residuals]
-    monkeypatch.setattr(latents, "LATENTS_AT_ONCE", 17 * sae.cfg.d_sae)
+    for module in (generation, latents):
+        monkeypatch.setattr(module, "POSITIONS_AT_ONCE", 17)
     assert generation.answer(model, sae, prompts, 50, masks)[0] == expected
     for residual, theirs in zip(residuals, rankings):
         ours = latents.rank(sae, residual)
@@ -100,9 +102,35 @@ def test_small_chunks_change_nothing(demo, asked, monkeypatch):
         assert set(ours["topk"]) == set(theirs["topk"])
 
 
-def test_ties_go_to_the_lower_id():
-    import torch
+def test_the_last_few_answers_may_be_left_unfinished(demo, asked):
+    """As many as allowed, and only those: the others are as they would be, and the batch ends with the last of them."""
+    model, sae, _ = demo
+    prompts = [case["prompt"] for case in asked]
+    whole, _ = generation.answer(model, sae, prompts, 50)
+    ends = model.original_model.generation_config.eos_token_id
+    lengths = sorted(map(len, whole))
+    for few in (1, 5):
+        found, _ = generation.answer(model, sae, prompts, 50, few=few)
+        unfinished = [i for i, ids in enumerate(found) if ids[-1] not in ends]
+        assert len(unfinished) == sum(length > lengths[-1 - few] for length in lengths) <= few
+        assert max(map(len, found)) == lengths[-1 - few]
+        assert all(ids == theirs[: len(ids)] for ids, theirs in zip(found, whole))
+        assert all(found[i] == whole[i] for i in range(len(whole)) if i not in unfinished)
 
+
+def test_hook_points_set_aside_change_nothing(demo, asked):
+    """While the SAE is spliced in, TransformerLens' other wrappers are off: the same logits, and all back afterwards."""
+    model, sae, _ = demo
+    ids = torch.tensor([asked[0]["prompt"]])
+    before = str(model.original_model)
+    with torch.no_grad():
+        expected = model.original_model(ids).logits
+        with generation.spliced(model, sae.cfg.metadata.hook_name, lambda residual, hook: residual) as lm:
+            found = lm(ids).logits
+    assert torch.equal(found, expected) and str(model.original_model) == before
+
+
+def test_ties_go_to_the_lower_id():
     scores = torch.tensor([0.0, 2.0, 1.0, 2.0, 0.0, 1.0, 3.0, 2.0])
     assert latents.top_and_bottom(scores, 3) == ([6, 1, 3], [2, 5, 1])
     assert latents.top_and_bottom(scores, 0) == ([], [])
