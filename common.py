@@ -136,7 +136,7 @@ def parse_options(argv, doc, masks):
     add(
         "--exclude-special-tokens",
         action="store_true",
-        help="BOS and other special tokens bypass the SAE and count in no score (default: as in the paper, they do not)",
+        help="BOS and other special tokens bypass the SAE and count in no score (default: as in the paper, no)",
     )
     add(
         "--ranking",

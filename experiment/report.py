@@ -210,7 +210,7 @@ def table(entries):
 
     entries: those of results.json.
     """
-    head = ["ranking", "masked", "K", "n", "EM", "F1", "accuracy", "EM drop", "F1 drop", "accuracy drop", "p (EM)"]
+    head = ["ranking", "masked", "K", "n", "EM", "F1", "accuracy", "EM drop", "F1 drop", "p (EM)"]
     lines = []
     for entry in _in_order(entries):
         if entry["round"] == "no_splice":
@@ -231,9 +231,8 @@ def table(entries):
         k = entry["k"] if entry["mean_k"] == int(entry["mean_k"]) else f"{entry['k']} (mean {entry['mean_k']:.1f})"
         line = [entry["run"]["ranking"], LABELS[entry["masked"]], k, *_figures(entry)]
         if entry["clean"]:
-            line += [_figure(entry["drop"], metric) for metric in METRICS] + [
-                "< 1e-99" if entry["p"] < 1e-99 else f"{entry['p']:.2g}"
-            ]
+            line += [_figure(entry["drop"], metric) for metric in ("em", "f1")]
+            line.append("< 1e-99" if entry["p"] < 1e-99 else f"{entry['p']:.2g}")
         if paper := published(entry["run"], entry["masked"], entry["k"]):
             line += [""] * (len(head) - len(line)) + ["{:.2f} / {:.2f}".format(*paper)]
         lines.append(line)
@@ -275,14 +274,16 @@ def draw(file, entries):
     ks = [e["k"] for e in sorted(masked, key=lambda e: e["mean_k"])]
     ks = list(dict.fromkeys(ks))  # each once, at equal distances: 1 and 10 lie as far apart as 30 and 50%
     looks = {"baseline": ("o", "0.0"), "gradsae": ("s", "0.35"), "random": ("^", "0.6")}
-    lines = list(dict.fromkeys((e["run"]["ranking"], e["masked"]) for e in masked))
+    lines = sorted(
+        dict.fromkeys((e["run"]["ranking"], e["masked"]) for e in masked), key=lambda line: line[1] != "topk"
+    )
     figure = Figure(figsize=(3.3, 4.6), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
+    panels = figure.subplots(2, 1, sharex=True, sharey=True)
     for panel, metric in zip(panels, ("f1", "em")):
         for number, (ranking, which) in enumerate(lines):
             found = {e["k"]: e for e in masked if (e["run"]["ranking"], e["masked"]) == (ranking, which)}
             points = [k for k in ks if k in found]
-            x = [ks.index(k) + 0.05 * (number - (len(lines) - 1) / 2) for k in points]
+            x = [ks.index(k) + 0.07 * (number - (len(lines) - 1) / 2) for k in points]
             y = [found[k][metric] for k in points]
             bounds = [found[k]["intervals"][metric] for k in points]
             spread = [[max(0, v - b[0]) for v, b in zip(y, bounds)], [max(0, b[1] - v) for v, b in zip(y, bounds)]]

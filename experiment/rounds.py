@@ -480,8 +480,8 @@ def match_samples(setup, activations_run, samples):
 
 
 def masked_count(k, active):
-    """K for one question: the number asked for, or that percentage (rounded down) of its active latents."""
-    return len(active) * int(k[:-1]) // 100 if k.endswith("%") else int(k)
+    """K for one question: the number asked for, or that percentage (rounded down) of its `active` latents."""
+    return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)
 
 
 def check_latents(path, asked, ranked, d_sae):

@@ -119,13 +119,13 @@ def test_the_last_few_answers_may_be_left_unfinished(demo, asked):
 
 
 def test_hook_points_set_aside_change_nothing(demo, asked):
-    """While the SAE is spliced in, TransformerLens' other wrappers are off: the same logits, and all back afterwards."""
+    """While the SAE is spliced in, TransformerLens' other wrappers are off: the same logits, and all back later."""
     model, sae, _ = demo
     ids = torch.tensor([asked[0]["prompt"]])
     before = str(model.original_model)
     with torch.no_grad():
         expected = model.original_model(ids).logits
-        with generation.spliced(model, sae.cfg.metadata.hook_name, lambda residual, hook: residual) as lm:
+        with generation.spliced(model, sae, lambda residual, ids: residual) as lm:
             found = lm(ids).logits
     assert torch.equal(found, expected) and str(model.original_model) == before
 
