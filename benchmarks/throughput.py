@@ -166,7 +166,7 @@ def our_round_1(model, sae, prompts, contexts, batches, new_tokens):
 
     def work(batch, few):
         chosen, shared = [prompts[i] for i in batch], [contexts[i] for i in batch]
-        found = generation.answer(model, sae, chosen, new_tokens, None, shared, keep_residuals=True, few=few)
+        found = generation.answer(model, sae, chosen, new_tokens, contexts=shared, keep_residuals=True, few=few)
         for i, residual in zip(batch, found[1]):
             rankings[i] = latents.rank(sae, residual[: len(prompts[i]) + 2])
         return found[0]

@@ -175,7 +175,7 @@ def shared_prefixes(prompts, contexts):
 
 
 @torch.inference_mode()
-def answer(model, sae, prompts, max_new_tokens, *, masked=None, bypass=(), contexts=None, keep_residuals=False, few=0):
+def answer(model, sae, prompts, max_new_tokens, masked=None, *, bypass=(), contexts=None, keep_residuals=False, few=0):
     """Greedy continuations of tokenised prompts, the SAE spliced in on every forward pass; with sae None, without.
 
     prompts: lists of token ids.  masked, bypass: as in `splice`.  What ends a turn stands in the generation config.
@@ -194,7 +194,7 @@ def answer(model, sae, prompts, max_new_tokens, *, masked=None, bypass=(), conte
     if contexts is not None and masked is None and width + max_new_tokens <= window:
         shared = shared_prefixes(prompts, contexts)
     seen, logits = [] if keep_residuals else None, FiniteLogits(device)
-    with spliced(model, sae, sae and splice(sae, masked, seen, bypass)):
+    with spliced(model, sae, None if sae is None else splice(sae, masked, seen, bypass)):
         if shared is None:
             cache, suffixes = None, prompts
             ids, mask = pad_left(prompts, pad_id, device)

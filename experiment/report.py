@@ -301,7 +301,9 @@ def draw(file, entries):
         panel.spines[["top", "right"]].set_visible(False)
     panels[1].set_xticks(range(len(ks)), ks)
     panels[1].set_xlabel("K, latents masked a question", fontsize=8)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7, frameon=False
-    )
+    handles, labels = panels[0].get_legend_handles_labels()
+    # A column for TopK and the unmasked level, one for BottomK.
+    order = sorted(range(len(labels)), key=lambda i: (labels[i].endswith("BottomK"), labels[i] == "unmasked"))
+    handles, labels = [handles[i] for i in order], [labels[i] for i in order]
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
     figure.savefig(file, format="png", dpi=300)

@@ -102,18 +102,15 @@ class Setup:
         journal.run.update(late)
         return model, sae
 
-    def finish(self, run, *entries):
-        """Puts a round's entries into results.json, in place of those of the same round, ranking and K; and draws."""
-        fresh = [{"run": run} | entry for entry in entries]
+    def finish(self, run, entry):
+        """Puts a round's entry into results.json, in place of the one of the same round, ranking and K."""
 
         def key(entry):
             return entry["round"], entry["run"]["ranking"], entry["k"]
 
-        replaced = set(map(key, fresh))
-        self.entries = [entry for entry in self.entries if key(entry) not in replaced] + fresh
+        entry = {"run": run} | entry
+        self.entries = [old for old in self.entries if key(old) != key(entry)] + [entry]
         records.write_results(self.results, self.entries)
-        if any("masked" in entry for entry in self.entries):
-            records.write_figure(self.out / "results.png", lambda file: report.draw(file, self.entries))
 
 
 def work_off(asked, lengths, journal, work, label, budget, contexts=None):
@@ -212,7 +209,9 @@ def rank(options):
     asked = setup.selected
     journal = answers = answer_all(setup, asked)
     counts, entry = count_answers(answers, asked)
-    setup.finish(answers.run, {"round": "baseline", "k": None} | counts | entry)
+    entry |= {"round": "baseline", "k": None} | counts
+    if not any(old["round"] == "baseline" and old["run"]["ranking"] == "baseline" for old in setup.entries):
+        setup.finish(answers.run, entry)  # the unmasked figures, whatever the ranking
     print(
         f"\nRound 1: {counts['asked']} questions asked, {counts['kept']} answered right and kept "
         f"({100 * counts['kept'] / counts['asked']:.1f}%), {counts['wrong']} answered wrong, "
@@ -234,8 +233,7 @@ def rank(options):
     }
     for latent in statistics["most_frequent_topk"]:
         latent["neuronpedia"] = common.neuronpedia_page(options, latent["latent"])
-    own = {"round": "baseline", "k": None} | counts | entry | {"statistics": statistics}
-    setup.finish(journal.run, own)
+    setup.finish(journal.run, entry | {"statistics": statistics})
     print(f"{report.table(setup.entries)}\n\n{report.describe(statistics, options.ranking)}\n")
     print(f"Latents of the kept questions: {options.activations}")
 
@@ -443,6 +441,7 @@ def mask(options, which):
             say(
                 f"{entry['fewer_than_k']} of {len(asked)} questions have fewer than {k} ranked latents: all are masked."
             )
+    records.write_figure(setup.out / "results.png", lambda file: report.draw(file, setup.entries))
     print(f"\n{report.table(setup.entries)}")
     if clean is None:
         print(f"\n{options.activations} holds no unmasked answers: there is nothing to compute a drop from.")

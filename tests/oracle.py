@@ -49,6 +49,23 @@ def score_latents(model, sae, sequence):
     return acts.mean(dim=0).tolist(), active
 
 
+def gradient_scores(model, sae, sequence, next_id):
+    """GradSAE's score of every latent: plain autograd of P(next_id) through everything, over the whole sequence."""
+    kept = []
+
+    def replace_residual(residual, hook):
+        acts = sae.encode(residual.detach().to(sae.dtype)).detach().requires_grad_()
+        kept.append(acts)
+        return sae.decode(acts).to(residual.dtype)
+
+    with model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, replace_residual)]):
+        logits = model(torch.tensor([sequence]))
+    # In double precision: 1 - P is lost in single where the model is sure.
+    probability = torch.softmax(logits[0, -1].double(), dim=0)[next_id]
+    probability.backward()
+    return torch.relu(kept[0].grad * kept[0].detach())[0].mean(dim=0), float(probability.detach())
+
+
 def rank_latents(model, sae, tokenizer, prompt, generated):
     """active, topk and bottomk of a question, and every score; None where no generated token has a [ in its text."""
     brackets = [i for i, token in enumerate(generated) if "[" in tokenizer.decode([token])]

@@ -14,7 +14,7 @@ def test_default_options_resolve():
     chosen = common.parse_options([], "", masks=True)
     assert common.official_name(chosen.model) == "google/gemma-2-9b-it"
     common.check_sae_names(chosen)
-    assert (chosen.device, chosen.dtype, chosen.sae_dtype, chosen.k) == ("cuda", "float16", "float32", "50%")
+    assert (chosen.device, chosen.dtype, chosen.sae_dtype, chosen.k) == ("cuda", "float16", "float32", ("50%",))
     assert chosen.max_new_tokens == 50
 
 
@@ -155,4 +155,4 @@ def assert_refused(arguments, says, tmp_path, monkeypatch, capsys):
 
 def test_options_of_the_demo():
     chosen = options("--device", "cuda", "--dtype", "float16", "--k", "10", masks=True)
-    assert (chosen.model, chosen.device, chosen.dtype, chosen.k) == ("demo/model", "cuda", "float16", "10")
+    assert (chosen.model, chosen.device, chosen.dtype, chosen.k) == ("demo/model", "cuda", "float16", ("10",))
