@@ -73,18 +73,21 @@ class Setup:
         # Last: a mistake in the options touches no file.
         self.out = records.folder(options.output_dir)
         self.lock = records.lock(self.out)  # held as long as this process lives
-        self.results = self.out / "results.json"
-        self.entries = records.read_results(self.results, self.ranked_run, options.overwrite, say_once)
-        try:
-            report.table(self.entries)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{self.results}: is damaged ({error!r}): move it away") from None
+        self.results, self.entries = self.out / "results.json", []
 
     def prompt(self, question):
         return common.build_prompt(self.template, question.context, question.question)
 
     def prompt_ids(self, question):
         return common.tokenize(self.tokenizer, self.prompt(question))
+
+    def read_results(self):
+        """What the output folder's results.json holds of the same run, checked. Before anything is run."""
+        self.entries = records.read_results(self.results, self.ranked_run, self.options.overwrite, say_once)
+        try:
+            report.table(self.entries)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{self.results}: is damaged ({error!r}): move it away") from None
 
     def journal(self, name, run):
         return records.Journal(self.out / f"predictions_{name}.jsonl", run, self.options.overwrite, say_once)
@@ -202,6 +205,7 @@ def scores_of(record):
 def rank(options):
     """Round 1: answer every question, keep the right ones, rank the latents of those -> activations_<ranking>.json."""
     setup = Setup(options)
+    setup.read_results()
     if options.no_splice:
         answer_without_sae(setup)
         return
@@ -253,7 +257,7 @@ def answer_all(setup, asked):
     """The journal of the unmasked answers, the baseline's ranking beside those that are kept."""
     journal = setup.journal("baseline", setup.run)
     if len(journal) == len(asked):
-        say(f"Round 1's answers are finished ({journal.path}); --overwrite starts them again.")
+        say(f"Round 1's answering is finished ({journal.path}); --overwrite starts it again.")
         return journal
     model, sae = setup.load(journal)
     most = setup.options.max_new_tokens
@@ -378,7 +382,7 @@ def answer_without_sae(setup):
 
         work_off_answers(setup, model, asked, journal, answer, "Without SAE", share=True)
     else:
-        say(f"The answers without SAE are finished ({journal.path}); --overwrite starts them again.")
+        say(f"Answering without SAE is finished ({journal.path}); --overwrite starts it again.")
     scores = [scores_of(record) for record in journal.read(q.id for q in asked)]
     setup.finish(journal.run, {"round": "no_splice", "k": None} | report.summarize(scores, [q.context for q in asked]))
     print(f"\n{report.table(setup.entries)}")
@@ -399,6 +403,7 @@ def mask(options, which):
             f"{options.activations}: none of its questions is among the {len(setup.selected)} selected ones"
         )
     run = setup.ranked_run | {"masked": which, "activations": records.digest(samples.values(), "id", "topk", "bottomk")}
+    setup.read_results()
     contexts = [question.context for question in asked]
     clean = None
     if activations_run is not None:

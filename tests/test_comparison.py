@@ -50,36 +50,30 @@ def test_gradient_scores(demo, sequences, size, monkeypatch):
 
 def test_gradient_scores_against_finite_differences(demo, sequences):
     """The probability when a latent's activation moves a little at one position, in double precision."""
-    model, sae, tokenizer = demo
-    ids, token = sequences[3]
-    options_ = options()
-    model64, sae64 = common.load(options_, tokenizer)
+    _, _, tokenizer = demo
+    # Where the model is least sure: Transformers computes norms and softmax in single precision all the same.
+    ids, token = min(sequences, key=lambda case: oracle.gradient_scores(*demo[:2], *case)[1])
+    model64, sae64 = common.load(options(), tokenizer)
     model64.original_model.double()
     sae64.double()
     sae64.dtype = torch.float64
     scores = latents.gradient_scores(model64, sae64, [ids], [token])[0]
-    seen = []
 
-    def probability(moved=None, step=0.0):
+    def probabilities(latent, step):
+        """P when the latent is scaled by 1 + step at one position: a row for each position."""
+
         def replace(residual, token_ids):
-            acts = sae64.encode(residual)
-            seen.append(acts[0])
-            if moved is not None:
-                acts[0, :, moved] += step * acts[0, :, moved]  # along the activation itself: dP/dH * H, summed
+            acts = sae64.encode(residual)  # [row, pos, d_sae], row by row the same
+            rows = torch.arange(len(ids))
+            acts[rows, rows, latent] *= 1 + step
             return sae64.decode(acts)
 
         with torch.no_grad(), generation.spliced(model64, sae64, replace) as lm:
-            return lm(torch.tensor([ids])).logits[0, -1].softmax(-1)[token].item()
+            return lm(torch.tensor([ids] * len(ids)), logits_to_keep=1).logits[:, -1].softmax(-1)[:, token]
 
-    probability()
-    active = seen[0]  # [pos, d_sae]
-    # relu makes a sum over positions no plain derivative. For a latent that is active at one position it is one.
-    single = ((active != 0).sum(0) == 1) & (scores > 1e-3 * scores.max())
-    found = single.nonzero().flatten().tolist()[:6]
-    assert len(found) >= 3
-    for latent in found:
-        slope = (probability(latent, 1e-4) - probability(latent, -1e-4)) / 2e-4
-        assert scores[latent].item() == pytest.approx(slope / len(ids), rel=1e-4)
+    for latent in scores.topk(8).indices.tolist():
+        slopes = (probabilities(latent, 0.01) - probabilities(latent, -0.01)) / 0.02  # dP/dH * H at each position
+        assert scores[latent].item() == pytest.approx(slopes.relu().mean().item(), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -291,7 +285,7 @@ def test_all_rankings(tmp_path, monkeypatch, capsys):
     for ranking in common.RANKINGS:
         code, out, err = run_script("baseline", [*arguments, "--ranking", ranking], monkeypatch, capsys)
         assert code == 0, err
-        assert ("answers are finished" in err) == (ranking != "baseline")
+        assert ("answering is finished" in err) == (ranking != "baseline")
         made[ranking] = json.loads((tmp_path / f"activations_{ranking}.json").read_text())
         for script in ("baseline_after_false", "baseline_after_true"):
             some = [*arguments, "--ranking", ranking, "--k", "1", "50%"]
