@@ -29,7 +29,7 @@ def test_demo_rounds_in_float16_on_cuda(tmp_path):
     [(32, "cpu", "float32"), (32, "cpu", "float16"), pytest.param(1, "cuda", "float16", marks=needs_cuda)],
 )
 def test_gemma_shape(scale, device, dtype):
-    """gemma-2-9b-it's shape (on the CPU: the same, smaller), random weights: generation, ranking and masking."""
+    """gemma-2-9b-it's shape (on the CPU: the same, smaller), random weights: generation, both rankings and masking."""
     config = throughput.shape_config(scale)
     model, sae, prompts, contexts, new_tokens = throughput.load_shape(config, device, dtype, 10, 131072 // scale)
     outputs, residuals = generation.answer(model, sae, prompts, new_tokens, contexts=contexts, keep_residuals=True)
@@ -39,6 +39,10 @@ def test_gemma_shape(scale, device, dtype):
     for ranking in rankings:
         assert 10 <= len(ranking["active"]) <= 2000
         assert len(ranking["topk"]) == len(ranking["bottomk"]) == len(ranking["active"]) // 2
+    # GradSAE's ranking, a question at a time, as the scripts come down to where memory is short.
+    for prompt, output in zip(prompts[:3], outputs):
+        scores = latents.gradient_scores(model, sae, [prompt + output[:-1]], output[-1:])
+        assert scores.isfinite().all() and (scores > 0).sum() > 10
     masked, _ = generation.answer(model, sae, prompts, new_tokens, [ranking["topk"] for ranking in rankings])
     assert masked != outputs
     if device == "cuda":
