@@ -5,7 +5,10 @@ Nothing heavy is imported before the options have been read: `--help` and a typi
 
 import argparse
 import contextlib
+import copy
 import difflib
+import functools
+import importlib.util
 import os
 import re
 import sys
@@ -55,6 +58,7 @@ TEMPLATES = {
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
 RANKINGS = ("baseline", "gradsae", "random")
+INSTRUCTION_TUNED = re.compile(r"(?:^|[-_/.])(?:it|instruct|chat)(?:$|[-_/.])", re.IGNORECASE)  # in a model's name
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
 
 
@@ -83,6 +87,7 @@ class Options:
     k: tuple[str, ...]  # rounds 2 and 3's
     output_dir: Path
     device: str
+    device_map: str | None
     dtype: str
     sae_dtype: str
     batch_tokens: int
@@ -121,6 +126,13 @@ def parse_options(argv, doc, masks):
     floats = ["float16", "bfloat16", "float32"]
     add("--demo", action="store_true", help="the bundled model, SAE and questions, on the CPU: no network, no token")
     add("--model", help=f"a model TransformerLens knows, or a local folder ({default('model')})")
+    add(
+        "--list-saes",
+        nargs="?",
+        const="",
+        metavar="WORD",
+        help="print the instruction-tuned releases in SAELens' table (with WORD in their name), and stop",
+    )
     add("--sae-release", help=f"a release in SAELens' table, or a local SAE folder ({default('sae_release')})")
     add("--sae-id", help=f"an id of that release ({default('sae_id')})")
     add("--dataset", help=f"Hub data set with SQuAD's columns, or local .json/.jsonl ({default('dataset')})")
@@ -162,6 +174,7 @@ def parse_options(argv, doc, masks):
         add("--no-splice", action="store_true", help="only answer, with no SAE at all: what the splice itself costs")
     add("--output-dir", type=Path, default=Path("."), metavar="FOLDER", help="for journals and results (default: .)")
     add("--device", help=f"torch device ({default('device')})")
+    add("--device-map", choices=["auto"], help="auto: spread a model that one GPU cannot hold (default: off)")
     add("--dtype", choices=floats, help=f"of the model ({default('dtype')})")
     add("--sae-dtype", choices=floats, default="float32", help="of the SAE (default: float32)")
     add("--batch-tokens", type=positive, metavar="N", help=f"prompt tokens a batch ({default('batch_tokens')})")
@@ -169,21 +182,109 @@ def parse_options(argv, doc, masks):
     add("--overwrite", action="store_true", help="start this round again and replace its files")
     add("--token-file", type=Path, metavar="FILE", help="Hugging Face token (default: token.txt, where it exists)")
     given = vars(parser.parse_args(argv))
+    word = given.pop("list_saes")
+    if word is not None:
+        print(list_saes(word))
+        sys.exit(0)
     if given["limit"] is not None and given["sample"] is not None:
         raise UserError("--limit and --sample cannot be combined: leave one out")
     if given["token_file"] is None:
         given["token_file"] = ROOT / "token.txt"
     elif not given["token_file"].is_file():
         raise UserError(f"--token-file {given['token_file']}: there is no such file")
-    if given["sae_id"] is None and given["sae_release"] and Path(given["sae_release"]).is_dir():
-        given["sae_id"] = ""  # a folder that holds one SAE
-    for name, value in (DEMO_DEFAULTS if given["demo"] else DEFAULTS).items():
+    defaults = DEMO_DEFAULTS if given["demo"] else DEFAULTS
+    if given["model"] or given["sae_release"] or given["sae_id"]:
+        settle_names(given, defaults)
+    for name, value in defaults.items():
         if given[name] is None:
             given[name] = value
     if given["activations"] is None:
         given["activations"] = given["output_dir"] / f"activations_{given['ranking']}.json"
     given["k"] = tuple(dict.fromkeys(given.get("k", ())))  # each once
     return Options(**({"no_splice": False} | given))
+
+
+def settle_names(given, defaults):
+    """Fills in model and SAE id where the release alone says them, and refuses names that do not belong together.
+
+    Nothing is downloaded for it, and nothing slow imported unless two names differ.
+    """
+    release = given["sae_release"] or defaults["sae_release"]
+    if Path(bundled(release)).is_dir() or ("/" in release and release not in sae_table()):
+        given["sae_id"] = given["sae_id"] or ""  # a folder, or a repository on the Hub, that may hold a single SAE
+        return
+    if release not in sae_table():
+        raise UserError(f"--sae-release {release}: not in SAELens' table, nor a folder{nearest(release, sae_table())}")
+    entry = sae_table()[release]
+    if is_transcoder(release):
+        raise UserError(f"--sae-release {release}: holds transcoders, not SAEs: they read one place and write another")
+    ids = [sae["id"] for sae in entry["saes"]]
+    if given["sae_id"] is None:
+        if release == defaults["sae_release"]:
+            given["sae_id"] = defaults["sae_id"]
+        elif len(ids) == 1:
+            given["sae_id"] = ids[0]
+        else:
+            raise UserError(f"--sae-release {release}: holds {len(ids)} SAEs: give --sae-id (--list-saes {release})")
+    if given["sae_id"] not in ids:
+        raise UserError(f"--sae-id {given['sae_id']}: not in release {release}{nearest(given['sae_id'], ids)}")
+    model = given["model"] or (defaults["model"] if given["demo"] else entry["model"])
+    if model == DEMO_DEFAULTS["model"] or not same_model(model, entry["model"]):
+        raise UserError(f"--sae-release {release}: belongs to {entry['model']}, not to {model}")
+    given["model"] = model
+
+
+def same_model(name, other):
+    """Whether two names mean the same model. Of a local folder nobody knows: SAE and model are compared once loaded."""
+
+    def last(full):
+        return full.split("/")[-1].lower()
+
+    if Path(name).is_dir():
+        return True
+    return last(name) == last(other) or official_name(name) == official_name(other)
+
+
+@functools.cache
+def sae_table():
+    """SAELens' table of releases, from its file: to import SAELens takes longer than a typing mistake should cost."""
+    import yaml
+
+    folder = importlib.util.find_spec("sae_lens").submodule_search_locations[0]
+    with open(Path(folder) / "pretrained_saes.yaml", encoding="utf-8") as file:
+        return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def is_transcoder(release):
+    return "transcoder" in release or "transcoder" in (sae_table()[release].get("conversion_func") or "")
+
+
+def list_saes(word):
+    """The instruction-tuned releases with `word` in their name or their model's, or all ids of the one of that name."""
+    releases = [
+        release
+        for release, entry in sae_table().items()
+        if INSTRUCTION_TUNED.search(entry["model"]) and not is_transcoder(release)
+    ]
+    if word in releases:
+        return "\n".join(sae["id"] for sae in sae_table()[word]["saes"])
+    lines = [["release", "model", "SAEs", "layers", "widths"]]
+    for release in releases:
+        model, ids = sae_table()[release]["model"], [sae["id"] for sae in sae_table()[release]["saes"]]
+        if word.lower() in f"{release} {model}".lower():
+            layers = sorted({int(n) for name in ids for n in re.findall(r"(?:layer_|blocks\.)([0-9]+)", name)})
+            widths = sorted({w for name in ids for w in re.findall(r"width_([0-9]+[km])", name)}, key=_width)
+            text = ", ".join(map(str, layers)) if len(layers) < 8 else f"{layers[0]} to {layers[-1]} ({len(layers)})"
+            lines.append([release, model, str(len(ids)), text, ", ".join(widths) or "one"])
+    if len(lines) == 1:
+        return f"No instruction-tuned release in SAELens' table has {word!r} in its name."
+    columns = [max(map(len, column)) for column in zip(*lines)]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, columns)).rstrip() for line in lines]
+    return "\n".join([*rows, "", "--list-saes RELEASE prints a release's ids."])
+
+
+def _width(text):
+    return int(text[:-1]) * (1_000_000 if text.endswith("m") else 1_000)
 
 
 def guard(main):
@@ -349,24 +450,6 @@ def load_tokenizer(options):
         return AutoTokenizer.from_pretrained(name)
 
 
-def check_sae_names(options):
-    """Refuses a release or an id that SAELens' table does not have, before anything is downloaded."""
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    release, sae_id = options.sae_release, options.sae_id
-    table = get_pretrained_saes_directory()
-    if release in table:
-        if sae_id not in table[release].saes_map:
-            near = nearest(sae_id, table[release].saes_map)
-            raise UserError(f"--sae-id {sae_id}: not in release {release}{near}")
-        if "transcoder" in (table[release].conversion_func or "") or "transcoder" in release:
-            raise UserError(
-                f"--sae-release {release}: holds transcoders, not SAEs: they read one place and write another"
-            )
-    elif "/" not in release:
-        raise UserError(f"--sae-release {release}: not in SAELens' table, nor a folder{nearest(release, table)}")
-
-
 def load_sae(options):
     """The SAE, in --sae-dtype on --device. Its own configuration says where in the model it belongs."""
     from sae_lens import SAE
@@ -379,7 +462,6 @@ def load_sae(options):
             if folder.is_dir():
                 sae = SAE.load_from_disk(folder, **where)
             else:
-                check_sae_names(options)
                 sae = SAE.from_pretrained(options.sae_release, options.sae_id, **where)
         except (KeyError, TypeError, RuntimeError) as error:  # a folder that holds something else than an SAE
             raise UserError(f"{name}: SAELens cannot read it ({error})") from error
@@ -395,11 +477,16 @@ def neuronpedia_page(options, latent):
     """The address of a latent's page on Neuronpedia, where SAELens' table knows one for the SAE; or None."""
     if Path(bundled(options.sae_release)).is_dir():
         return None
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    release = get_pretrained_saes_directory().get(options.sae_release)
-    page = release and release.neuronpedia_id.get(options.sae_id)
+    found = [s for s in sae_table().get(options.sae_release, {"saes": []})["saes"] if s["id"] == options.sae_id]
+    page = found and found[0].get("neuronpedia")
     return f"https://www.neuronpedia.org/{page}/{latent}" if page else None
+
+
+def seems_untuned(options, tokenizer):
+    """Whether a model looks like a base model: by its name, or for a folder by a tokenizer without a chat template."""
+    if Path(bundled(options.model)).is_dir():
+        return not options.demo and not tokenizer.chat_template
+    return not INSTRUCTION_TUNED.search(options.model)
 
 
 def load_model(options, tokenizer):
@@ -409,15 +496,17 @@ def load_model(options, tokenizer):
     from transformers import GenerationConfig
 
     name = official_name(bundled(options.model))
+    # A copy: it may give a tokenizer without BOS (Qwen's) one, and padding.
     with hub_errors(options.model):
+        where = {"device_map": options.device_map} if options.device_map else {"device": options.device}
         model = TransformerBridge.boot_transformers(
-            name, device=options.device, dtype=getattr(torch, options.dtype), tokenizer=tokenizer
+            name, dtype=getattr(torch, options.dtype), tokenizer=copy.deepcopy(tokenizer), **where
         )
     model.requires_grad_(False)
     # A model's own generation config may hold sampling or a repetition penalty.
-    model.original_model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id
-    )
+    ends = end_ids(model, tokenizer)
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # Llama 3 has none; any id will do
+    model.original_model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
     return model
 
 
@@ -433,9 +522,13 @@ def load(options, tokenizer):
         raise UserError(
             f"{options.sae_release}: is for {hook_name}, but {options.model} has {model.cfg.n_layers} layers"
         )
-    if sae.cfg.d_in != model.cfg.d_model:
+    if hook_name not in model.hook_dict:
+        raise UserError(f"{options.sae_release}: is for {hook_name}, a place that {options.model} does not have")
+    heads = model.cfg.n_heads * model.cfg.d_head
+    dimensions = heads if hook_name.endswith("attn.hook_z") else model.cfg.d_model
+    if sae.cfg.d_in != dimensions:
         raise UserError(
-            f"{options.sae_release}: reads {sae.cfg.d_in} dimensions, but {options.model} has {model.cfg.d_model}: "
+            f"{options.sae_release}: reads {sae.cfg.d_in} dimensions, but {options.model} has {dimensions}: "
             "this SAE belongs to another model"
         )
     return model, sae

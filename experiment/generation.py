@@ -46,7 +46,6 @@ def splice(sae, masked=None, seen=None, bypass=()):
     The SAE computes in its own dtype; the residual keeps its own.
     """
     device = sae.device
-    bypass = torch.tensor(bypass, dtype=torch.long, device=device)
     if masked is not None:
         mask = torch.zeros(len(masked), sae.cfg.d_sae, dtype=torch.bool, device=device)  # [batch, d_sae]
         for row, latents in enumerate(masked):
@@ -59,12 +58,15 @@ def splice(sae, masked=None, seen=None, bypass=()):
         rows = torch.arange(batch, device=device).repeat_interleave(pos)
         out = []
         for chunk, chunk_rows in zip(residual.flatten(0, 1).split(POSITIONS_AT_ONCE), rows.split(POSITIONS_AT_ONCE)):
-            acts = sae.encode(chunk.to(sae.dtype))  # [chunk, d_sae]
+            acts = sae.encode(chunk.to(sae.device, sae.dtype))  # [chunk, d_sae]
             if masked is not None:
                 acts = acts.masked_fill(mask[chunk_rows], 0)
-            out.append(sae.decode(acts).to(residual.dtype))
+            out.append(sae.decode(acts).to(residual))
         out = torch.cat(out).view_as(residual)
-        return out if not len(bypass) else torch.where(torch.isin(ids, bypass).unsqueeze(-1), residual, out)
+        if bypass:
+            kept = torch.isin(ids, torch.tensor(bypass, device=ids.device)).to(out.device)
+            out = torch.where(kept.view(batch, pos, *[1] * (out.dim() - 2)), residual, out)
+        return out
 
     return reconstruct
 
@@ -93,15 +95,15 @@ def spliced(model, sae, replace):
     def hook(residual, hook):
         return replace(residual, token_ids[0])
 
-    try:
-        for parent, name, child in wrapped:
-            setattr(parent, name, child.original_component)
-        with lm.get_input_embeddings().register_forward_pre_hook(remember):
-            with model.hooks(fwd_hooks=[] if sae is None else [(place, hook)]):
+    with model.hooks(fwd_hooks=[] if sae is None else [(place, hook)]):  # while it still finds the place by its name
+        try:
+            for parent, name, child in wrapped:
+                setattr(parent, name, child.original_component)
+            with lm.get_input_embeddings().register_forward_pre_hook(remember):
                 yield lm
-    finally:
-        for parent, name, child in wrapped:
-            setattr(parent, name, child)
+        finally:
+            for parent, name, child in wrapped:
+                setattr(parent, name, child)
 
 
 class FiniteLogits:

@@ -56,7 +56,7 @@ def replaceable(path, found, wanted, overwrite, notify):
 def lock(folder):
     """Refuses a second writer in the same folder. The kernel releases the lock when this process ends, however it does.
 
-    Returns the lock, to be kept: it is held while it is referenced.
+    Returns the lock, to be released: it is held while it is referenced.
     """
     held = filelock.FileLock(folder / ".lock")
     try:

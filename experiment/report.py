@@ -1,7 +1,6 @@
 """Means with their intervals, statistics of latents, the table and the figure. Knows nothing of models."""
 
 import collections
-import itertools
 import math
 
 import numpy as np
@@ -134,29 +133,41 @@ def shared_percent(a, b):
 
 
 def latent_statistics(samples, contexts):
-    """The paper's table 3 of one ranking, means over questions or pairs: latents active at the last position, K at
-    50%, and what TopK and BottomK of two questions on one context share; and the 10 latents in most TopKs.
+    """The paper's table 3 of one ranking: latents active at the last position and K at 50%, means over questions; what
+    TopK and BottomK of two questions on one context share, in percent of their mean length, pooled over all such
+    pairs; and the 10 latents in most TopKs.
 
     samples: dicts with active, topk, bottomk.  contexts: for each a key.
     """
-    together, counts, active = collections.defaultdict(list), collections.Counter(), []
+    together = {name: collections.defaultdict(list) for name in LABELS}
+    counts, active = collections.Counter(), []
     for sample, context in zip(samples, contexts):
-        # As arrays: as Python's integers the latents of all questions would take ten times the memory.
-        together[context].append({name: np.array(sample[name], dtype=np.int32) for name in LABELS})
+        for name, groups in together.items():
+            # As arrays: as Python's integers the latents of all questions would take ten times the memory.
+            groups[context].append(np.array(sample[name], dtype=np.int32))
         counts.update(sample["topk"])
         active.append(len(sample["active"]))
-    pairs = [pair for group in together.values() for pair in itertools.combinations(group, 2)]
     return {
         "n": len(active),
         "active": _mean(active),
         "k_at_50%": _mean(number // 2 for number in active),
-        "same_context_pairs": len(pairs),
-        "same_context_percent": {name: _mean(shared_percent(a[name], b[name]) for a, b in pairs) for name in LABELS},
+        "same_context_percent": {name: _shared_within(groups.values()) for name, groups in together.items()},
         "most_frequent_topk": [
             {"latent": latent, "questions": count}
             for latent, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]
         ],
     }
+
+
+def _shared_within(groups):
+    """Percent, or None without pairs. A latent that n lists of a group have is shared by n (n - 1) / 2 pairs."""
+    shared = possible = 0
+    for lists in groups:
+        every = np.concatenate(lists)
+        _, times = np.unique(every, return_counts=True)
+        shared += (times * (times - 1) / 2).sum()
+        possible += (len(lists) - 1) * len(every) / 2
+    return float(100 * shared / possible) if possible else None
 
 
 def ranking_overlap(samples, others):
@@ -178,8 +189,8 @@ def describe(statistics, ranking):
         f"{statistics['active']:.2f} latents are active at the last position on average; K at 50% is "
         f"{statistics['k_at_50%']:.2f}."
     ]
-    if statistics["same_context_pairs"]:
-        shared = statistics["same_context_percent"]
+    shared = statistics["same_context_percent"]
+    if shared["topk"] is not None:
         lines.append(
             f"Two questions on one context share {shared['topk']:.2f}% of their TopK and {shared['bottomk']:.2f}% of "
             "their BottomK."

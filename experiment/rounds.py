@@ -1,6 +1,7 @@
 """The two flows: rank (round 1) and mask (rounds 2 and 3). The only module that knows the order of things."""
 
 import array
+import contextlib
 import functools
 import importlib.metadata
 import sys
@@ -38,6 +39,11 @@ class Setup:
         self.options = options
         self.tokenizer = common.load_tokenizer(options)
         self.template = common.choose_template(options.prompt_template, self.tokenizer)
+        if common.seems_untuned(options, self.tokenizer):
+            say(
+                f"Warning: {options.model} looks like a base model, not an instruction-tuned one: such a model was not "
+                "trained to follow the prompt."
+            )
         self.bypass = common.special_ids(self.tokenizer) if options.exclude_special_tokens else ()
         with common.hub_errors(options.dataset):
             self.dataset, unanswerable = questions.load(common.bundled(options.dataset), options.split)
@@ -62,7 +68,7 @@ class Setup:
             "limit": options.limit,
             "sample": options.sample,
             "seed": options.seed if options.sample else None,
-            "device": options.device,
+            "device": options.device_map or options.device,
             "batch_tokens": options.batch_tokens,
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
@@ -70,10 +76,6 @@ class Setup:
         if options.ranking == "random":
             self.ranked_run["ranking_seed"] = options.seed
         self._loaded = None
-        # Last: a mistake in the options touches no file.
-        self.out = records.folder(options.output_dir)
-        self.lock = records.lock(self.out)  # held as long as this process lives
-        self.results, self.entries = self.out / "results.json", []
 
     def prompt(self, question):
         return common.build_prompt(self.template, question.context, question.question)
@@ -81,13 +83,21 @@ class Setup:
     def prompt_ids(self, question):
         return common.tokenize(self.tokenizer, self.prompt(question))
 
-    def read_results(self):
-        """What the output folder's results.json holds of the same run, checked. Before anything is run."""
-        self.entries = records.read_results(self.results, self.ranked_run, self.options.overwrite, say_once)
+    @contextlib.contextmanager
+    def writing(self):
+        """Keeps the output folder to this process, and reads and checks its results. Until then no file is touched."""
+        self.out = records.folder(self.options.output_dir)
+        lock = records.lock(self.out)
         try:
-            report.table(self.entries)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{self.results}: is damaged ({error!r}): move it away") from None
+            self.results = self.out / "results.json"
+            self.entries = records.read_results(self.results, self.ranked_run, self.options.overwrite, say_once)
+            try:
+                report.table(self.entries)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(f"{self.results}: is damaged ({error!r}): move it away") from None
+            yield
+        finally:
+            lock.release()
 
     def journal(self, name, run):
         return records.Journal(self.out / f"predictions_{name}.jsonl", run, self.options.overwrite, say_once)
@@ -205,12 +215,17 @@ def scores_of(record):
 def rank(options):
     """Round 1: answer every question, keep the right ones, rank the latents of those -> activations_<ranking>.json."""
     setup = Setup(options)
-    setup.read_results()
-    if options.no_splice:
-        answer_without_sae(setup)
-        return
+    with setup.writing():
+        if options.no_splice:
+            answer_without_sae(setup)
+        else:
+            answer_and_rank(setup)
+
+
+def answer_and_rank(setup):
+    """Round 1 itself."""
+    options, asked = setup.options, setup.selected
     check_old_activations(setup)
-    asked = setup.selected
     journal = answers = answer_all(setup, asked)
     counts, entry = count_answers(answers, asked)
     entry |= {"round": "baseline", "k": None} | counts
@@ -262,7 +277,7 @@ def answer_all(setup, asked):
     model, sae = setup.load(journal)
     most = setup.options.max_new_tokens
 
-    def answer_and_rank(batch, few):
+    def answer_and_rank_batch(batch, few):
         batch = [asked[i] for i in batch]
         prompts, contexts = [setup.prompt_ids(q) for q in batch], [q.context for q in batch]
         outputs, residuals = generation.answer(
@@ -279,7 +294,7 @@ def answer_all(setup, asked):
                 record |= latents.rank(sae, residual[latents.counted_positions(sequence, setup.bypass)])
         return found
 
-    work_off_answers(setup, model, asked, journal, answer_and_rank, "Round 1", share=True)
+    work_off_answers(setup, model, asked, journal, answer_and_rank_batch, "Round 1", share=True)
     return journal
 
 
@@ -403,7 +418,6 @@ def mask(options, which):
             f"{options.activations}: none of its questions is among the {len(setup.selected)} selected ones"
         )
     run = setup.ranked_run | {"masked": which, "activations": records.digest(samples.values(), "id", "topk", "bottomk")}
-    setup.read_results()
     contexts = [question.context for question in asked]
     clean = None
     if activations_run is not None:
@@ -412,44 +426,48 @@ def mask(options, which):
     ranked = [array.array("q", samples[q.id][which]) for q in asked]
     del samples  # as Python objects they take many times that, and a model is yet to come
 
-    prefix = "" if options.ranking == "baseline" else f"{options.ranking}_"
-    journals = {}
-    for k in options.k:
-        suffix = "" if k == "50%" else f"_k{k.replace('%', 'pct')}"
-        journals[k] = setup.journal(f"{prefix}{WORDS[which]}{suffix}", run | {"k": k})
-    for k, journal in journals.items():
-        masked = [row[: masked_count(k, n)] for row, n in zip(ranked, active)]
-        if len(journal) < len(asked):
-            model, sae = setup.load(journal, activations_run)
-            check_latents(options.activations, asked, ranked, sae.cfg.d_sae)
-            work = functools.partial(answer_masked, setup, model, sae, asked, masked)
-            label = f"{report.LABELS[which]} masked, K = {k}"
-            work_off_answers(setup, model, asked, journal, work, label, share=False)
-        else:
-            say(f"This round is finished for K = {k} ({journal.path}); --overwrite starts it again.")
-        # Unmasked and masked figures are over the same questions, in the same order.
-        after = [scores_of(record) for record in journal.read(q.id for q in asked)]
-        if clean is None:
-            figures = report.summarize(after, contexts) | {"clean": None, "drop": None, "p": None}
-        else:
-            figures = report.compare(clean, after, contexts)
-        entry = {
-            "round": WORDS[which],
-            "k": k,
-            "masked": which,
-            "mean_k": sum(map(len, masked)) / len(masked),
-            "fewer_than_k": sum(len(row) < masked_count(k, n) for row, n in zip(masked, active)),
-            "missing": missing,  # in the activations file, but not in the data set: in no figure
-        }
-        setup.finish(journal.run, entry | figures)
-        if entry["fewer_than_k"]:
-            say(
-                f"{entry['fewer_than_k']} of {len(asked)} questions have fewer than {k} ranked latents: all are masked."
-            )
-    records.write_figure(setup.out / "results.png", lambda file: report.draw(file, setup.entries))
+    with setup.writing():
+        prefix = "" if options.ranking == "baseline" else f"{options.ranking}_"
+        journals = {}
+        for k in options.k:
+            suffix = "" if k == "50%" else f"_k{k.replace('%', 'pct')}"
+            journals[k] = setup.journal(f"{prefix}{WORDS[which]}{suffix}", run | {"k": k})
+        for k, journal in journals.items():
+            masked = [row[: masked_count(k, n)] for row, n in zip(ranked, active)]
+            if len(journal) < len(asked):
+                model, sae = setup.load(journal, activations_run)
+                check_latents(options.activations, asked, ranked, sae.cfg.d_sae)
+                work = functools.partial(answer_masked, setup, model, sae, asked, masked)
+                label = f"{report.LABELS[which]} masked, K = {k}"
+                work_off_answers(setup, model, asked, journal, work, label, share=False)
+            else:
+                say(f"This round is finished for K = {k} ({journal.path}); --overwrite starts it again.")
+            after = [scores_of(record) for record in journal.read(q.id for q in asked)]
+            entry = masked_entry(which, k, masked, active, clean, after, contexts)
+            setup.finish(journal.run, entry | {"missing": missing})  # in no figure: the data set lacks them
+            if entry["fewer_than_k"]:
+                fewer = f"{entry['fewer_than_k']} of {len(asked)} questions"
+                say(f"{fewer} have fewer than {k} ranked latents: all they have are masked.")
+        records.write_figure(setup.out / "results.png", lambda file: report.draw(file, setup.entries))
     print(f"\n{report.table(setup.entries)}")
     if clean is None:
         print(f"\n{options.activations} holds no unmasked answers: there is nothing to compute a drop from.")
+
+
+def masked_entry(which, k, masked, active, clean, after, contexts):
+    """A K's entry of results.json. masked: the latents of each question; active: how many it has; clean (or None) and
+    after: its scores unmasked and masked, in the same order."""
+    if clean is None:
+        figures = report.summarize(after, contexts) | {"clean": None, "drop": None, "p": None}
+    else:
+        figures = report.compare(clean, after, contexts)
+    return figures | {
+        "round": WORDS[which],
+        "k": k,
+        "masked": which,
+        "mean_k": sum(map(len, masked)) / len(masked),
+        "fewer_than_k": sum(len(row) < masked_count(k, n) for row, n in zip(masked, active)),
+    }
 
 
 def answer_masked(setup, model, sae, asked, masked, batch, few):

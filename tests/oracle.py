@@ -13,17 +13,18 @@ PROMPT = (
 )
 
 
-def encode_prompt(tokenizer, context, question):
-    text = PROMPT.replace("{question}", question).replace("{context}", context)
-    return [tokenizer.bos_token_id] + tokenizer.encode(text, add_special_tokens=False)
+def encode_prompt(tokenizer, context, question, prompt=PROMPT):
+    text = prompt.replace("{question}", question).replace("{context}", context)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + tokenizer.encode(text, add_special_tokens=False)
 
 
-def generate(model, sae, tokenizer, prompt, masked=(), max_new_tokens=50):
+def generate(model, sae, tokenizer, prompt, masked=(), max_new_tokens=50, end_of_turn="<end_of_turn>"):
     """Token ids generated greedily after `prompt` (ids), with the latents in `masked` zeroed at every position."""
-    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")}
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end_of_turn)}
 
     def replace_residual(residual, hook):
-        acts = sae.encode(residual.to(sae.dtype))
+        acts = sae.encode(residual.to(sae.dtype)).clone()
         acts[:, :, list(masked)] = 0
         return sae.decode(acts).to(residual.dtype)
 

@@ -208,7 +208,11 @@ def test_latent_statistics():
     ]
     found = report.latent_statistics(samples, ["x", "x", "y"])
     assert found["active"] == pytest.approx(11 / 3) and found["k_at_50%"] == pytest.approx(5 / 3)
-    assert found["same_context_percent"] == {"topk": 50, "bottomk": 100} and found["same_context_pairs"] == 1
+    assert found["same_context_percent"] == {"topk": 50, "bottomk": 100}
+    assert report.latent_statistics(samples, ["x", "y", "z"])["same_context_percent"]["topk"] is None
+    # Three on one context: each pair's shared latents over each pair's mean length, pooled.
+    pooled = report.latent_statistics(samples, ["x"] * 3)["same_context_percent"]
+    assert pooled == {"topk": pytest.approx(100 * (1 + 0 + 0) / (2 + 1.5 + 1.5)), "bottomk": pytest.approx(40)}
     assert found["most_frequent_topk"][0] == {"latent": 2, "questions": 2}
     others = [samples[0] | {"topk": [5, 6]}, samples[2] | {"bottomk": [1, 3]}]
     assert report.ranking_overlap(samples, others) == {

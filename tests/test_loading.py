@@ -1,6 +1,9 @@
 """Loading the real thing, as far as a machine without network can: real tables, real libraries, a Hub of our own."""
 
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from experiment import UserError
 def test_default_options_resolve():
     chosen = common.parse_options([], "", masks=True)
     assert common.official_name(chosen.model) == "google/gemma-2-9b-it"
-    common.check_sae_names(chosen)
+    assert chosen.sae_id in [sae["id"] for sae in common.sae_table()[chosen.sae_release]["saes"]]
+    assert common.sae_table()[chosen.sae_release]["model"] == chosen.model
     assert (chosen.device, chosen.dtype, chosen.sae_dtype, chosen.k) == ("cuda", "float16", "float32", ("50%",))
     assert chosen.max_new_tokens == 50
 
@@ -27,11 +31,63 @@ def test_default_options_resolve():
             ["--sae-release", "gemma-scope-2b-pt-transcoders", "--sae-id", "layer_0/width_16k/average_l0_76"],
             "transcoder",
         ),
+        (["--sae-release", "gemma-scope-2-4b-it-res"], "holds 52 SAEs: give --sae-id"),
+        (["--model", "google/gemma-3-4b-it"], "belongs to gemma-2-9b-it, not to google/gemma-3-4b-it"),
+        (["--sae-release", "llama-3-8b-it-res-jh", "--model", "gemma-2-9b-it"], "belongs to meta-llama"),
+        (["--demo", "--sae-release", "gemma-2b-it-res-jb"], "belongs to gemma-2b-it, not to demo/model"),
     ],
 )
-def test_wrong_sae_names(arguments, named):
+def test_names_that_do_not_belong_together(arguments, named):
     with pytest.raises(UserError, match=named):
-        common.check_sae_names(common.parse_options(arguments, "", masks=False))
+        common.parse_options(arguments, "", masks=False)
+
+
+def test_the_table_is_saelens_own():
+    """Read from its file, without SAELens, it says what SAELens says."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    theirs = get_pretrained_saes_directory()
+    assert set(common.sae_table()) == set(theirs)
+    for release, entry in common.sae_table().items():
+        assert entry["model"] == theirs[release].model
+        assert [sae["id"] for sae in entry["saes"]] == list(theirs[release].saes_map)
+
+
+def test_the_release_says_the_model():
+    chosen = common.parse_options(["--sae-release", "llama-3-8b-it-res-jh"], "", masks=False)
+    assert (chosen.model, chosen.sae_id) == ("meta-llama/Meta-Llama-3-8B-Instruct", "blocks.25.hook_resid_post")
+    assert common.neuronpedia_page(chosen, 7) == "https://www.neuronpedia.org/llama3-8b-it/25-res-jh/7"
+    id_ = "layer_17_width_16k_l0_medium"
+    chosen = common.parse_options(["--sae-release", "gemma-scope-2-4b-it-res", "--sae-id", id_], "", masks=True)
+    assert chosen.model == "google/gemma-3-4b-it"
+    for model in ("google/gemma-2-9b-it", "gemma-2-9b-it"):
+        assert common.parse_options(["--model", model], "", masks=False).sae_release == common.DEFAULTS["sae_release"]
+
+
+def test_list_saes():
+    """As a process: within seconds, without a download and without the libraries that take long to import."""
+    start = time.perf_counter()
+    command = [sys.executable, ROOT / "baseline.py", "--list-saes"]
+    listed = subprocess.run([*command, "9b"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 15
+    assert listed.stdout.splitlines()[1].split() == [
+        *("gemma-scope-9b-it-res-canonical", "gemma-2-9b-it", "6"), "9,", "20,", "31", "16k,", "131k"
+    ]  # fmt: skip
+    assert "layer_9/width_131k/canonical" in common.list_saes("gemma-scope-9b-it-res-canonical").splitlines()
+    every = common.list_saes("")
+    for family in ("gemma-3-27b-it", "Qwen2.5-7B-Instruct", "Llama-3.3-70B-Instruct"):
+        assert family in every
+    assert "transcoder" not in every and "gemma-2-2b " not in every
+
+
+def test_base_models_are_named(tmp_path, demo):
+    _, _, tokenizer = demo
+    tuned = ("gemma-2-9b-it", "meta-llama/Meta-Llama-3-8B-Instruct", "Qwen/Qwen2.5-7B-Instruct", "nobody/a-chat-model")
+    for model in tuned:
+        assert common.INSTRUCTION_TUNED.search(model)
+    for model in ("google/gemma-2-9b", "meta-llama/Meta-Llama-3-8B", "Qwen/Qwen2.5-7B", "nobody/bits"):
+        assert not common.INSTRUCTION_TUNED.search(model)
+    assert not common.seems_untuned(options(), tokenizer)
 
 
 def test_wrong_model_name():
@@ -52,6 +108,7 @@ def test_demo_model_is_loaded_as_the_real_one_would_be(demo):
 # --- each error: exit code 2, one line that says what to do -----------------------------------------------------------
 
 HUB = ["--device", "cpu", "--dtype", "float32"]
+OWN = ["--sae-release", "demo/sae"]  # a folder, which belongs to whatever model it fits
 
 
 @pytest.mark.parametrize(
@@ -62,9 +119,9 @@ HUB = ["--device", "cpu", "--dtype", "float32"]
         (["--demo", "--device", "cuda"], "no CUDA device"),
         (["--demo", "--device", "gpu"], "--device gpu"),
         (HUB, "gemma-2-9b-it: is gated: accept its licence"),
-        ([*HUB, "--model", "nobody/no-such-model"], "there is no such repository"),
-        ([*HUB, "--model", "nobody/bad-token"], "refused the token"),
-        ([*HUB, "--model", "nobody/unreachable"], "cannot be reached"),
+        ([*HUB, *OWN, "--model", "nobody/no-such-model"], "there is no such repository"),
+        ([*HUB, *OWN, "--model", "nobody/bad-token"], "refused the token"),
+        ([*HUB, *OWN, "--model", "nobody/unreachable"], "cannot be reached"),
         ([*HUB, "--model", "gemma-9b"], "not a model TransformerLens knows"),
         (["--demo", "--sae-release", "gemma-scope-9b-it-res-canonicle", "--sae-id", "x"], "nearest"),
         (["--demo", "--sae-release", "gemma-scope-9b-it-res-canonical", "--sae-id", "layer_9/x"], "not in release"),
