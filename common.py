@@ -293,11 +293,17 @@ def guard(main):
         main()
         return 0
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        if is_first_process():
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted: what was finished is kept; the same command goes on from there.", file=sys.stderr)
         return 130
+
+
+def is_first_process():
+    """Of those that a launcher (torchrun, accelerate launch) started: the one that speaks and writes the results."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,6 +446,16 @@ def official_name(model):
         known = {alias: None for aliases in MODEL_ALIASES.values() for alias in aliases}
         raise UserError(f"--model {model}: not a model TransformerLens knows, nor a folder{nearest(model, known)}")
     return model
+
+
+def processes(options):
+    """This process's number, how many there are, and a function that waits for all of them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1, lambda: None
+    from accelerate import PartialState
+
+    state = PartialState(cpu=options.device == "cpu")
+    return state.process_index, state.num_processes, state.wait_for_everyone
 
 
 def load_tokenizer(options):

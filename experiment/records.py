@@ -112,17 +112,17 @@ class Journal:
 
     Appended to and synced a batch at a time, so that what was finished survives whatever ends the process. Only ids
     and offsets are kept in memory. The file appears with its first batch: until then an older one stays.
+
+    Where several processes work on a round, each appends to a part of its own, and the first one absorbs the parts.
     """
 
     def __init__(self, path, run, overwrite=False, notify=print):
-        self.path, self.run = path, run
-        self._offsets = {}  # id -> where its line begins, in bytes
-        self._put_off = set()  # ids whose answers are long, to be asked again when all others are done
-        self._file = None
+        self.path, self.run, self._notify = path, run, notify
+        self._forget()
         if path.exists():
             found = self._scan()
             if replaceable(path, found, run, overwrite, notify):
-                self._offsets, self._put_off = {}, set()
+                self._forget()
             else:
                 self.run = found
                 if self._torn:
@@ -130,6 +130,52 @@ class Journal:
                     os.truncate(path, self._end)
                 self._file = open(path, "r+b")
                 self._file.seek(0, os.SEEK_END)
+
+    def _forget(self):
+        self._offsets = {}  # id -> where its line begins, in bytes
+        self._put_off = set()  # ids whose answers are long, to be asked again when all others are done
+        self._order = []  # what the lines are: ids, and tuples of ids that were put off
+        self._file = None
+
+    def reload(self):
+        """Reads again what another process has written meanwhile."""
+        self._forget()
+        self._scan()
+
+    def part(self, number):
+        """The journal that process `number` appends to."""
+        return Journal(self.path.with_suffix(f".process{number}.jsonl"), self.run, notify=self._notify)
+
+    def absorb_parts(self, overwrite=False):
+        """Takes over what processes left in their parts, and removes these."""
+        for path in sorted(self.path.parent.glob(f"{self.path.stem}.process*.jsonl")):
+            part = Journal(path, self.run, overwrite, self._notify)
+            if len(part) or part._put_off:
+                if not self._order:
+                    self.run = part.run
+                self.append(part.read(list(part._offsets)), [i for i in part._order if isinstance(i, tuple)])
+            path.unlink()
+
+    def arrange(self, first, second):
+        """Puts the lines in the order in which one process that is never interrupted writes them.
+
+        first, second: the batches, lists of ids, of those not put off and of those that were.
+        """
+        order = []
+        for batch in first:
+            order += [question_id for question_id in batch if question_id not in self._put_off]
+            if late := tuple(question_id for question_id in batch if question_id in self._put_off):
+                order.append(late)
+        order += [question_id for batch in second for question_id in batch]
+        if order == self._order:
+            return
+        with write_whole(self.path, "wb") as file:
+            file.write(_line({"run": self.run}))
+            for entry in order:
+                record = {"put_off": entry} if isinstance(entry, tuple) else next(self.read([entry]))
+                file.write(_line(record))
+        self._file.close()
+        self.reload()
 
     def __contains__(self, question_id):
         return question_id in self._offsets
@@ -154,8 +200,10 @@ class Journal:
                         run = dict(entry["run"])
                     elif "put_off" in entry:
                         self._put_off.update(entry["put_off"])
+                        self._order.append(tuple(entry["put_off"]))
                     else:
                         self._offsets[_check_record(entry, self._offsets)] = self._end
+                        self._order.append(entry["id"])
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise UserError(
                         f"{self.path}, line {number}: is damaged ({error}): remove that line, or --overwrite"
@@ -166,29 +214,33 @@ class Journal:
         return run
 
     def append(self, records, put_off=()):
-        """Writes the records, and the ids put off, that are not there yet, in their order, and syncs them to disk."""
+        """Writes the records, and the lists of ids put off, that are not there yet, and syncs them to disk."""
+        fresh = [(record["id"], _line(record)) for record in records if record["id"] not in self]
+        for ids in put_off:
+            if ids := tuple(question_id for question_id in ids if not self.put_off(question_id)):
+                fresh.append((ids, _line({"put_off": ids})))
         try:
-            lines = [(record["id"], _line(record)) for record in records if record["id"] not in self]
-            put_off = [question_id for question_id in put_off if not self.put_off(question_id)]
-            if self._file is None:
-                beside = self.path.with_name(self.path.name + ".part")
+            appears = self._file is None
+            beside = self.path.with_name(self.path.name + ".part")
+            if appears:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = open(beside, "w+b")
                 self._file.write(_line({"run": self.run}))
             place = self._file.tell()
-            self._file.write(b"".join(line for _, line in lines))
-            if put_off:
-                self._file.write(_line({"put_off": put_off}))
+            self._file.write(b"".join(line for _, line in fresh))
             self._file.flush()
             os.fsync(self._file.fileno())
-            if not self._offsets and not self._put_off:
-                os.replace(self.path.with_name(self.path.name + ".part"), self.path)
+            if appears:
+                os.replace(beside, self.path)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
-        for question_id, line in lines:
-            self._offsets[question_id] = place
+        for entry, line in fresh:
+            self._order.append(entry)
+            if isinstance(entry, tuple):
+                self._put_off.update(entry)
+            else:
+                self._offsets[entry] = place
             place += len(line)
-        self._put_off.update(put_off)
 
     def read(self, question_ids):
         """Yields the records of these ids, in this order."""

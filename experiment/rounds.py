@@ -2,8 +2,10 @@
 
 import array
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
+import os
 import sys
 
 from accelerate.utils.memory import release_memory, should_reduce_batch_size
@@ -21,7 +23,8 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
 def say(text):
     """News for the person who waits; results go to standard output, news to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    if common.is_first_process():
+        print(text, file=sys.stderr, flush=True)
 
 
 say_once = functools.cache(say)  # for what is true of several files alike
@@ -36,6 +39,8 @@ class Setup:
 
     def __init__(self, options):
         common.prepare(options)
+        self.number, self.processes, self.wait = common.processes(options)
+        self.is_first = self.number == 0  # the one process that writes more than a part of a journal
         self.options = options
         self.tokenizer = common.load_tokenizer(options)
         self.template = common.choose_template(options.prompt_template, self.tokenizer)
@@ -87,7 +92,7 @@ class Setup:
     def writing(self):
         """Keeps the output folder to this process, and reads and checks its results. Until then no file is touched."""
         self.out = records.folder(self.options.output_dir)
-        lock = records.lock(self.out)
+        lock = records.lock(self.out) if self.is_first else None
         try:
             self.results = self.out / "results.json"
             self.entries = records.read_results(self.results, self.ranked_run, self.options.overwrite, say_once)
@@ -96,17 +101,25 @@ class Setup:
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(f"{self.results}: is damaged ({error!r}): move it away") from None
             yield
+            self.wait()
         finally:
-            lock.release()
+            if self.is_first:
+                lock.release()
 
     def journal(self, name, run):
-        return records.Journal(self.out / f"predictions_{name}.jsonl", run, self.options.overwrite, say_once)
+        """A journal as an earlier run left it, parts of several processes included."""
+        path, overwrite = self.out / f"predictions_{name}.jsonl", self.options.overwrite
+        if self.is_first:
+            journal = records.Journal(path, run, overwrite, say_once)
+            journal.absorb_parts(overwrite)
+        self.wait()
+        return journal if self.is_first else records.Journal(path, run, overwrite, say_once)
 
     def load(self, journal, activations_run=None):
         """Model and SAE. Completes the journal's run with what only the SAE's configuration says, and checks it."""
         if self._loaded is None:
             say(f"Loading {self.options.sae_release} and {self.options.model} ...")
-            self._loaded = common.load(self.options, self.tokenizer)
+            self._loaded = common.load(self.local_options(), self.tokenizer)
         model, sae = self._loaded
         late = {"hook_name": sae.cfg.metadata.hook_name, "d_sae": sae.cfg.d_sae}
         for found, path in ((journal.run, journal.path), (activations_run, self.options.activations)):
@@ -114,6 +127,17 @@ class Setup:
                 raise UserError(f"{path}: is of another SAE ({named})")
         journal.run.update(late)
         return model, sae
+
+    def local_options(self):
+        """The options with this process's own device, where there are several."""
+        if self.processes > 1 and self.options.device == "cuda":
+            return dataclasses.replace(self.options, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        return self.options
+
+    def tell(self, text):
+        """Results, once."""
+        if self.is_first:
+            print(text)
 
     def finish(self, run, entry):
         """Puts a round's entry into results.json, in place of the one of the same round, ranking and K."""
@@ -123,10 +147,11 @@ class Setup:
 
         entry = {"run": run} | entry
         self.entries = [old for old in self.entries if key(old) != key(entry)] + [entry]
-        records.write_results(self.results, self.entries)
+        if self.is_first:
+            records.write_results(self.results, self.entries)
 
 
-def work_off(asked, lengths, journal, work, label, budget, contexts=None):
+def work_off(setup, asked, lengths, journal, work, label, budget, contexts=None):
     """Answers every question that `journal` lacks.  work(batch, few): indices into `asked` -> records, with None for
     the at most `few` answers that are unfinished when all others have ended.
 
@@ -135,25 +160,50 @@ def work_off(asked, lengths, journal, work, label, budget, contexts=None):
     answers depend a little on the batch, so an interrupted run ends in the same bytes as an uninterrupted one.
     A batch lasts as long as its longest answer. So its last few are put off (the journal says which), and generated
     from the start, together, when all others are done.
+    Several processes take the batches in turn; which one answers a batch changes nothing.
     """
     done = len(journal)
     if done:
         say(f"{done} of {len(asked)} questions are in {journal.path} already")
     work = halved_when_memory_runs_out(work)
-    with tqdm(total=len(asked), initial=done, desc=label, unit="question", smoothing=0.1) as bar:
+    plans = []
+    if setup.processes > 1:
+        label += f", process 1 of {setup.processes}"
+    with tqdm(desc=label, unit="question", smoothing=0.1, disable=not setup.is_first) as bar:
         for first in (True, False):
             left = [i for i, question in enumerate(asked) if first or journal.put_off(question.id)]
             keys = contexts and [contexts[i] for i in left]
-            for batch in generation.plan_batches([lengths[i] for i in left], budget, keys):
-                batch = [left[i] for i in batch]
+            plan = generation.plan_batches([lengths[i] for i in left], budget, keys)
+            plan = [[left[i] for i in batch] for batch in plan]
+            plans.append([[asked[i].id for i in batch] for batch in plan])
+            share = plan[setup.number :: setup.processes]
+            if first:
+                bar.reset(total=sum(map(len, share)))
+                bar.update(sum(asked[i].id in journal for batch in share for i in batch))
+            mine = journal if setup.processes == 1 else journal.part(setup.number)
+            for batch in share:
                 if all(asked[i].id in journal or first and journal.put_off(asked[i].id) for i in batch):
                     continue
                 found = work(batch, len(batch) // FEW if first else 0)
-                before = len(journal)
-                journal.append(
-                    [record for record in found if record], [asked[i].id for i, r in zip(batch, found) if r is None]
-                )
-                bar.update(len(journal) - before)
+                before = len(mine)
+                late = [asked[i].id for i, record in zip(batch, found) if record is None]
+                mine.append([record for record in found if record], [late])
+                bar.update(len(mine) - before)
+            gather(setup, journal)
+    if setup.is_first:
+        journal.arrange(*plans)
+    gather(setup, journal)
+
+
+def gather(setup, journal):
+    """Puts together what all processes have written; afterwards each knows it."""
+    if setup.processes > 1:
+        setup.wait()
+        if setup.is_first:
+            journal.absorb_parts()
+        setup.wait()
+        if not setup.is_first:
+            journal.reload()
 
 
 def work_off_answers(setup, model, asked, journal, work, label, share):
@@ -161,7 +211,7 @@ def work_off_answers(setup, model, asked, journal, work, label, share):
     lengths = [len(setup.prompt_ids(question)) for question in asked]
     check_lengths(asked, lengths, setup.options.max_new_tokens, model)
     contexts = [question.context for question in asked] if share else None
-    work_off(asked, lengths, journal, work, label, setup.options.batch_tokens, contexts)
+    work_off(setup, asked, lengths, journal, work, label, setup.options.batch_tokens, contexts)
 
 
 def check_lengths(asked, lengths, max_new_tokens, model):
@@ -231,7 +281,7 @@ def answer_and_rank(setup):
     entry |= {"round": "baseline", "k": None} | counts
     if not any(old["round"] == "baseline" and old["run"]["ranking"] == "baseline" for old in setup.entries):
         setup.finish(answers.run, entry)  # the unmasked figures, whatever the ranking
-    print(
+    setup.tell(
         f"\nRound 1: {counts['asked']} questions asked, {counts['kept']} answered right and kept "
         f"({100 * counts['kept'] / counts['asked']:.1f}%), {counts['wrong']} answered wrong, "
         f"{counts['unranked']} right but without any [ to rank at.\n"
@@ -245,7 +295,8 @@ def answer_and_rank(setup):
             yield {name: record[name] for name in ("id", "answer", "em", "f1", "active", "topk", "bottomk")}
 
     run = journal.run | {"asked": counts["asked"], "kept": counts["kept"]}
-    records.write_activations(options.activations, run, samples())
+    if setup.is_first:
+        records.write_activations(options.activations, run, samples())
     statistics = report.latent_statistics(samples(), [q.context for q in kept])
     statistics["overlap"] = {
         ranking: report.ranking_overlap(samples(), others) for ranking, others in other_rankings(setup)
@@ -253,8 +304,8 @@ def answer_and_rank(setup):
     for latent in statistics["most_frequent_topk"]:
         latent["neuronpedia"] = common.neuronpedia_page(options, latent["latent"])
     setup.finish(journal.run, entry | {"statistics": statistics})
-    print(f"{report.table(setup.entries)}\n\n{report.describe(statistics, options.ranking)}\n")
-    print(f"Latents of the kept questions: {options.activations}")
+    setup.tell(f"{report.table(setup.entries)}\n\n{report.describe(statistics, options.ranking)}\n")
+    setup.tell(f"Latents of the kept questions: {options.activations}")
 
 
 def check_old_activations(setup):
@@ -348,7 +399,7 @@ def rank_kept(setup, answers, kept):
         budget, contexts = max(1, setup.options.batch_tokens // GRADIENT_TOKENS), None
     else:
         budget, contexts = setup.options.batch_tokens, [q.context for q in kept]
-    work_off(kept, lengths, journal, rank_again, f"Ranking ({ranking})", budget, contexts)
+    work_off(setup, kept, lengths, journal, rank_again, f"Ranking ({ranking})", budget, contexts)
     return journal
 
 
@@ -386,7 +437,7 @@ def answer_without_sae(setup):
     journal = setup.journal("no_splice", run)
     if len(journal) < len(asked):
         say(f"Loading {setup.options.model} ...")
-        model = common.load_model(setup.options, setup.tokenizer)
+        model = common.load_model(setup.local_options(), setup.tokenizer)
 
         def answer(batch, few):
             batch = [asked[i] for i in batch]
@@ -400,7 +451,7 @@ def answer_without_sae(setup):
         say(f"Answering without SAE is finished ({journal.path}); --overwrite starts it again.")
     scores = [scores_of(record) for record in journal.read(q.id for q in asked)]
     setup.finish(journal.run, {"round": "no_splice", "k": None} | report.summarize(scores, [q.context for q in asked]))
-    print(f"\n{report.table(setup.entries)}")
+    setup.tell(f"\n{report.table(setup.entries)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,10 +499,11 @@ def mask(options, which):
             if entry["fewer_than_k"]:
                 fewer = f"{entry['fewer_than_k']} of {len(asked)} questions"
                 say(f"{fewer} have fewer than {k} ranked latents: all they have are masked.")
-        records.write_figure(setup.out / "results.png", lambda file: report.draw(file, setup.entries))
-    print(f"\n{report.table(setup.entries)}")
+        if setup.is_first:
+            records.write_figure(setup.out / "results.png", lambda file: report.draw(file, setup.entries))
+    setup.tell(f"\n{report.table(setup.entries)}")
     if clean is None:
-        print(f"\n{options.activations} holds no unmasked answers: there is nothing to compute a drop from.")
+        setup.tell(f"\n{options.activations} holds no unmasked answers: there is nothing to compute a drop from.")
 
 
 def masked_entry(which, k, masked, active, clean, after, contexts):

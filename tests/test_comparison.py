@@ -52,7 +52,7 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
     """The probability when a latent's activation moves a little at one position, in double precision."""
     _, _, tokenizer = demo
     # Where the model is least sure: Transformers computes norms and softmax in single precision all the same.
-    ids, token = min(sequences, key=lambda case: oracle.gradient_scores(*demo[:2], *case)[1])
+    ids, token = min(sequences[:8], key=lambda case: oracle.gradient_scores(*demo[:2], *case)[1])
     model64, sae64 = common.load(options(), tokenizer)
     model64.original_model.double()
     sae64.double()
@@ -71,7 +71,7 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
         with torch.no_grad(), generation.spliced(model64, sae64, replace) as lm:
             return lm(torch.tensor([ids] * len(ids)), logits_to_keep=1).logits[:, -1].softmax(-1)[:, token]
 
-    for latent in scores.topk(8).indices.tolist():
+    for latent in scores.topk(3).indices.tolist():
         slopes = (probabilities(latent, 0.01) - probabilities(latent, -0.01)) / 0.02  # dP/dH * H at each position
         assert scores[latent].item() == pytest.approx(slopes.relu().mean().item(), rel=0.01)
 

@@ -15,7 +15,7 @@ from test_rounds import read_journal
 import common
 from experiment import generation
 
-TOKENS = 12
+TOKENS = 8
 HEAD = "Answer the following question based on the context.\nContext:\n{context}\n\nQuestion:\n{question}\n\n"
 HEAD += 'Please organize your final answer in this format: "Result = [[ label ]]"\n'
 SIZES = dict(
@@ -61,7 +61,7 @@ FAMILIES = {
 CONTEXTS = [
     f"the {a} met the {b} near the {c}" for a in ("fox", "owl") for b in ("hare", "toad") for c in ("mill", "lake")
 ]
-QUESTIONS = ["who met the hare", "where", "whom did the owl meet near the mill"]
+QUESTIONS = ["who met the hare", "where"]
 
 
 def make_tokenizer(bos, eos, pad, end_of_turn, others):
@@ -136,7 +136,7 @@ def test_three_rounds(name, tmp_path, monkeypatch, capsys):
     content = json.loads((tmp_path / "out" / "activations_baseline.json").read_text())
     _, found = read_journal(tmp_path / "out" / "predictions_baseline.jsonl")
     assert {i: r["text"] for i, r in found.items()} == {i: tokenizer.decode(ids) for i, (_, ids) in answers.items()}
-    assert len(content["samples"]) >= 6
+    assert len(content["samples"]) >= 3
     for which, word in (("topk", "false"), ("bottomk", "true")):
         _, masked = read_journal(tmp_path / "out" / f"predictions_{word}.jsonl")
         changed = 0
