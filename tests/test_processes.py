@@ -1,0 +1,103 @@
+"""Two processes under torchrun and under accelerate launch: the same files as from one, byte for byte.
+
+Not in the default run, for each launch imports the libraries twice: `python -m pytest -m launchers`.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, run_script
+
+pytestmark = pytest.mark.launchers
+
+ARGUMENTS = ["--demo", "--limit", "160", "--batch-tokens", "1600"]
+ROUNDS = ["baseline", "baseline_after_false", "baseline_after_true"]
+BIN = pathlib.Path(sys.executable).parent
+LAUNCHERS = {
+    "torchrun": [BIN / "torchrun", "--nproc-per-node", "2"],
+    "accelerate": [BIN / "accelerate", "launch", "--cpu", "--num_processes", "2"],
+}
+
+
+def start(launcher, script, arguments, folder):
+    """In a process group of its own, so that all of it can be killed."""
+    command = [*LAUNCHERS[launcher], ROOT / f"{script}.py", *arguments, "--output-dir", folder]
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        cwd=folder,
+    )
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process's files after each round, and after GradSAE's ranking; and what each printed."""
+    folder, found = tmp_path_factory.mktemp("alone"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        for script, more in [*((script, []) for script in ROUNDS), ("baseline", ["--ranking", "gradsae"])]:
+            patch.setattr(sys, "argv", [f"{script}.py", *ARGUMENTS, *more, "--output-dir", str(folder)])
+            assert __import__("common").guard(__import__(script).main) == 0
+            found[script, *more] = contents(folder)
+    return found
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_leave_the_files_of_one(launcher, alone, tmp_path):
+    for script, more in [*((script, []) for script in ROUNDS), ("baseline", ["--ranking", "gradsae"])]:
+        process = start(launcher, script, [*ARGUMENTS, *more], tmp_path)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert sum(line.startswith("ranking ") for line in out.splitlines()) == 1 and "process 1 of 2" in err
+        assert contents(tmp_path) == alone[script, *more]
+
+
+def test_killed_and_resumed_by_one_process(alone, tmp_path, monkeypatch, capsys):
+    process = start("torchrun", "baseline", ARGUMENTS, tmp_path)
+    while sum(path.read_bytes().count(b"\n") > 1 for path in tmp_path.glob("*.process*.jsonl")) < 2:
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    os.system(f"pkill -KILL -f {tmp_path}")  # the launcher gives each of its processes a group of its own
+    process.wait()
+    shares = [sum(line.startswith(b'{"id"') for line in path.read_bytes().splitlines())
+              for path in tmp_path.glob("*.process*.jsonl")]  # fmt: skip
+    assert len(shares) == 2 and min(shares) > 0 and sum(shares) < 160
+    code, out, err = run_script("baseline", [*ARGUMENTS, "--output-dir", tmp_path], monkeypatch, capsys)
+    assert code == 0 and "of 160 questions are in" in err
+    assert contents(tmp_path) == alone["baseline",]
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    process = start("torchrun", "baseline_after_false", [*ARGUMENTS, "--activations", "missing.json"], tmp_path)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and err.count("missing.json: there is no such file") == 1
+    assert contents(tmp_path) == {}
+
+
+def test_work_is_split_evenly(demo_questions):
+    """Of all the demo's questions in its own batches, and of many small ones."""
+    import common
+    from experiment import generation
+
+    tokenizer = common.load_tokenizer(common.parse_options(["--demo"], "", masks=False))
+    template = common.choose_template("auto", tokenizer)
+    lengths = [len(common.tokenize(tokenizer, common.build_prompt(template, q.context, q.question)))
+               for q in demo_questions]  # fmt: skip
+    for budget, workers, most in ((16384, 2, 0.56), (2000, 2, 0.51), (2000, 4, 0.27)):
+        plan = generation.plan_batches(lengths, budget)
+        tokens = [sum(lengths[i] for batch in plan[worker::workers] for i in batch) for worker in range(workers)]
+        assert max(tokens) <= most * sum(tokens), json.dumps(tokens)
