@@ -1,7 +1,8 @@
 """Round 1: answer, keep the right ones, rank their latents.
 
-    python baseline.py --demo      # the bundled model, on the CPU
-    python baseline.py             # gemma-2-9b-it, on a CUDA GPU
+    python baseline.py --demo                # the bundled model, on the CPU
+    python baseline.py                       # gemma-2-9b-it, on a CUDA GPU
+    python baseline.py --ranking gradsae     # the same answers, latents ranked by GradSAE's score
 
 Every question is answered with the residual stream at one layer replaced by an SAE's reconstruction. For each question
 answered right, the TopK and BottomK latents by mean activation go to activations_baseline.json.

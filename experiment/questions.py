@@ -12,7 +12,7 @@ from pathlib import Path
 from experiment import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Question:
     id: str
     context: str

@@ -244,6 +244,9 @@ class Journal:
 
     def read(self, question_ids):
         """Yields the records of these ids, in this order."""
+        question_ids = list(question_ids)
+        if not question_ids:  # there may be no file either
+            return
         with open(self.path, "rb") as file:
             for question_id in question_ids:
                 file.seek(self._offsets[question_id])

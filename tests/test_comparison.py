@@ -328,6 +328,19 @@ def test_all_rankings(tmp_path, monkeypatch, capsys):
     assert code == 2 and 'ranking "gradsae", now "baseline"' in err
 
 
+def test_nothing_kept(tmp_path, monkeypatch, capsys):
+    """A round 1 that keeps no question says so, whatever the ranking; there is nothing to mask then."""
+    questions = [json.loads(line) for line in (ROOT / "demo" / "questions.jsonl").read_text().splitlines()[:5]]
+    lines = [json.dumps(question | {"answers": {"text": ["quite another answer"]}}) for question in questions]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    arguments = ["--demo", "--dataset", tmp_path / "questions.jsonl", "--output-dir", tmp_path]
+    for ranking in ("baseline", "gradsae"):
+        code, out, err = run_script("baseline", [*arguments, "--ranking", ranking], monkeypatch, capsys)
+        assert code == 0 and "0 answered right and kept" in out and "No question was kept" in out
+        code, _, err = run_script("baseline_after_false", [*arguments, "--ranking", ranking], monkeypatch, capsys)
+        assert code == 2 and "kept no question" in err and len(err.splitlines()) == 1
+
+
 def test_gradsae_ranking_is_the_oracles(demo, demo_questions, tmp_path, monkeypatch, capsys):
     """Round 1's file with --ranking gradsae, against the oracle's scores."""
     model, sae, tokenizer = demo

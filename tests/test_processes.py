@@ -17,11 +17,20 @@ from conftest import ROOT, run_script
 pytestmark = pytest.mark.launchers
 
 ARGUMENTS = ["--demo", "--limit", "160", "--batch-tokens", "1600"]
-ROUNDS = ["baseline", "baseline_after_false", "baseline_after_true"]
+STEPS = [
+    ("baseline", []),
+    ("baseline_after_false", []),
+    ("baseline_after_true", []),
+    ("baseline", ["--ranking", "gradsae"]),
+]
 BIN = pathlib.Path(sys.executable).parent
 LAUNCHERS = {
     "torchrun": [BIN / "torchrun", "--nproc-per-node", "2"],
-    "accelerate": [BIN / "accelerate", "launch", "--cpu", "--num_processes", "2"],
+    # Without --multi_gpu it starts a single process where there is no GPU.
+    "accelerate": [
+        *(BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+    ],
 }
 
 
@@ -48,7 +57,7 @@ def alone(tmp_path_factory):
     """One process's files after each round, and after GradSAE's ranking; and what each printed."""
     folder, found = tmp_path_factory.mktemp("alone"), {}
     with pytest.MonkeyPatch.context() as patch:
-        for script, more in [*((script, []) for script in ROUNDS), ("baseline", ["--ranking", "gradsae"])]:
+        for script, more in STEPS:
             patch.setattr(sys, "argv", [f"{script}.py", *ARGUMENTS, *more, "--output-dir", str(folder)])
             assert __import__("common").guard(__import__(script).main) == 0
             found[script, *more] = contents(folder)
@@ -57,7 +66,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_leave_the_files_of_one(launcher, alone, tmp_path):
-    for script, more in [*((script, []) for script in ROUNDS), ("baseline", ["--ranking", "gradsae"])]:
+    for script, more in STEPS if launcher == "torchrun" else STEPS[:2]:
         process = start(launcher, script, [*ARGUMENTS, *more], tmp_path)
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
