@@ -80,13 +80,15 @@ def test_killed_and_resumed_by_one_process(alone, tmp_path, monkeypatch, capsys)
         assert process.poll() is None
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
-    os.system(f"pkill -KILL -f {tmp_path}")  # the launcher gives each of its processes a group of its own
-    process.wait()
+    # The launcher gives each of its processes a group of its own; until they are gone, they hold the folder's lock.
+    while subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)]).returncode == 0:
+        time.sleep(0.05)
+    process.communicate()
     shares = [sum(line.startswith(b'{"id"') for line in path.read_bytes().splitlines())
               for path in tmp_path.glob("*.process*.jsonl")]  # fmt: skip
     assert len(shares) == 2 and min(shares) > 0 and sum(shares) < 160
     code, out, err = run_script("baseline", [*ARGUMENTS, "--output-dir", tmp_path], monkeypatch, capsys)
-    assert code == 0 and "of 160 questions are in" in err
+    assert code == 0 and "of 160 questions are in" in err, err
     assert contents(tmp_path) == alone["baseline",]
 
 
