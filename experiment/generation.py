@@ -76,7 +76,7 @@ def spliced(model, sae, replace):
     """The Transformers model with `replace` (as `splice` gives it) at the SAE's place; with sae None, as it is.
 
     TransformerLens' wrappers around every module compute what nobody hooks here. They are set aside meanwhile: a
-    forward pass is a tenth faster without them, and the same bit for bit.
+    forward pass of the demo is a tenth faster without them, and the same bit for bit.
     """
     lm, place = model.original_model, None if sae is None else sae.cfg.metadata.hook_name
     point = None if sae is None else model.hook_dict[place]

@@ -9,8 +9,8 @@ METRICS = ("em", "f1", "accuracy")
 RESAMPLES = 10_000
 LABELS = {"topk": "TopK", "bottomk": "BottomK"}
 
-# EM / F1 in percent as published (GradSAE, arXiv 2505.08080, tables 2, 4 and 5; no n, no intervals), by model, SAE
-# release and id, ranking and what is masked: K -> (EM, F1).
+# EM / F1 in percent as published (GradSAE, arXiv 2505.08080; no n, no intervals), by model, SAE release and id, ranking
+# and what is masked: K -> (EM, F1).
 _GEMMA = ("gemma-2-9b-it", "gemma-scope-9b-it-res-canonical")
 _LAYER_9, _LAYER_20, _LAYER_31 = ((*_GEMMA, f"layer_{layer}/width_131k/canonical") for layer in (9, 20, 31))
 _LLAMA = ("Meta-Llama-3-8B-Instruct", "llama-3-8b-it-res-jh", "blocks.25.hook_resid_post")
@@ -143,7 +143,7 @@ def latent_statistics(samples, contexts):
     counts, active = collections.Counter(), []
     for sample, context in zip(samples, contexts):
         for name, groups in together.items():
-            # As arrays: as Python's integers the latents of all questions would take ten times the memory.
+            # As arrays: Python's integers would take several times the memory.
             groups[context].append(np.array(sample[name], dtype=np.int32))
         counts.update(sample["topk"])
         active.append(len(sample["active"]))

@@ -16,7 +16,7 @@ from experiment import UserError, generation, latents, questions, records, repor
 
 KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this F1, not only exact matches
 FEW = 16  # one question in so many may keep a batch no longer: to begin its answer again later costs less
-GRADIENT_TOKENS = 16  # a token whose gradient is asked for takes about so many times the memory of one in the cache
+GRADIENT_TOKENS = 16  # an estimate: what a token takes on the way back, against one in the cache; not measured
 WORDS = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
