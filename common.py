@@ -6,9 +6,7 @@ Nothing heavy is imported before the options have been read: `--help` and a typi
 import argparse
 import contextlib
 import copy
-import difflib
-import functools
-import importlib.util
+import json
 import os
 import re
 import sys
@@ -16,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment import UserError
+from experiment import UserError, is_first_process, names
 
 ROOT = Path(__file__).resolve().parent
 
@@ -58,7 +56,6 @@ TEMPLATES = {
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
 RANKINGS = ("baseline", "gradsae", "random")
-INSTRUCTION_TUNED = re.compile(r"(?:^|[-_/.])(?:it|instruct|chat)(?:$|[-_/.])", re.IGNORECASE)  # in a model's name
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
 
 
@@ -184,10 +181,12 @@ def parse_options(argv, doc, masks):
     given = vars(parser.parse_args(argv))
     word = given.pop("list_saes")
     if word is not None:
-        print(list_saes(word))
+        print(names.list_saes(word))
         sys.exit(0)
     if given["limit"] is not None and given["sample"] is not None:
         raise UserError("--limit and --sample cannot be combined: leave one out")
+    if given["device_map"] and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--device-map auto: spreads one process over all GPUs: start it without a launcher")
     if given["token_file"] is None:
         given["token_file"] = ROOT / "token.txt"
     elif not given["token_file"].is_file():
@@ -207,84 +206,19 @@ def parse_options(argv, doc, masks):
 def settle_names(given, defaults):
     """Fills in model and SAE id where the release alone says them, and refuses names that do not belong together.
 
-    Nothing is downloaded for it, and nothing slow imported unless two names differ.
+    Nothing is downloaded for it, and nothing slow imported.
     """
     release = given["sae_release"] or defaults["sae_release"]
-    if Path(bundled(release)).is_dir() or ("/" in release and release not in sae_table()):
+    if Path(bundled(release)).is_dir() or ("/" in release and release not in names.sae_table()):
         given["sae_id"] = given["sae_id"] or ""  # a folder, or a repository on the Hub, that may hold a single SAE
         return
-    if release not in sae_table():
-        raise UserError(f"--sae-release {release}: not in SAELens' table, nor a folder{nearest(release, sae_table())}")
-    entry = sae_table()[release]
-    if is_transcoder(release):
-        raise UserError(f"--sae-release {release}: holds transcoders, not SAEs: they read one place and write another")
-    ids = [sae["id"] for sae in entry["saes"]]
-    if given["sae_id"] is None:
-        if release == defaults["sae_release"]:
-            given["sae_id"] = defaults["sae_id"]
-        elif len(ids) == 1:
-            given["sae_id"] = ids[0]
-        else:
-            raise UserError(f"--sae-release {release}: holds {len(ids)} SAEs: give --sae-id (--list-saes {release})")
-    if given["sae_id"] not in ids:
-        raise UserError(f"--sae-id {given['sae_id']}: not in release {release}{nearest(given['sae_id'], ids)}")
-    model = given["model"] or (defaults["model"] if given["demo"] else entry["model"])
-    if model == DEMO_DEFAULTS["model"] or not same_model(model, entry["model"]):
-        raise UserError(f"--sae-release {release}: belongs to {entry['model']}, not to {model}")
-    given["model"] = model
-
-
-def same_model(name, other):
-    """Whether two names mean the same model. Of a local folder nobody knows: SAE and model are compared once loaded."""
-
-    def last(full):
-        return full.split("/")[-1].lower()
-
-    if Path(name).is_dir():
-        return True
-    return last(name) == last(other) or official_name(name) == official_name(other)
-
-
-@functools.cache
-def sae_table():
-    """SAELens' table of releases, from its file: to import SAELens takes longer than a typing mistake should cost."""
-    import yaml
-
-    folder = importlib.util.find_spec("sae_lens").submodule_search_locations[0]
-    with open(Path(folder) / "pretrained_saes.yaml", encoding="utf-8") as file:
-        return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-def is_transcoder(release):
-    return "transcoder" in release or "transcoder" in (sae_table()[release].get("conversion_func") or "")
-
-
-def list_saes(word):
-    """The instruction-tuned releases with `word` in their name or their model's, or all ids of the one of that name."""
-    releases = [
-        release
-        for release, entry in sae_table().items()
-        if INSTRUCTION_TUNED.search(entry["model"]) and not is_transcoder(release)
-    ]
-    if word in releases:
-        return "\n".join(sae["id"] for sae in sae_table()[word]["saes"])
-    lines = [["release", "model", "SAEs", "layers", "widths"]]
-    for release in releases:
-        model, ids = sae_table()[release]["model"], [sae["id"] for sae in sae_table()[release]["saes"]]
-        if word.lower() in f"{release} {model}".lower():
-            layers = sorted({int(n) for name in ids for n in re.findall(r"(?:layer_|blocks\.)([0-9]+)", name)})
-            widths = sorted({w for name in ids for w in re.findall(r"width_([0-9]+[km])", name)}, key=_width)
-            text = ", ".join(map(str, layers)) if len(layers) < 8 else f"{layers[0]} to {layers[-1]} ({len(layers)})"
-            lines.append([release, model, str(len(ids)), text, ", ".join(widths) or "one"])
-    if len(lines) == 1:
-        return f"No instruction-tuned release in SAELens' table has {word!r} in its name."
-    columns = [max(map(len, column)) for column in zip(*lines)]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, columns)).rstrip() for line in lines]
-    return "\n".join([*rows, "", "--list-saes RELEASE prints a release's ids."])
-
-
-def _width(text):
-    return int(text[:-1]) * (1_000_000 if text.endswith("m") else 1_000)
+    default_id = defaults["sae_id"] if release == defaults["sae_release"] else None
+    model = given["model"] or (defaults["model"] if given["demo"] else None)
+    of_demo = model == DEMO_DEFAULTS["model"]
+    found, given["sae_id"] = names.find_sae(release, given["sae_id"], None if of_demo else model, default_id)
+    if of_demo:
+        raise UserError(f"--sae-release {release}: belongs to {found}, not to {model}")
+    given["model"] = found
 
 
 def guard(main):
@@ -299,11 +233,6 @@ def guard(main):
     except KeyboardInterrupt:
         print("\nInterrupted: what was finished is kept; the same command goes on from there.", file=sys.stderr)
         return 130
-
-
-def is_first_process():
-    """Of those that a launcher (torchrun, accelerate launch) started: the one that speaks and writes the results."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,7 +251,10 @@ def choose_template(name, tokenizer):
             "{context} and {question} in the model's own chat format"
         )
     if name in TEMPLATES:
-        return TEMPLATES[name][1]
+        marker, text = TEMPLATES[name]
+        if marker not in tokenizer.get_vocab():
+            raise UserError(f"--prompt-template {name}: this model's tokenizer has no {marker}: leave it to auto")
+        return text
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -365,11 +297,6 @@ def parse_answer(text):
 def bundled(name):
     """A path of the bundled demo as it is on this machine; any other name as it is."""
     return str(ROOT / name) if name in DEMO_DEFAULTS.values() and name else name
-
-
-def nearest(word, candidates):
-    close = difflib.get_close_matches(word, candidates, n=3, cutoff=0.5)
-    return f" (nearest: {', '.join(close)})" if close else ""
 
 
 def prepare(options):
@@ -433,37 +360,62 @@ def hub_errors(name):
         raise UserError(f"{name}: {advice}") from error
 
 
-def official_name(model):
-    """A model's full Hub name, for the short ones that TransformerLens knows; a folder or another name as it is."""
-    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-
-    if Path(model).is_dir() or model in OFFICIAL_MODEL_NAMES:
-        return model
-    for name, aliases in MODEL_ALIASES.items():
-        if model in aliases:
-            return name
-    if "/" not in model:
-        known = {alias: None for aliases in MODEL_ALIASES.values() for alias in aliases}
-        raise UserError(f"--model {model}: not a model TransformerLens knows, nor a folder{nearest(model, known)}")
-    return model
-
-
-def processes(options):
-    """This process's number, how many there are, and a function that waits for all of them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, lambda: None
-    from accelerate import PartialState
-
-    state = PartialState(cpu=options.device == "cpu")
-    return state.process_index, state.num_processes, state.wait_for_everyone
-
-
 def load_tokenizer(options):
     from transformers import AutoTokenizer
 
-    name = official_name(bundled(options.model))
+    name = names.official_name(bundled(options.model))
     with hub_errors(options.model):
         return AutoTokenizer.from_pretrained(name)
+
+
+def check_local_sae(options):
+    """Holds a local SAE's configuration against the model's, before anything that takes long is imported or loaded.
+
+    What only the loaded model knows is checked once more by `load`.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(bundled(options.sae_release)) / options.sae_id
+    if not Path(bundled(options.sae_release)).is_dir():
+        return
+    try:
+        sae = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        found = sae.get("metadata") or sae  # where SAELens keeps these names now, and where it did
+        hook_name, made_for = found["hook_name"], found.get("model_name")
+        check_sae(folder, sae["architecture"], hook_name, found.get("hook_name_out"))
+    except OSError as error:
+        raise UserError(f"{folder}: holds no SAE: its cfg.json cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder}: its cfg.json is not an SAE's ({error!r})") from None
+    if made_for in names.aliases() and not names.same_model(bundled(options.model), made_for):
+        raise UserError(
+            f"{folder}: its cfg.json says that it is for {made_for}, not for {options.model}: if that is meant, give "
+            "the model as a local folder"
+        )
+    with hub_errors(options.model):
+        config = AutoConfig.from_pretrained(names.official_name(bundled(options.model))).get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = {"layers": config.num_hidden_layers, "d_model": config.hidden_size}
+    check_fit(options, hook_name, sae.get("d_in"), **sizes, d_heads=config.num_attention_heads * head)
+
+
+def check_sae(name, architecture, hook_name, hook_name_out):
+    if "transcoder" in architecture or (hook_name_out or hook_name) != hook_name:
+        raise UserError(f"{name}: a transcoder, which reconstructs another place than it reads: give an SAE")
+    if not re.match(r"blocks\.[0-9]+\.", hook_name or ""):
+        raise UserError(f"{name}: its configuration names no hook in a layer ({hook_name})")
+
+
+def check_fit(options, hook_name, d_in, layers, d_model, d_heads):
+    """Refuses an SAE of another model. d_heads: the width of all heads together, which `hook_z` sees."""
+    if int(hook_name.split(".")[1]) >= layers:
+        raise UserError(f"{options.sae_release}: is for {hook_name}, but {options.model} has {layers} layers")
+    dimensions = d_heads if hook_name.endswith("attn.hook_z") else d_model
+    if d_in != dimensions:
+        raise UserError(
+            f"{options.sae_release}: reads {d_in} dimensions, but {options.model} has {dimensions}: "
+            "this SAE belongs to another model"
+        )
 
 
 def load_sae(options):
@@ -482,27 +434,15 @@ def load_sae(options):
         except (KeyError, TypeError, RuntimeError) as error:  # a folder that holds something else than an SAE
             raise UserError(f"{name}: SAELens cannot read it ({error})") from error
     metadata = sae.cfg.metadata
-    if "transcoder" in sae.cfg.architecture() or (metadata.hook_name_out or metadata.hook_name) != metadata.hook_name:
-        raise UserError(f"{name}: a transcoder, which reconstructs another place than it reads: give an SAE")
-    if not re.match(r"blocks\.[0-9]+\.", metadata.hook_name or ""):
-        raise UserError(f"{name}: its configuration names no hook in a layer ({metadata.hook_name})")
+    check_sae(name, sae.cfg.architecture(), metadata.hook_name, metadata.hook_name_out)
     return sae.eval().requires_grad_(False)
-
-
-def neuronpedia_page(options, latent):
-    """The address of a latent's page on Neuronpedia, where SAELens' table knows one for the SAE; or None."""
-    if Path(bundled(options.sae_release)).is_dir():
-        return None
-    found = [s for s in sae_table().get(options.sae_release, {"saes": []})["saes"] if s["id"] == options.sae_id]
-    page = found and found[0].get("neuronpedia")
-    return f"https://www.neuronpedia.org/{page}/{latent}" if page else None
 
 
 def seems_untuned(options, tokenizer):
     """Whether a model looks like a base model: by its name, or for a folder by a tokenizer without a chat template."""
     if Path(bundled(options.model)).is_dir():
         return not options.demo and not tokenizer.chat_template
-    return not INSTRUCTION_TUNED.search(options.model)
+    return not names.INSTRUCTION_TUNED.search(options.model)
 
 
 def load_model(options, tokenizer):
@@ -511,7 +451,7 @@ def load_model(options, tokenizer):
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import GenerationConfig
 
-    name = official_name(bundled(options.model))
+    name = names.official_name(bundled(options.model))
     # A copy: it may give a tokenizer without BOS (Qwen's) one, and padding.
     with hub_errors(options.model):
         where = {"device_map": options.device_map} if options.device_map else {"device": options.device}
@@ -534,19 +474,10 @@ def load(options, tokenizer):
     sae = load_sae(options)
     model = load_model(options, tokenizer)
     hook_name = sae.cfg.metadata.hook_name
-    if int(hook_name.split(".")[1]) >= model.cfg.n_layers:
-        raise UserError(
-            f"{options.sae_release}: is for {hook_name}, but {options.model} has {model.cfg.n_layers} layers"
-        )
+    d_heads = model.cfg.n_heads * model.cfg.d_head
+    check_fit(options, hook_name, sae.cfg.d_in, model.cfg.n_layers, model.cfg.d_model, d_heads)
     if hook_name not in model.hook_dict:
         raise UserError(f"{options.sae_release}: is for {hook_name}, a place that {options.model} does not have")
-    heads = model.cfg.n_heads * model.cfg.d_head
-    dimensions = heads if hook_name.endswith("attn.hook_z") else model.cfg.d_model
-    if sae.cfg.d_in != dimensions:
-        raise UserError(
-            f"{options.sae_release}: reads {sae.cfg.d_in} dimensions, but {options.model} has {dimensions}: "
-            "this SAE belongs to another model"
-        )
     return model, sae
 
 

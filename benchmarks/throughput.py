@@ -43,7 +43,7 @@ def load_demo(options):
 
 
 def demo_prompts(options, tokenizer, questions, common):
-    found, _ = questions.load(common.bundled(options.dataset), options.split)
+    found, *_ = questions.load(common.bundled(options.dataset), options.split)
     found = questions.select(found, options.limit)
     template = common.choose_template("auto", tokenizer)
     prompts = [common.tokenize(tokenizer, common.build_prompt(template, q.context, q.question)) for q in found]

@@ -4,7 +4,6 @@ import contextlib
 import os
 
 import torch
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import DynamicCache, StoppingCriteria
 
 from experiment import UserError
@@ -78,6 +77,9 @@ def spliced(model, sae, replace):
     TransformerLens' wrappers around every module compute what nobody hooks here. They are set aside meanwhile: a
     forward pass of the demo is a tenth faster without them, and the same bit for bit.
     """
+    # Here, for it takes seconds, and what is wrong with a data set should show before.
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
     lm, place = model.original_model, None if sae is None else sae.cfg.metadata.hook_name
     point = None if sae is None else model.hook_dict[place]
     wrapped = [

@@ -1,5 +1,6 @@
 """SQuAD questions in, scores out. Knows nothing of models."""
 
+import array
 import collections
 import hashlib
 import json
@@ -9,7 +10,7 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment import UserError
+from experiment import UserError, streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +21,32 @@ class Question:
     truths: tuple[str, ...]  # the ground truths: any one of them is right
 
 
+@dataclass(frozen=True)
+class Questions:
+    """A list of Questions, texts on disk: only ids and numbers stay in memory."""
+
+    ids: list[str]
+    contexts: array.array  # a number for each question, the same for those on one context
+    _texts: streams.Spool
+    _places: array.array  # in _texts
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, number):
+        question_id, context, question, truths = self._texts[self._places[number]]
+        return Question(question_id, context, question, tuple(truths))
+
+    def only(self, numbers):
+        """Those with these numbers, in this order."""
+        numbers = list(numbers)
+        contexts, places = (array.array("q", map(of.__getitem__, numbers)) for of in (self.contexts, self._places))
+        return Questions([self.ids[number] for number in numbers], contexts, self._texts, places)
+
+
 def load(dataset, split):
-    """The questions of a data set, in its order, and how many were left out for having no ground truth.
+    """Reads a data set: its Questions, in its order, how many were left out for having no ground truth, and a hash of
+    ids, texts and ground truths: two runs with the same one asked the same questions.
 
     `dataset` is a local .jsonl (SQuAD's columns, one object a line), a local .json (a list of such objects, or SQuAD's
     nested form) or the name of a Hub data set with SQuAD's columns, of which `split` is read.
@@ -33,7 +58,8 @@ def load(dataset, split):
         import datasets  # slow to import, and a local file does not need it
 
         rows = ((f"row {n}", row) for n, row in enumerate(datasets.load_dataset(dataset, split=split), 1))
-    found, seen, contexts, unanswerable = [], set(), {}, 0
+    ids, contexts, texts = [], array.array("q"), streams.Spool()
+    seen, numbers, unanswerable, sha = set(), {}, 0, hashlib.sha256()
     for where, row in rows:
         question = _parse(row, f"{dataset}, {where}")
         if question.id in seen:
@@ -42,12 +68,16 @@ def load(dataset, split):
         if not question.truths:
             unanswerable += 1
             continue
-        # Several questions share a context: keep one copy of its text.
-        context = contexts.setdefault(question.context, question.context)
-        found.append(Question(question.id, context, question.question, question.truths))
-    if not found:
-        raise UserError(f"{dataset}: no question with a ground truth in it")
-    return found, unanswerable
+        ids.append(question.id)
+        context = hashlib.blake2b(question.context.encode(), digest_size=16).digest()
+        contexts.append(numbers.setdefault(context, len(numbers)))
+        fields = [question.id, question.context, question.question, question.truths]
+        texts.append(fields)
+        sha.update(json.dumps(fields).encode())
+    if not ids:
+        forms = " (its form must be a list of questions, or SQuAD's nested one)" if dataset.endswith(".json") else ""
+        raise UserError(f"{dataset}: no question with a ground truth in it{forms}")
+    return Questions(ids, contexts, texts, array.array("q", range(len(ids)))), unanswerable, sha.hexdigest()
 
 
 def is_local(dataset):
@@ -56,33 +86,37 @@ def is_local(dataset):
 
 def _read_local(path):
     """Yields (where, row) of a local file, whichever of the three forms it has."""
-    where = "as a whole"
+    try:
+        yield from _read_lines(path) if path.suffix == ".jsonl" else _read_json(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check --dataset") from None
+
+
+def _read_lines(path):
+    number = 0
     try:
         # JSON strings may hold other line separators than \n: they end no line.
         with open(path, encoding="utf-8", newline="\n") as file:
-            if path.suffix == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    where = f"line {number}"
-                    if line.strip():
-                        yield where, json.loads(line)
-                return
-            content = json.load(file)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): check --dataset") from None
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"line {number}", json.loads(line)
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, {where}: is not JSON ({error})") from None
-    if isinstance(content, list):
-        yield from ((f"row {n}", row) for n, row in enumerate(content, 1))
-        return
+        raise UserError(f"{path}, line {number}: is not JSON ({error})") from None
+
+
+def _read_json(path):
     try:
-        for article in content["data"]:
-            for paragraph in article["paragraphs"]:
-                for row in paragraph["qas"]:
-                    truths = [] if row.get("is_impossible") else [answer["text"] for answer in row["answers"]]
-                    row = {"id": row["id"], "question": row["question"], "answers": {"text": truths}}
-                    yield f"id {row['id']!r}", row | {"context": paragraph["context"]}
+        for number, (key, value) in enumerate(streams.pieces(path), 1):
+            if key is None:
+                yield f"row {number}", value
+            elif key == "data":
+                for paragraph in value["paragraphs"]:
+                    for row in paragraph["qas"]:
+                        truths = [] if row.get("is_impossible") else [answer["text"] for answer in row["answers"]]
+                        row = {"id": row["id"], "question": row["question"], "answers": {"text": truths}}
+                        yield f"id {row['id']!r}", row | {"context": paragraph["context"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is neither a list of questions nor in SQuAD's nested form ({error!r})") from None
 
@@ -105,17 +139,10 @@ def _parse(row, where):
 
 def select(questions, limit=None, sample=None, seed=42):
     """The first `limit` questions, or `sample` drawn ones in the data set's order, or all."""
+    numbers = range(len(questions))
     if sample is not None and sample < len(questions):
-        return [questions[i] for i in sorted(random.Random(seed).sample(range(len(questions)), sample))]
-    return questions[:limit]
-
-
-def digest(questions):
-    """A hash of ids, texts and ground truths in order: two runs with the same one asked the same questions."""
-    sha = hashlib.sha256()
-    for q in questions:
-        sha.update(json.dumps([q.id, q.context, q.question, q.truths]).encode())
-    return sha.hexdigest()
+        return questions.only(sorted(random.Random(seed).sample(numbers, sample)))
+    return questions.only(numbers[:limit])
 
 
 def normalize(text):

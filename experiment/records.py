@@ -8,7 +8,7 @@ from pathlib import Path
 
 import filelock
 
-from experiment import UserError
+from experiment import UserError, streams
 
 # What changes a result by design. Versions, device and batch size are in `run` too, for readers, and not compared.
 COMPARED = (
@@ -56,16 +56,14 @@ def replaceable(path, found, wanted, overwrite, notify):
 def lock(folder):
     """Refuses a second writer in the same folder. The kernel releases the lock when this process ends, however it does.
 
-    Returns the lock, to be released: it is held while it is referenced.
+    Returns a context manager that releases it too.
     """
-    held = filelock.FileLock(folder / ".lock")
     try:
-        held.acquire(timeout=0)
+        return filelock.FileLock(folder / ".lock").acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder}: another round is writing here: wait for it, or give another --output-dir") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    return held
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,17 +88,6 @@ def write_whole(path, mode="w"):
         if isinstance(error, OSError):
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         raise
-
-
-def read_json(path, what):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file: {what}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,45 +273,53 @@ def write_activations(path, run, samples):
 
 
 def read_activations(path):
-    """The run (None in the authors' published form) and the samples: dicts with id (theirs: prompt), topk, ..."""
-    content = read_json(path, "run baseline.py first, or give --activations")
-    if isinstance(content, dict):
-        run, samples = content.get("run"), content.get("samples")
-        if not isinstance(run, dict) or not isinstance(samples, list):
-            raise UserError(f"{path}: lacks run or samples: it is not round 1's file")
-        key = "id"
-    elif isinstance(content, list):
-        run, samples, key = None, _published(path, content), "prompt"
-    else:
-        raise UserError(f"{path}: is neither round 1's file nor the authors' published form of it")
-    seen = set()
-    for number, sample in enumerate(samples, 1):
-        where = f"{path}, sample {number}"
-        texts = (key,) if run is None else ("id", "answer")
-        if not isinstance(sample, dict) or not all(isinstance(sample.get(name), str) for name in texts):
-            raise UserError(f"{where}: lacks {' or '.join(texts)}")
-        for name in ("active", "topk", "bottomk"):
-            if not _are_latents(sample.get(name)):
-                raise UserError(f"{where}: {name} is not a list of latents")
-        if run is not None and sample["id"] in seen:
-            raise UserError(f"{where}: the id {sample['id']!r} stands twice")
-        seen.add(sample[key])
-    if not samples:
-        raise UserError(f"{path}: holds no sample: round 1 kept no question, so there is nothing to mask")
+    """The run (None in the authors' published form) and a list, on disk, of samples: id (theirs: prompt), topk, ...
+
+    Of what else a sample holds only the answer is kept.
+    """
+    samples, seen, run, key = streams.Spool(), set(), None, None
+    try:
+        for number, (key, value) in enumerate(streams.pieces(path), 1):
+            if key is None:
+                for sample in _published(value, f"{path}, entry {number}"):
+                    samples.append(_check_sample(sample, ("prompt",), f"{path}, sample {len(samples) + 1}"))
+            elif key == "run":
+                run = value
+            elif key == "samples":
+                where = f"{path}, sample {len(samples) + 1}"
+                samples.append(_check_sample(value, ("id", "answer"), where))
+                if value["id"] in seen:
+                    raise UserError(f"{where}: the id {value['id']!r} stands twice")
+                seen.add(value["id"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file: run baseline.py first, or give --activations") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if key is not None and not isinstance(run, dict):
+        raise UserError(f"{path}: names no run: it is not round 1's file")
+    if not len(samples):
+        raise UserError(f"{path}: holds no sample: it is not round 1's file, or round 1 kept no question")
     return run, samples
 
 
-def _published(path, entries):
-    """The samples of the authors' form: {prompt: {"original", "have_gradient", "no_gradient"}} one by one, gaps out."""
-    samples = []
-    for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict) or not all(isinstance(latents, dict) for latents in entry.values()):
-            raise UserError(f"{path}, entry {number}: is not of the authors' published form {{prompt: latents}}")
-        for prompt, latents in entry.items():
-            # "have_gradient" is what they call the TopK of the mean activation, "no_gradient" its BottomK.
-            names = {"active": "original", "topk": "have_gradient", "bottomk": "no_gradient"}
-            samples.append({"prompt": prompt} | {ours: latents.get(theirs) for ours, theirs in names.items()})
-    return samples
+def _check_sample(sample, texts, where):
+    """What a sample needs, and no more. texts: the names of what must be strings."""
+    if not isinstance(sample, dict) or not all(isinstance(sample.get(name), str) for name in texts):
+        raise UserError(f"{where}: lacks {' or '.join(texts)}")
+    for name in ("active", "topk", "bottomk"):
+        if not _are_latents(sample.get(name)):
+            raise UserError(f"{where}: {name} is not a list of latents")
+    return {name: sample[name] for name in (*texts, "active", "topk", "bottomk")}
+
+
+def _published(entry, where):
+    """Yields the samples of an entry of the authors' form: {prompt: {"original", "have_gradient", "no_gradient"}}."""
+    if not isinstance(entry, dict) or not all(isinstance(latents, dict) for latents in entry.values()):
+        raise UserError(f"{where}: is not of the authors' published form {{prompt: latents}}")
+    for prompt, latents in entry.items():
+        # "have_gradient" is what they call the TopK of the mean activation, "no_gradient" its BottomK.
+        names = {"active": "original", "topk": "have_gradient", "bottomk": "no_gradient"}
+        yield {"prompt": prompt} | {ours: latents.get(theirs) for ours, theirs in names.items()}
 
 
 def digest(samples, *fields):
@@ -343,7 +338,12 @@ def read_results(path, run, overwrite, notify):
     """The entries of results.json that belong with `run`; those of another run make way as `replaceable` says."""
     if not path.exists():
         return []
-    entries = read_json(path, "")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and isinstance(e.get("run"), dict) and {"round", "k"} <= e.keys() for e in entries
     ):

@@ -1,6 +1,8 @@
 """Means with their intervals, statistics of latents, the table and the figure. Knows nothing of models."""
 
+import array
 import collections
+import itertools
 import math
 
 import numpy as np
@@ -75,43 +77,42 @@ def bootstrap(columns, contexts, resamples=RESAMPLES, seed=0):
     np.add.at(sums, group, columns)
     sizes = np.bincount(group)
     rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, 500):  # in parts: [resamples, contexts] need not fit in memory
-        times = rng.multinomial(groups, np.full(groups, 1 / groups), size=min(500, resamples - start))
+    means, part = [], max(1, 1_000_000 // groups)  # in parts: [resamples, contexts] need not fit in memory
+    for start in range(0, resamples, part):
+        times = rng.multinomial(groups, np.full(groups, 1 / groups), size=min(part, resamples - start))
         means.append(times @ sums / (times @ sizes)[:, None])
     return np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
 
 
+def columns(records):
+    """Scores of records (dicts with EM, F1 and accuracy from 0 to 1), one by one, as an array [question, metric]."""
+    return np.fromiter((record[metric] for record in records for metric in METRICS), float).reshape(-1, len(METRICS))
+
+
 def summarize(scores, contexts):
-    """n, and EM, F1 and accuracy in percent with their intervals. scores: dicts from 0 to 1, one a question."""
-    columns = _columns(scores)
-    return {"n": len(columns)} | _estimates(columns, contexts)
+    """n, and EM, F1 and accuracy in percent with their intervals. scores: as `columns` gives them."""
+    return {"n": len(scores)} | _estimates(scores, contexts)
 
 
 def compare(clean, masked, contexts):
     """What masking does to the same questions: scores after it, drops from the unmasked ones, and McNemar's p for EM.
 
-    clean, masked: the questions' scores, in the same order.
+    clean, masked: the questions' scores as `columns` gives them, in the same order.
     """
-    before, after = _columns(clean), _columns(masked)
-    lost = int(((before[:, 0] == 1) & (after[:, 0] == 0)).sum())
-    won = int(((before[:, 0] == 0) & (after[:, 0] == 1)).sum())
+    lost = int(((clean[:, 0] == 1) & (masked[:, 0] == 0)).sum())
+    won = int(((clean[:, 0] == 0) & (masked[:, 0] == 1)).sum())
     return (
         summarize(masked, contexts)
-        | {"clean": summarize(clean, contexts), "drop": _estimates(before - after, contexts)}
+        | {"clean": summarize(clean, contexts), "drop": _estimates(clean - masked, contexts)}
         | {"em_lost": lost, "em_won": won, "p": mcnemar(lost, won)}
     )
 
 
-def _columns(scores):
-    return np.array([[score[metric] for metric in METRICS] for score in scores], dtype=float).reshape(-1, len(METRICS))
-
-
-def _estimates(columns, contexts):
-    if not len(columns):
+def _estimates(scores, contexts):
+    if not len(scores):
         return dict.fromkeys(METRICS) | {"intervals": dict.fromkeys(METRICS)}
-    low, high = 100 * bootstrap(columns, contexts)
-    means = 100 * columns.mean(0)
+    low, high = 100 * bootstrap(scores, contexts)
+    means = 100 * scores.mean(0)
     return dict(zip(METRICS, means.tolist())) | {"intervals": dict(zip(METRICS, np.stack([low, high], 1).tolist()))}
 
 
@@ -137,21 +138,27 @@ def latent_statistics(samples, contexts):
     TopK and BottomK of two questions on one context share, in percent of their mean length, pooled over all such
     pairs; and the 10 latents in most TopKs.
 
-    samples: dicts with active, topk, bottomk.  contexts: for each a key.
+    samples: dicts with active, topk, bottomk, those on one context next to each other.  contexts: for each a key.
     """
-    together = {name: collections.defaultdict(list) for name in LABELS}
-    counts, active = collections.Counter(), []
-    for sample, context in zip(samples, contexts):
-        for name, groups in together.items():
-            # As arrays: Python's integers would take several times the memory.
-            groups[context].append(np.array(sample[name], dtype=np.int32))
-        counts.update(sample["topk"])
-        active.append(len(sample["active"]))
+    counts, active = collections.Counter(), array.array("q")
+    shared, possible = dict.fromkeys(LABELS, 0), dict.fromkeys(LABELS, 0)
+    for _, group in itertools.groupby(zip(contexts, samples), key=lambda pair: pair[0]):
+        group = [sample for _, sample in group]
+        for name in LABELS:
+            # A latent that n lists have is shared by n (n - 1) / 2 pairs.
+            _, times = np.unique(np.concatenate([sample[name] for sample in group]), return_counts=True)
+            shared[name] += (times * (times - 1) / 2).sum()
+            possible[name] += (len(group) - 1) * times.sum() / 2
+        for sample in group:
+            counts.update(sample["topk"])
+            active.append(len(sample["active"]))
     return {
         "n": len(active),
         "active": _mean(active),
         "k_at_50%": _mean(number // 2 for number in active),
-        "same_context_percent": {name: _shared_within(groups.values()) for name, groups in together.items()},
+        "same_context_percent": {
+            name: float(100 * shared[name] / possible[name]) if possible[name] else None for name in LABELS
+        },
         "most_frequent_topk": [
             {"latent": latent, "questions": count}
             for latent, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]
@@ -159,25 +166,18 @@ def latent_statistics(samples, contexts):
     }
 
 
-def _shared_within(groups):
-    """Percent, or None without pairs. A latent that n lists of a group have is shared by n (n - 1) / 2 pairs."""
-    shared = possible = 0
-    for lists in groups:
-        every = np.concatenate(lists)
-        _, times = np.unique(every, return_counts=True)
-        shared += (times * (times - 1) / 2).sum()
-        possible += (len(lists) - 1) * len(every) / 2
-    return float(100 * shared / possible) if possible else None
-
-
 def ranking_overlap(samples, others):
-    """What the TopKs and the BottomKs of two rankings share, in percent, over the questions that both have."""
-    others = {sample["id"]: sample for sample in others}
-    shared = {name: [] for name in LABELS}
+    """What the TopKs and the BottomKs of two rankings share, in percent, over the questions that both have.
+
+    samples: dicts with id, topk, bottomk, one by one.  others: a list of such.
+    """
+    places = {other["id"]: number for number, other in enumerate(others)}
+    shared = {name: array.array("d") for name in LABELS}
     for sample in samples:
-        if sample["id"] in others:
+        if sample["id"] in places:
+            other = others[places[sample["id"]]]
             for name, found in shared.items():
-                found.append(shared_percent(sample[name], others[sample["id"]][name]))
+                found.append(shared_percent(sample[name], other[name]))
     return {"n": len(shared["topk"])} | {name: _mean(found) for name, found in shared.items()}
 
 
@@ -208,8 +208,8 @@ def describe(statistics, ranking):
 
 
 def _mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else None
+    values = np.fromiter(values, float)
+    return math.fsum(values) / len(values) if len(values) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

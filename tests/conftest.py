@@ -84,5 +84,5 @@ def demo():
 
 @pytest.fixture(scope="session")
 def demo_questions():
-    found, _ = questions.load(common.bundled("demo/questions.jsonl"), "")
-    return found
+    found, *_ = questions.load(common.bundled("demo/questions.jsonl"), "")
+    return list(found)

@@ -176,7 +176,7 @@ def test_paired_drops_are_narrower_than_their_parts():
     before, keys = clustered(rng, 200)
     after = before * (rng.random(len(before)) < 0.95)
     scores = [[{"em": x, "f1": x, "accuracy": x} for x in column] for column in (before, after)]
-    found = report.compare(*scores, keys)
+    found = report.compare(*map(report.columns, scores), keys)
 
     def width(estimates):
         low, high = estimates["intervals"]["em"]
@@ -363,7 +363,7 @@ def test_gradsae_ranking_is_the_oracles(demo, demo_questions, tmp_path, monkeypa
         assert len(sample["bottomk"]) == k and all(0 < scores[c] <= scores[best[-1]] for c in sample["bottomk"])
 
 
-def test_no_splice_and_special_tokens(demo, tmp_path, monkeypatch, capsys):
+def test_no_splice_and_special_tokens(demo, demo_questions, tmp_path, monkeypatch, capsys):
     """The model by itself answers as plain Transformers do; and special tokens left out are another run."""
     model, _, tokenizer = demo
     code, out, err = run_script("baseline", [*ARGUMENTS, "--no-splice", "--output-dir", tmp_path], monkeypatch, capsys)
@@ -372,9 +372,7 @@ def test_no_splice_and_special_tokens(demo, tmp_path, monkeypatch, capsys):
     assert run["splice"] is False and len(found) == 60
     assert not (tmp_path / "activations_baseline.json").exists()
     for record in list(found.values())[:10]:
-        question = next(
-            q for q in rounds.questions.load(str(ROOT / "demo/questions.jsonl"), "")[0] if q.id == record["id"]
-        )
+        question = next(q for q in demo_questions if q.id == record["id"])
         prompt = torch.tensor([oracle.encode_prompt(tokenizer, question.context, question.question)])
         expected = model.original_model.generate(prompt, max_new_tokens=50)[0, prompt.shape[1] :]
         assert record["text"] == tokenizer.decode(expected)

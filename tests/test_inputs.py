@@ -25,8 +25,8 @@ DATA = {  # name: (file name, content, what the line says)
     "all unanswerable": ("d.jsonl", json.dumps(ROW | {"answers": {"text": []}}), "no question with a ground truth"),
     "half a character": ("d.jsonl", json.dumps(ROW | {"id": "\ud800"}), "half a character"),
     "not utf-8": ("d.jsonl", b"\xff\xfe", "is not UTF-8"),
-    "json: a number": ("d.json", "7", "neither a list"),
-    "json: empty object": ("d.json", "{}", "neither a list"),
+    "json: a number": ("d.json", "7", "no question"),
+    "json: empty object": ("d.json", "{}", "form must be a list of questions, or SQuAD's"),
     "json: empty list": ("d.json", "[]", "no question"),
     "json: deep": ("d.json", "[" * 100_000, "is not JSON"),
     "json: qas a number": ("d.json", '{"data": [{"paragraphs": [{"context": "c", "qas": 3}]}]}', "neither a list"),
@@ -41,8 +41,10 @@ def activations(run=None, **changed):
 
 ACTIVATIONS = {
     "no json": ("{", "is not JSON"),
-    "a number": ("3", "neither round 1's file"),
-    "no run": ('{"samples": []}', "lacks run or samples"),
+    "a number": ("3", "it is not round 1's file"),
+    "an empty object": ("{}", "it is not round 1's file"),
+    "no run": (json.dumps({"samples": [SAMPLE]}), "names no run"),
+    "run a number": (json.dumps({"samples": [SAMPLE], "run": 3}), "names no run"),
     "no samples": (json.dumps({"run": RUN, "samples": []}), "holds no sample"),
     "sample a number": (json.dumps({"run": RUN, "samples": [1]}), "sample 1: lacks id"),
     "no answer": (json.dumps({"run": RUN, "samples": [{"id": "x"}]}), "lacks id or answer"),

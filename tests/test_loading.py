@@ -10,14 +10,14 @@ import torch
 from conftest import ROOT, options, run_script
 
 import common
-from experiment import UserError
+from experiment import UserError, names
 
 
 def test_default_options_resolve():
     chosen = common.parse_options([], "", masks=True)
-    assert common.official_name(chosen.model) == "google/gemma-2-9b-it"
-    assert chosen.sae_id in [sae["id"] for sae in common.sae_table()[chosen.sae_release]["saes"]]
-    assert common.sae_table()[chosen.sae_release]["model"] == chosen.model
+    assert names.official_name(chosen.model) == "google/gemma-2-9b-it"
+    assert chosen.sae_id in [sae["id"] for sae in names.sae_table()[chosen.sae_release]["saes"]]
+    assert names.sae_table()[chosen.sae_release]["model"] == chosen.model
     assert (chosen.device, chosen.dtype, chosen.sae_dtype, chosen.k) == ("cuda", "float16", "float32", ("50%",))
     assert chosen.max_new_tokens == 50
 
@@ -47,8 +47,8 @@ def test_the_table_is_saelens_own():
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     theirs = get_pretrained_saes_directory()
-    assert set(common.sae_table()) == set(theirs)
-    for release, entry in common.sae_table().items():
+    assert set(names.sae_table()) == set(theirs)
+    for release, entry in names.sae_table().items():
         assert entry["model"] == theirs[release].model
         assert [sae["id"] for sae in entry["saes"]] == list(theirs[release].saes_map)
 
@@ -56,7 +56,10 @@ def test_the_table_is_saelens_own():
 def test_the_release_says_the_model():
     chosen = common.parse_options(["--sae-release", "llama-3-8b-it-res-jh"], "", masks=False)
     assert (chosen.model, chosen.sae_id) == ("meta-llama/Meta-Llama-3-8B-Instruct", "blocks.25.hook_resid_post")
-    assert common.neuronpedia_page(chosen, 7) == "https://www.neuronpedia.org/llama3-8b-it/25-res-jh/7"
+    assert (
+        names.neuronpedia_page(chosen.sae_release, chosen.sae_id, 7)
+        == "https://www.neuronpedia.org/llama3-8b-it/25-res-jh/7"
+    )
     id_ = "layer_17_width_16k_l0_medium"
     chosen = common.parse_options(["--sae-release", "gemma-scope-2-4b-it-res", "--sae-id", id_], "", masks=True)
     assert chosen.model == "google/gemma-3-4b-it"
@@ -73,8 +76,8 @@ def test_list_saes():
     assert listed.stdout.splitlines()[1].split() == [
         *("gemma-scope-9b-it-res-canonical", "gemma-2-9b-it", "6"), "9,", "20,", "31", "16k,", "131k"
     ]  # fmt: skip
-    assert "layer_9/width_131k/canonical" in common.list_saes("gemma-scope-9b-it-res-canonical").splitlines()
-    every = common.list_saes("")
+    assert "layer_9/width_131k/canonical" in names.list_saes("gemma-scope-9b-it-res-canonical").splitlines()
+    every = names.list_saes("")
     for family in ("gemma-3-27b-it", "Qwen2.5-7B-Instruct", "Llama-3.3-70B-Instruct"):
         assert family in every
     assert "transcoder" not in every and "gemma-2-2b " not in every
@@ -84,15 +87,15 @@ def test_base_models_are_named(tmp_path, demo):
     _, _, tokenizer = demo
     tuned = ("gemma-2-9b-it", "meta-llama/Meta-Llama-3-8B-Instruct", "Qwen/Qwen2.5-7B-Instruct", "nobody/a-chat-model")
     for model in tuned:
-        assert common.INSTRUCTION_TUNED.search(model)
+        assert names.INSTRUCTION_TUNED.search(model)
     for model in ("google/gemma-2-9b", "meta-llama/Meta-Llama-3-8B", "Qwen/Qwen2.5-7B", "nobody/bits"):
-        assert not common.INSTRUCTION_TUNED.search(model)
+        assert not names.INSTRUCTION_TUNED.search(model)
     assert not common.seems_untuned(options(), tokenizer)
 
 
 def test_wrong_model_name():
     with pytest.raises(UserError, match="nearest: .*gemma-2-9b-it"):
-        common.official_name("gemma-2-9b-its")
+        names.official_name("gemma-2-9b-its")
 
 
 def test_demo_model_is_loaded_as_the_real_one_would_be(demo):

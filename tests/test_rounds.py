@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, options, run_script
 
 import common
-from experiment import records, rounds
+from experiment import records, rounds, work
 
 ROUNDS = [("baseline", "baseline"), ("baseline_after_false", "false"), ("baseline_after_true", "true")]
 
@@ -122,7 +122,7 @@ def test_published_format(full, tmp_path, monkeypatch, capsys, demo_questions):
     by_id = {question.id: question for question in demo_questions}
     template = common.TEMPLATES["gemma"][1]
     entries = []
-    for sample in samples[:60]:
+    for sample in list(samples)[:60]:
         question = by_id[sample["id"]]
         prompt = common.build_prompt(template, question.context, question.question)
         lists = {"original": sample["active"], "have_gradient": sample["topk"], "no_gradient": sample["bottomk"]}
@@ -140,7 +140,7 @@ def test_published_format(full, tmp_path, monkeypatch, capsys, demo_questions):
         assert entry["missing"] == ["a prompt of another data set"] and entry["n"] == 60
         _, ours = read_journal(tmp_path / f"predictions_{name}.jsonl")
         assert list(ours) and {i: r["answer"] for i, r in ours.items()} == {
-            sample["id"]: found[name][sample["id"]]["answer"] for sample in samples[:60]
+            sample["id"]: found[name][sample["id"]]["answer"] for sample in list(samples)[:60]
         }
 
 
@@ -209,16 +209,16 @@ def test_k_of_a_question():
 def test_out_of_memory_halves_the_batch(capsys):
     calls = []
 
-    def work(batch, tokens):
+    def answer(batch, tokens):
         calls.append(len(batch))
         if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return [(index, tokens) for index in batch]
 
-    in_parts = rounds.halved_when_memory_runs_out(work)
+    in_parts = work.halved_when_memory_runs_out(answer)
     assert in_parts(list(range(11)), 7) == [(index, 7) for index in range(11)]
     assert in_parts([5, 4, 3], 9) == [(5, 9), (4, 9), (3, 9)]
     assert calls == [11, 5, 2, 2, 2, 2, 2, 1, 2, 1]
     assert capsys.readouterr().err.count("Out of memory with") == 2
     with pytest.raises(ZeroDivisionError):  # anything else is not ours to handle
-        rounds.halved_when_memory_runs_out(lambda batch, tokens: 1 / 0)([1, 2], 3)
+        work.halved_when_memory_runs_out(lambda batch, tokens: 1 / 0)([1, 2], 3)
