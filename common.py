@@ -56,6 +56,8 @@ TEMPLATES = {
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
 RANKINGS = ("baseline", "gradsae", "random")
+# Not hook_resid_mid: TransformerLens replaces what the MLP reads there, but not what is added to the MLP's output.
+PLACES = r"blocks\.[0-9]+\.(?:hook_resid_pre|hook_resid_post|hook_mlp_out|hook_attn_out|attn\.hook_z)"
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
 
 
@@ -209,7 +211,8 @@ def settle_names(given, defaults):
     Nothing is downloaded for it, and nothing slow imported.
     """
     release = given["sae_release"] or defaults["sae_release"]
-    if Path(bundled(release)).is_dir() or ("/" in release and release not in names.sae_table()):
+    of_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", release) and release not in names.sae_table()
+    if of_hub or Path(bundled(release)).is_dir():
         given["sae_id"] = given["sae_id"] or ""  # a folder, or a repository on the Hub, that may hold a single SAE
         return
     default_id = defaults["sae_id"] if release == defaults["sae_release"] else None
@@ -402,8 +405,11 @@ def check_local_sae(options):
 def check_sae(name, architecture, hook_name, hook_name_out):
     if "transcoder" in architecture or (hook_name_out or hook_name) != hook_name:
         raise UserError(f"{name}: a transcoder, which reconstructs another place than it reads: give an SAE")
-    if not re.match(r"blocks\.[0-9]+\.", hook_name or ""):
-        raise UserError(f"{name}: its configuration names no hook in a layer ({hook_name})")
+    if not re.fullmatch(PLACES, hook_name or ""):
+        raise UserError(
+            f"{name}: is for {hook_name}, but only a layer's hook_resid_pre, hook_resid_post, hook_mlp_out, "
+            "hook_attn_out or attn.hook_z can be replaced"
+        )
 
 
 def check_fit(options, hook_name, d_in, layers, d_model, d_heads):

@@ -36,6 +36,16 @@ def plan_batches(lengths, batch_tokens, contexts=None):
     return batches
 
 
+def inputs(sae, residual):
+    """What the SAE reads at each position: residual [pos, d_model], or at `hook_z` [pos, head, d_head], in its dtype.
+
+    Some SAEs for `hook_z` say in their configuration that they put the heads side by side themselves; Gemma Scope 2's
+    do not.
+    """
+    residual = residual.to(sae.device, sae.dtype)
+    return residual if sae.cfg.reshape_activations == "hook_z" else residual.flatten(1)
+
+
 def splice(sae, masked=None, seen=None, bypass=()):
     """A function of a residual stream [batch, pos, d_model] and its token ids [batch, pos]: the SAE's reconstruction.
 
@@ -57,10 +67,10 @@ def splice(sae, masked=None, seen=None, bypass=()):
         rows = torch.arange(batch, device=device).repeat_interleave(pos)
         out = []
         for chunk, chunk_rows in zip(residual.flatten(0, 1).split(POSITIONS_AT_ONCE), rows.split(POSITIONS_AT_ONCE)):
-            acts = sae.encode(chunk.to(sae.device, sae.dtype))  # [chunk, d_sae]
+            acts = sae.encode(inputs(sae, chunk))  # [chunk, d_sae]
             if masked is not None:
                 acts = acts.masked_fill(mask[chunk_rows], 0)
-            out.append(sae.decode(acts).to(residual))
+            out.append(sae.decode(acts).to(residual).view_as(chunk))
         out = torch.cat(out).view_as(residual)
         if bypass:
             kept = torch.isin(ids, torch.tensor(bypass, device=ids.device)).to(out.device)
@@ -193,7 +203,7 @@ def answer(model, sae, prompts, max_new_tokens, masked=None, *, bypass=(), conte
     pad_id, end_ids, device = lm.generation_config.pad_token_id, lm.generation_config.eos_token_id, lm.device
     width = max(map(len, prompts))
     # In a prefix cache padding stands in the middle. Positions and masks allow for it, a sliding window would not.
-    window = getattr(lm.config, "sliding_window", None) or width + max_new_tokens
+    window = getattr(lm.config.get_text_config(), "sliding_window", None) or width + max_new_tokens
     shared = None
     if contexts is not None and masked is None and width + max_new_tokens <= window:
         shared = shared_prefixes(prompts, contexts)

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from experiment.generation import POSITIONS_AT_ONCE, FiniteLogits, pad_left, positions_of, splice, spliced
+from experiment.generation import POSITIONS_AT_ONCE, FiniteLogits, inputs, pad_left, positions_of, splice, spliced
 
 
 @torch.inference_mode()
@@ -15,8 +15,8 @@ def mean_activation(sae, residual):
     active (non-zero) at the last position, ascending.  Source: GradSAE (arXiv 2505.08080), its baseline.
     """
     total = 0
-    for chunk in residual.to(sae.device, sae.dtype).split(POSITIONS_AT_ONCE):
-        acts = sae.encode(chunk)  # [chunk, d_sae]
+    for chunk in residual.split(POSITIONS_AT_ONCE):
+        acts = sae.encode(inputs(sae, chunk))  # [chunk, d_sae]
         total = total + acts.sum(0, dtype=torch.float32)
     return total / len(residual), acts[-1].nonzero().flatten().tolist()
 
@@ -60,9 +60,7 @@ def gradient_scores(model, sae, sequences, next_ids, bypass=()):
     scores = torch.zeros(len(sequences), sae.cfg.d_sae, device=sae.device)
     for row, sequence in enumerate(sequences):
         counted = counted_positions(sequence, bypass)
-        residual, down = (
-            tensor[row, -len(sequence) :][counted].to(sae.device, sae.dtype) for tensor in (seen[0], slope)
-        )
+        residual, down = (inputs(sae, tensor[row, -len(sequence) :][counted]) for tensor in (seen[0], slope))
         for chunk, down_chunk in zip(residual.split(POSITIONS_AT_ONCE), down.split(POSITIONS_AT_ONCE)):
             with torch.no_grad():
                 acts = sae.encode(chunk)  # [chunk, d_sae]

@@ -29,9 +29,9 @@ class Setup:
         common.prepare(options)
         self.crew = work.Crew(options.device)
         self.options = dataclasses.replace(options, device=self.crew.device)
+        common.check_local_sae(options)
         self.tokenizer = common.load_tokenizer(options)
         self.template = common.choose_template(options.prompt_template, self.tokenizer)
-        common.check_local_sae(options)
         if common.seems_untuned(options, self.tokenizer):
             say(
                 f"Warning: {options.model} looks like a base model, not an instruction-tuned one: such a model was not "

@@ -19,14 +19,20 @@ def encode_prompt(tokenizer, context, question, prompt=PROMPT):
     return bos + tokenizer.encode(text, add_special_tokens=False)
 
 
+def read(sae, residual):
+    """A hook's activations, a vector a position: the heads of hook_z side by side, where the SAE does not do it."""
+    residual = residual.to(sae.dtype)
+    return residual if sae.cfg.reshape_activations == "hook_z" else residual.reshape(*residual.shape[:2], -1)
+
+
 def generate(model, sae, tokenizer, prompt, masked=(), max_new_tokens=50, end_of_turn="<end_of_turn>"):
     """Token ids generated greedily after `prompt` (ids), with the latents in `masked` zeroed at every position."""
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end_of_turn)}
 
     def replace_residual(residual, hook):
-        acts = sae.encode(residual.to(sae.dtype)).clone()
+        acts = sae.encode(read(sae, residual)).clone()
         acts[:, :, list(masked)] = 0
-        return sae.decode(acts).to(residual.dtype)
+        return sae.decode(acts).to(residual.dtype).reshape(residual.shape)
 
     generated = []
     while len(generated) < max_new_tokens and not (generated and generated[-1] in ends):
@@ -45,7 +51,7 @@ def score_latents(model, sae, sequence):
 
     with torch.no_grad(), model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, keep_residual)]):
         model(torch.tensor([sequence]))
-        acts = sae.encode(seen[0][0].to(sae.dtype))
+        acts = sae.encode(read(sae, seen[0]))[0]
     active = [c for c, value in enumerate(acts[-1].tolist()) if value != 0]
     return acts.mean(dim=0).tolist(), active
 
@@ -55,9 +61,9 @@ def gradient_scores(model, sae, sequence, next_id):
     kept = []
 
     def replace_residual(residual, hook):
-        acts = sae.encode(residual.detach().to(sae.dtype)).detach().requires_grad_()
+        acts = sae.encode(read(sae, residual).detach()).detach().requires_grad_()
         kept.append(acts)
-        return sae.decode(acts).to(residual.dtype)
+        return sae.decode(acts).to(residual.dtype).reshape(residual.shape)
 
     with model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, replace_residual)]):
         logits = model(torch.tensor([sequence]))

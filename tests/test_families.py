@@ -1,4 +1,5 @@
-"""Tiny random models of each family, with SAEs of several architectures: all three rounds against the naive oracle."""
+"""Tiny random models of each family, with SAEs of several architectures: all three rounds against the naive oracle, and
+every place an SAE may stand at against hooks on Transformers' own modules."""
 
 import json
 
@@ -41,6 +42,20 @@ FAMILIES = {
         "<start_of_turn>user\n" + HEAD,
         (sae_lens.TopKSAE, sae_lens.TopKSAEConfig, {"k": 12}, "blocks.1.hook_mlp_out"),
     ),
+    # From 4b on it also reads pictures. The SAE as Gemma Scope 2's for attention: `hook_z`, but no reshaping.
+    "gemma-3-4b": (
+        transformers.Gemma3ForConditionalGeneration,
+        transformers.Gemma3Config(
+            text_config=SIZES | dict(sliding_window=32, query_pre_attn_scalar=8, head_dim=12),
+            vision_config=dict(
+                hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28
+            ),
+            tie_word_embeddings=False,
+        ),
+        ("<bos>", "<eos>", "<pad>", "<end_of_turn>", ["<start_of_turn>", "<image_soft_token>"]),
+        "<start_of_turn>user\n" + HEAD,
+        (sae_lens.JumpReLUSAE, sae_lens.JumpReLUSAEConfig, {}, "blocks.1.attn.hook_z"),
+    ),
     "llama-3": (
         transformers.LlamaForCausalLM,
         transformers.LlamaConfig(**SIZES),
@@ -60,7 +75,7 @@ FAMILIES = {
 
 CONTEXTS = [
     f"the {a} met the {b} near the {c}" for a in ("fox", "owl") for b in ("hare", "toad") for c in ("mill", "lake")
-]
+][:6]
 QUESTIONS = ["who met the hare", "where"]
 
 
@@ -86,22 +101,31 @@ def make_family(name, folder):
     """Saves a random model with its tokenizer and a random SAE; returns their folders."""
     model_class, config, special, _, (sae_class, sae_config, more, hook_name) = FAMILIES[name]
     tokenizer = make_tokenizer(*special)
-    config.vocab_size = len(tokenizer)
+    text_config = config.get_text_config()
+    text_config.vocab_size = len(tokenizer)
+    if text_config is not config:
+        config.image_token_id = tokenizer.convert_tokens_to_ids("<image_soft_token>")
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(3)
     model = model_class(config)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    sae = sae_class(sae_config(d_in=32, d_sae=96, metadata=SAEMetadata(hook_name=hook_name), **more))
-    with torch.no_grad():  # a frame of 96 directions in 32 dimensions, half of them over zero: about the identity
-        sae.W_enc.copy_(torch.randn(32, 96) / 32**0.5)
+    d_in = 4 * text_config.head_dim if hook_name.endswith("hook_z") else 32
+    make_sae(sae_class, sae_config, more, d_in, hook_name).save_model(folder / "sae")
+    return folder / "model", folder / "sae"
+
+
+def make_sae(sae_class, sae_config, more, d_in, hook_name):
+    """A frame of three times as many directions as dimensions, half of them over zero: about the identity."""
+    sae = sae_class(sae_config(d_in=d_in, d_sae=3 * d_in, metadata=SAEMetadata(hook_name=hook_name), **more))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.randn(d_in, 3 * d_in) / d_in**0.5)
         sae.W_dec.copy_(sae.W_enc.T / 1.5)
         for parameter in sae.parameters():
             if parameter.dim() == 1:
                 parameter.copy_(0.05 * torch.rand(len(parameter)))
-    sae.save_model(folder / "sae")
-    return folder / "model", folder / "sae"
+    return sae
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -114,9 +138,12 @@ def test_three_rounds(name, tmp_path, monkeypatch, capsys):
     common.prepare(chosen)
     model, sae = common.load(chosen, common.load_tokenizer(chosen))
     tokenizer = common.load_tokenizer(chosen)  # as it is on disk, whatever TransformerLens made of the other
-    expected = {bos and tokenizer.convert_tokens_to_ids(bos), *map(tokenizer.convert_tokens_to_ids, (eos, end_of_turn))}
+    assert common.choose_template("auto", tokenizer) == prompt_text and sae.cfg.metadata.hook_name == hook_name
     ends = set(model.original_model.generation_config.eos_token_id)
-    assert ends == expected - {bos and tokenizer.convert_tokens_to_ids(bos)} and sae.cfg.metadata.hook_name == hook_name
+    assert ends == {*map(tokenizer.convert_tokens_to_ids, (eos, end_of_turn))}
+    if name == "llama-3":  # Meta's own template begins with BOS, and so does what its tokenizer makes of any text
+        (tmp_path / "template.txt").write_text(bos + prompt_text)
+        names += ["--prompt-template", tmp_path / "template.txt"]
 
     asked, answers = [], {}
     for c, context in enumerate(CONTEXTS):
@@ -137,20 +164,22 @@ def test_three_rounds(name, tmp_path, monkeypatch, capsys):
     _, found = read_journal(tmp_path / "out" / "predictions_baseline.jsonl")
     assert {i: r["text"] for i, r in found.items()} == {i: tokenizer.decode(ids) for i, (_, ids) in answers.items()}
     assert len(content["samples"]) >= 3
-    for which, word in (("topk", "false"), ("bottomk", "true")):
-        _, masked = read_journal(tmp_path / "out" / f"predictions_{word}.jsonl")
-        changed = 0
-        for sample in content["samples"]:
-            prompt, ids = answers[sample["id"]]
-            ranking = oracle.rank_latents(model, sae, tokenizer, prompt, ids)
-            assert sample["active"] == ranking["active"] and len(sample[which]) == len(ranking["active"]) // 2
+    _, masked = read_journal(tmp_path / "out" / "predictions_false.jsonl")
+    _, masked_least = read_journal(tmp_path / "out" / "predictions_true.jsonl")
+    changed = 0
+    for sample in content["samples"]:
+        prompt, ids = answers[sample["id"]]
+        ranking = oracle.rank_latents(model, sae, tokenizer, prompt, ids)
+        assert sample["active"] == ranking["active"]
+        for which, texts in (("topk", masked), ("bottomk", masked_least)):
+            assert len(sample[which]) == len(ranking["active"]) // 2
             for mine, theirs in zip(sample[which], ranking[which]):
                 scores = ranking["scores"]
                 assert mine == theirs or scores[mine] == pytest.approx(scores[theirs], rel=1e-5)
             theirs = oracle.generate(model, sae, tokenizer, prompt, sample[which], TOKENS, end_of_turn)
-            assert masked[sample["id"]]["text"] == tokenizer.decode(theirs)
-            changed += theirs != ids
-        assert changed or which == "bottomk"
+            assert texts[sample["id"]]["text"] == tokenizer.decode(theirs)
+            changed += theirs != ids and which == "topk"
+    assert changed
 
     # TransformerLens' wrappers change nothing but speed, in every family.
     ids = torch.tensor([answers["0-0"][0]])
@@ -158,3 +187,66 @@ def test_three_rounds(name, tmp_path, monkeypatch, capsys):
         bridge = model.original_model(ids).logits
         with generation.spliced(model, sae, lambda residual, token_ids: residual) as lm:
             torch.testing.assert_close(lm(ids).logits, bridge)
+
+
+# Where each place is in a layer of Transformers' own: the module (Gemma's; that of the others, which have no norm
+# behind their sublayers), and whether it is what that module reads or what it gives.
+PLACES = {
+    "hook_resid_pre": ("", "", "reads"),
+    "hook_resid_post": ("", "", "gives"),
+    "hook_mlp_out": ("post_feedforward_layernorm", "mlp", "gives"),
+    "hook_attn_out": ("post_attention_layernorm", "self_attn", "gives"),
+    "attn.hook_z": ("self_attn.o_proj", "self_attn.o_proj", "reads"),
+}
+SAES = [
+    (sae_lens.JumpReLUSAE, sae_lens.JumpReLUSAEConfig, {}),
+    (sae_lens.TopKSAE, sae_lens.TopKSAEConfig, {"k": 12}),
+    (sae_lens.StandardSAE, sae_lens.StandardSAEConfig, {}),
+    (sae_lens.GatedSAE, sae_lens.GatedSAEConfig, {}),
+]
+
+
+def splice_by_hand(layer, module, direction, sae, masked):
+    """Replaces what `module` of a Transformers layer reads or gives by the SAE's reconstruction, `masked` zeroed."""
+
+    def reconstruct(x):
+        acts = sae.encode(x)
+        acts[..., masked] = 0
+        return sae.decode(acts)
+
+    def reads(module, args):
+        return reconstruct(args[0]), *args[1:]
+
+    def gives(module, args, out):
+        return (reconstruct(out[0]), *out[1:]) if isinstance(out, tuple) else reconstruct(out)
+
+    module = layer.get_submodule(module)
+    return module.register_forward_pre_hook(reads) if direction == "reads" else module.register_forward_hook(gives)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_places(name, tmp_path):
+    """Each place an SAE may stand at is where Transformers has it; masks act there; no TransformerLens judges it."""
+    folder, _ = make_family(name, tmp_path)
+    arguments = ["--model", folder, "--sae-release", "demo/sae", "--device", "cpu", "--dtype", "float32"]
+    chosen = common.parse_options([*map(str, arguments)], "", masks=False)
+    common.prepare(chosen)
+    tokenizer = common.load_tokenizer(chosen)
+    model, plain = common.load_model(chosen, tokenizer), FAMILIES[name][0].from_pretrained(folder).eval()
+    (layers,) = [m for n, m in plain.named_modules() if n.endswith("layers") and "vision" not in n]
+    heads = model.cfg.n_heads * model.cfg.d_head
+    ids = torch.tensor([tokenizer(f"{HEAD} {context}")["input_ids"] for context in CONTEXTS[:2]])
+    unspliced = plain(ids).logits
+    for number, (place, (of_gemma, of_others, direction)) in enumerate(PLACES.items()):
+        d_in = heads if place == "attn.hook_z" else 32
+        sae = make_sae(*SAES[(number + list(FAMILIES).index(name)) % len(SAES)], d_in, f"blocks.1.{place}")
+        module = of_gemma if name.startswith("gemma") else of_others
+        for masked in ([], list(range(0, 3 * d_in, 2))):
+            handle = splice_by_hand(layers[1], module, direction, sae, masked)
+            with torch.no_grad():
+                expected = plain(ids).logits
+                with generation.spliced(model, sae, generation.splice(sae, [masked] * 2)) as lm:
+                    found = lm(ids).logits
+            handle.remove()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # logits of 1 to 10
+            assert not torch.allclose(expected, unspliced, atol=1e-3)

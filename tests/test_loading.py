@@ -1,5 +1,6 @@
 """Loading the real thing, as far as a machine without network can: real tables, real libraries, a Hub of our own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -132,6 +133,7 @@ OWN = ["--sae-release", "demo/sae"]  # a folder, which belongs to whatever model
         (["--demo", "--dataset", "missing.jsonl"], "missing.jsonl: cannot be read"),
         (["--demo", "--token-file", "missing.txt"], "missing.txt"),
         (["--demo", "--prompt-template", "missing.txt"], "missing.txt"),
+        (["--demo", "--prompt-template", "chatml"], "this model's tokenizer has no <|im_start|>"),
         (["--demo", "--limit", "0"], "--limit"),
         (["--demo", "--limit", "3", "--sample", "3"], "cannot be combined"),
         (["--demo", "--dtype", "int8"], "--dtype"),
@@ -164,7 +166,7 @@ def test_token_reaches_the_hub(tmp_path, monkeypatch, capsys, hub):
     assert os.environ["HF_TOKEN"] == "hf_abcdefghijkl"
 
 
-def save_sae(folder, d_in=128, hook_name="blocks.1.hook_resid_post", transcoder=False, bias=0.0):
+def save_sae(folder, d_in=128, hook_name="blocks.1.hook_resid_post", transcoder=False, bias=0.0, model_name=None):
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, Transcoder, TranscoderConfig
     from sae_lens.saes.sae import SAEMetadata
 
@@ -174,7 +176,8 @@ def save_sae(folder, d_in=128, hook_name="blocks.1.hook_resid_post", transcoder=
             TranscoderConfig(d_in=d_in, d_sae=32, d_out=d_in, apply_b_dec_to_input=False, metadata=metadata)
         )
     else:
-        sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=32, metadata=SAEMetadata(hook_name=hook_name)))
+        metadata = SAEMetadata(hook_name=hook_name, model_name=model_name)
+        sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=d_in, d_sae=32, metadata=metadata))
         sae.b_dec.data.fill_(bias)
     sae.save_model(folder)
 
@@ -184,13 +187,56 @@ def save_sae(folder, d_in=128, hook_name="blocks.1.hook_resid_post", transcoder=
     [
         ({"d_in": 64}, "reads 64 dimensions, but demo/model has 128"),
         ({"hook_name": "blocks.9.hook_resid_post"}, "blocks.9.hook_resid_post, but demo/model has 4 layers"),
-        ({"hook_name": "hook_embed"}, "names no hook in a layer"),
+        ({"hook_name": "hook_embed"}, "is for hook_embed, but only a layer's"),
+        ({"hook_name": "blocks.1.hook_resid_mid"}, "is for blocks.1.hook_resid_mid, but only a layer's"),
+        ({"model_name": "gemma-2-2b"}, "it is for gemma-2-2b, not for google/gemma-2-9b-it"),
         ({"transcoder": True}, "a transcoder"),
     ],
 )
 def test_saes_that_do_not_fit(made, says, tmp_path, monkeypatch, capsys):
+    """Said from the configurations alone: before the model is asked for, or a Hub."""
     save_sae(tmp_path / "sae", **made)
-    assert_refused(["--demo", "--sae-release", str(tmp_path / "sae")], says, tmp_path, monkeypatch, capsys)
+    monkeypatch.setattr(common, "load", None)
+    arguments = ["--demo", "--sae-release", str(tmp_path / "sae")]
+    if "model_name" in made:
+        arguments += ["--model", "google/gemma-2-9b-it"]
+    assert_refused(arguments, says, tmp_path, monkeypatch, capsys)
+
+
+def test_every_wrong_combination_shows_within_15_seconds(tmp_path):
+    """In one process that can reach nothing, all of them: none waits for the libraries that take long to import."""
+    save_sae(tmp_path / "narrow", d_in=64)
+    save_sae(tmp_path / "deep", hook_name="blocks.9.hook_resid_post")
+    save_sae(tmp_path / "transcoder", transcoder=True)
+    save_sae(tmp_path / "gemma-2-2b", model_name="gemma-2-2b")
+    (tmp_path / "template.txt").write_text("{context}")
+    wrong = [
+        ["--sae-release", "gemma-scope-9b-it-res-canonicle"],
+        ["--sae-id", "layer_9/width_131k/canon"],
+        ["--sae-release", "gemma-scope-2b-pt-transcoders"],
+        ["--model", "google/gemma-3-4b-it"],
+        ["--model", "gemma-9b"],
+        ["--demo", "--sae-release", "gemma-2b-it-res-jb"],
+        *(["--demo", "--sae-release", str(tmp_path / name)] for name in ("narrow", "deep", "transcoder", "none")),
+        ["--device", "cpu", "--sae-release", str(tmp_path / "gemma-2-2b"), "--model", "gemma-2-9b-it"],
+        ["--demo", "--prompt-template", "llama-3"],
+        ["--demo", "--prompt-template", str(tmp_path / "template.txt")],
+        ["--demo", "--dataset", "nobody.jsonl"],
+        ["--demo", "--device", "nowhere"],
+    ]
+    script = (
+        "import json, sys, common, baseline\n"
+        "for sys.argv in json.loads(sys.argv[1]): print(common.guard(baseline.main))\n"
+        "print(sorted({'transformer_lens', 'sae_lens', 'datasets'} & set(sys.modules)))"
+    )
+    start = time.perf_counter()
+    found = subprocess.run(
+        [sys.executable, "-c", script, json.dumps([["baseline.py", *arguments] for arguments in wrong])],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"},
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    assert found.stdout.split() == ["2"] * len(wrong) + ["[]"], found
+    assert len(found.stderr.splitlines()) == len(wrong) and seconds < 15, f"{seconds}\n{found.stderr}"
 
 
 def test_folder_without_an_sae(tmp_path, monkeypatch, capsys):
