@@ -244,7 +244,7 @@ def run_prefixes(lm, prefixes, owner, suffixes, pad_id, device):
     ids, mask = pad_left(prefixes, pad_id, device)
     cache = DynamicCache(config=lm.config)
     lm(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), past_key_values=cache, logits_to_keep=1)
-    rows = torch.tensor(owner, device=device)
+    rows = torch.tensor(owner)  # on the CPU: the cache's layers may be on several devices
     cache.batch_select_indices(rows)
     suffix_ids, suffix_mask = pad_left(suffixes, pad_id, device)
     return cache, torch.cat([ids[rows], suffix_ids], 1), torch.cat([mask[rows], suffix_mask], 1)

@@ -67,7 +67,7 @@ def gradient_scores(model, sae, sequences, next_ids, bypass=()):
             decoded = sae.decode(acts.requires_grad_())
             (slopes,) = torch.autograd.grad(decoded, acts, down_chunk)
             scores[row] += (slopes * acts.detach()).relu().sum(0, dtype=torch.float32)
-        scores[row] *= scale[row].float() / len(residual)
+        scores[row] *= scale[row].to(scores) / len(residual)
     return scores
 
 
