@@ -1,4 +1,4 @@
-"""Two processes under torchrun and under accelerate launch: the same files as from one, byte for byte.
+"""Two processes under torchrun and under accelerate launch: the demo's files of one process, byte for byte.
 
 Not in the default run, for each launch imports the libraries twice: `python -m pytest -m launchers`.
 """
@@ -16,7 +16,7 @@ from conftest import ROOT, run_script
 
 pytestmark = pytest.mark.launchers
 
-ARGUMENTS = ["--demo", "--limit", "160", "--batch-tokens", "1600"]
+ARGUMENTS = ["--demo"]  # all of it
 STEPS = [
     ("baseline", []),
     ("baseline_after_false", []),
@@ -66,7 +66,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_leave_the_files_of_one(launcher, alone, tmp_path):
-    for script, more in STEPS if launcher == "torchrun" else STEPS[:2]:
+    for script, more in STEPS:
         process = start(launcher, script, [*ARGUMENTS, *more], tmp_path)
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
@@ -74,8 +74,14 @@ def test_two_processes_leave_the_files_of_one(launcher, alone, tmp_path):
         assert contents(tmp_path) == alone[script, *more]
 
 
-def test_killed_and_resumed_by_one_process(alone, tmp_path, monkeypatch, capsys):
-    process = start("torchrun", "baseline", ARGUMENTS, tmp_path)
+@pytest.mark.parametrize("number", range(len(STEPS)))
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_killed_and_resumed_by_one_process(launcher, number, alone, tmp_path, monkeypatch, capsys):
+    script, more = STEPS[number]
+    before = alone[STEPS[number - 1][0], *STEPS[number - 1][1]] if number else {}
+    for name, content in before.items():
+        (tmp_path / name).write_bytes(content)
+    process = start(launcher, script, [*ARGUMENTS, *more], tmp_path)
     while sum(path.read_bytes().count(b"\n") > 1 for path in tmp_path.glob("*.process*.jsonl")) < 2:
         assert process.poll() is None
         time.sleep(0.005)
@@ -84,12 +90,13 @@ def test_killed_and_resumed_by_one_process(alone, tmp_path, monkeypatch, capsys)
     while subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)]).returncode == 0:
         time.sleep(0.05)
     process.communicate()
-    shares = [sum(line.startswith(b'{"id"') for line in path.read_bytes().splitlines())
-              for path in tmp_path.glob("*.process*.jsonl")]  # fmt: skip
-    assert len(shares) == 2 and min(shares) > 0 and sum(shares) < 160
-    code, out, err = run_script("baseline", [*ARGUMENTS, "--output-dir", tmp_path], monkeypatch, capsys)
-    assert code == 0 and "of 160 questions are in" in err, err
-    assert contents(tmp_path) == alone["baseline",]
+    parts = [path.read_bytes().splitlines() for path in tmp_path.glob("*.process*.jsonl")]
+    shares = [sum(line.startswith(b'{"id"') for line in part) for part in parts]
+    assert len(shares) == 2 and min(shares) > 0 and sum(shares) < 595
+    arguments = [*ARGUMENTS, *more, "--output-dir", tmp_path]
+    code, _, err = run_script(script, arguments, monkeypatch, capsys)
+    assert code == 0 and f"{sum(shares)} of " in err, err
+    assert contents(tmp_path) == alone[script, *more]
 
 
 def test_a_mistake_is_one_line(tmp_path):
