@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,22 +37,27 @@ class Scripts:
         )
         assert self.process.stdout.readline() == "ready\n"
 
-    def start(self, script, arguments, limit=None):
+    def start(self, script, arguments, limit=None, processes=1):
+        """Returns the ids of the processes."""
         out, err = self.folder / "stdout", self.folder / "stderr"
         self.output_dir = str(arguments[arguments.index("--output-dir") + 1])
-        job = {"script": script, "arguments": [*map(str, arguments)], "limit": limit}
-        self.process.stdin.write(json.dumps(job | {"stdout": str(out), "stderr": str(err)}) + "\n")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        job = {"script": script, "arguments": [*map(str, arguments)], "limit": limit, "processes": processes}
+        self.process.stdin.write(json.dumps(job | {"port": port, "stdout": str(out), "stderr": str(err)}) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        return [int(number) for number in self.process.stdout.readline().split()]
 
     def wait(self):
-        """Exit code, standard output and standard error of the one that was started; its folder's name left out."""
-        code = int(self.process.stdout.readline())
+        """Exit code, standard output and standard error of what was started (of several processes the code that they
+        share); its folder's name left out."""
+        (code,) = {int(number) for number in self.process.stdout.readline().split()}
         out, err = ((self.folder / name).read_text() for name in ("stdout", "stderr"))
         return code, out.replace(self.output_dir, ""), err
 
-    def run(self, script, arguments, limit=None):
-        self.start(script, arguments, limit)
+    def run(self, script, arguments, limit=None, processes=1):
+        self.start(script, arguments, limit, processes)
         return self.wait()
 
 
@@ -91,7 +97,7 @@ def test_killed_and_resumed(scripts, whole, tmp_path, script, moment):
     before, after, seconds, table = whole[script]
     lay_out(tmp_path / "out", before)
     arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
-    process = scripts.start(script, arguments)
+    (process,) = scripts.start(script, arguments)
     time.sleep(seconds * (moment + 0.5) / len(MOMENTS))
     os.kill(process, signal.SIGKILL)
     code, _, _ = scripts.wait()
@@ -103,12 +109,35 @@ def test_killed_and_resumed(scripts, whole, tmp_path, script, moment):
     assert found == after
 
 
+@pytest.mark.parametrize("script", ROUNDS)
+def test_two_processes(scripts, whole, tmp_path, script):
+    """The files of one, also when they are killed half-way and one goes on. test_processes.py: under real launchers."""
+    before, after, _, table = whole[script]
+    lay_out(tmp_path / "out", before)
+    arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
+    code, out, err = scripts.run(script, arguments, processes=2)
+    assert (code, out) == (0, table) and "process 1 of 2" in err
+    assert contents(tmp_path / "out") == after
+
+    lay_out(tmp_path / "out", before)
+    processes = scripts.start(script, arguments, processes=2)
+    while sum(path.read_bytes().count(b"\n") > 1 for path in (tmp_path / "out").glob("*.process*.jsonl")) < 2:
+        time.sleep(0.002)
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+    assert scripts.wait()[0] == -signal.SIGKILL
+    assert len(list((tmp_path / "out").glob("*.process*.jsonl"))) == 2
+    code, out, err = scripts.run(script, arguments)
+    assert (code, out) == (0, table) and "questions are in" in err
+    assert contents(tmp_path / "out") == after
+
+
 @pytest.mark.parametrize("script", ROUNDS[:2])
 def test_ctrl_c(scripts, whole, tmp_path, script):
     before, after, seconds, table = whole[script]
     lay_out(tmp_path / "out", before)
     arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
-    process = scripts.start(script, arguments)
+    (process,) = scripts.start(script, arguments)
     time.sleep(seconds * 0.5)
     os.kill(process, signal.SIGINT)
     code, out, err = scripts.wait()
@@ -157,7 +186,7 @@ def test_interrupted_overwrite_keeps_the_old_files(scripts, whole, tmp_path):
     _, after, seconds, table = whole["baseline"]
     lay_out(tmp_path / "out", after)
     arguments = [*ARGUMENTS, "--max-new-tokens", "12", "--overwrite", "--output-dir", tmp_path / "out"]
-    process = scripts.start("baseline", arguments)
+    (process,) = scripts.start("baseline", arguments)
     time.sleep(0.05)
     os.kill(process, signal.SIGKILL)
     scripts.wait()

@@ -239,6 +239,11 @@ def test_every_wrong_combination_shows_within_15_seconds(tmp_path):
     assert len(found.stderr.splitlines()) == len(wrong) and seconds < 15, f"{seconds}\n{found.stderr}"
 
 
+def test_device_map_and_a_launcher(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_refused(["--demo", "--device-map", "auto"], "without a launcher", tmp_path, monkeypatch, capsys)
+
+
 def test_folder_without_an_sae(tmp_path, monkeypatch, capsys):
     (tmp_path / "sae").mkdir()
     assert_refused(["--demo", "--sae-release", str(tmp_path / "sae")], "sae", tmp_path, monkeypatch, capsys)

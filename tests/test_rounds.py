@@ -168,6 +168,14 @@ def test_finished_and_resumed_rounds(full, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "results.json").read_bytes() == results
 
 
+def test_device_map(full, tmp_path):
+    """Placed by the library, on a CPU, the model answers as it does when placed by us."""
+    _, found = full
+    for name, records_found in run_rounds(tmp_path, "--device-map", "auto", "--limit", 30).items():
+        assert records_found and all(record == found[name][i] for i, record in records_found.items())
+    assert read_journal(tmp_path / "predictions_true.jsonl")[0]["device"] == "auto"
+
+
 def test_another_runs_files(full, tmp_path, monkeypatch, capsys):
     """A demo run's files make way for another run's; a real run's only with --overwrite."""
     arguments = ["--demo", "--limit", "20", "--output-dir", tmp_path]
