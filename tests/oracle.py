@@ -35,10 +35,10 @@ def generate(model, sae, tokenizer, prompt, masked=(), max_new_tokens=50, end_of
         return sae.decode(acts).to(residual.dtype).reshape(residual.shape)
 
     generated = []
-    while len(generated) < max_new_tokens and not (generated and generated[-1] in ends):
-        with torch.no_grad(), model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, replace_residual)]):
+    with torch.no_grad(), model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, replace_residual)]):
+        while len(generated) < max_new_tokens and not (generated and generated[-1] in ends):
             logits = model(torch.tensor([prompt + generated]))
-        generated.append(int(logits[0, -1].argmax()))
+            generated.append(int(logits[0, -1].argmax()))
     return generated
 
 

@@ -139,9 +139,9 @@ def test_memory_does_not_grow_with_the_texts(form, tmp_path):
     for count in (600, 1600):
         if form == "activations":
             path = tmp_path / "activations.json"
-            latents = list(range(150))
+            latents = list(range(60))
             samples = (
-                {"id": f"question {n}", "answer": "a", "active": latents, "topk": latents, "bottomk": latents}
+                {"id": f"question {n}", "answer": "a" * 1500, "active": latents, "topk": latents, "bottomk": latents}
                 for n in range(count)
             )
             records.write_activations(path, RUN, samples)
