@@ -63,7 +63,9 @@ def sae_table():
     import yaml
 
     with open(_file("sae_lens", "pretrained_saes.yaml"), encoding="utf-8") as file:
-        return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        table = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    table["gemma-scope-9b-it-res"]["model"] = "gemma-2-9b-it"  # it says gemma-2-9b there; SAELens' own loader does not
+    return table
 
 
 def is_transcoder(release):

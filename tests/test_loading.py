@@ -44,13 +44,13 @@ def test_names_that_do_not_belong_together(arguments, named):
 
 
 def test_the_table_is_saelens_own():
-    """Read from its file, without SAELens, it says what SAELens says."""
+    """Read from its file, without SAELens, it says what SAELens says, but for one release that it has wrong."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     theirs = get_pretrained_saes_directory()
     assert set(names.sae_table()) == set(theirs)
     for release, entry in names.sae_table().items():
-        assert entry["model"] == theirs[release].model
+        assert entry["model"] == theirs[release].model or release == "gemma-scope-9b-it-res"
         assert [sae["id"] for sae in entry["saes"]] == list(theirs[release].saes_map)
 
 
@@ -74,12 +74,12 @@ def test_list_saes():
     command = [sys.executable, ROOT / "baseline.py", "--list-saes"]
     listed = subprocess.run([*command, "9b"], capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 15
-    assert listed.stdout.splitlines()[1].split() == [
+    assert listed.stdout.splitlines()[2].split() == [
         *("gemma-scope-9b-it-res-canonical", "gemma-2-9b-it", "6"), "9,", "20,", "31", "16k,", "131k"
     ]  # fmt: skip
     assert "layer_9/width_131k/canonical" in names.list_saes("gemma-scope-9b-it-res-canonical").splitlines()
     every = names.list_saes("")
-    for family in ("gemma-3-27b-it", "Qwen2.5-7B-Instruct", "Llama-3.3-70B-Instruct"):
+    for family in ("gemma-scope-9b-it-res ", "gemma-3-27b-it", "Qwen2.5-7B-Instruct", "Llama-3.3-70B-Instruct"):
         assert family in every
     assert "transcoder" not in every and "gemma-2-2b " not in every
 
