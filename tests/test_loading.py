@@ -68,6 +68,17 @@ def test_the_release_says_the_model():
         assert common.parse_options(["--model", model], "", masks=False).sae_release == common.DEFAULTS["sae_release"]
 
 
+def test_every_release_that_is_listed_can_be_picked():
+    """By --sae-release and --sae-id alone: the model is the release's, and a tuned one."""
+    listed = [line.split()[0] for line in names.list_saes("").splitlines()[1:-2]]
+    assert len(listed) > 30
+    for release in listed:
+        for sae_id in names.list_saes(release).splitlines()[::20]:
+            chosen = common.parse_options(["--sae-release", release, "--sae-id", sae_id], "", masks=False)
+            assert names.same_model(chosen.model, names.sae_table()[release]["model"]) and chosen.sae_id == sae_id
+            assert "/" in names.official_name(chosen.model) and names.INSTRUCTION_TUNED.search(chosen.model)
+
+
 def test_list_saes():
     """As a process: within seconds, without a download and without the libraries that take long to import."""
     start = time.perf_counter()

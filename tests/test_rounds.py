@@ -115,6 +115,24 @@ def test_half_precision(full, dtype, tmp_path, capsys):
         assert agree >= 0.95 * len(both)
 
 
+def test_the_control_in_half_precision(tmp_path, monkeypatch, capsys):
+    """Random ranking, special tokens left out, in float16 and in float32: the same draws, all but the same answers."""
+    found = {}
+    for dtype in ("float16", "float32"):
+        arguments = ["--demo", "--limit", 30, "--dtype", dtype, "--ranking", "random", "--exclude-special-tokens"]
+        for script, _ in ROUNDS[:2]:
+            code, _, err = run_script(script, [*arguments, "--output-dir", tmp_path / dtype], monkeypatch, capsys)
+            assert code == 0, err
+        found[dtype] = [read_journal(tmp_path / dtype / f"predictions_{name}.jsonl")[1]
+                        for name in ("random", "random_false")]  # fmt: skip
+    for half, single in zip(found["float16"], found["float32"]):
+        both = half.keys() & single.keys()
+        assert len(both) >= 0.9 * len(single) >= 20
+        assert sum(half[i]["answer"] == single[i]["answer"] for i in both) >= 0.9 * len(both)
+    ranked, exact = found["float16"][0], found["float32"][0]
+    assert sum(ranked[i]["topk"] == exact[i]["topk"] for i in ranked.keys() & exact.keys()) >= 0.5 * len(exact)
+
+
 def test_published_format(full, tmp_path, monkeypatch, capsys, demo_questions):
     """The authors' form of the demo's own round 1 gives the same answers as ours."""
     folder, found = full
