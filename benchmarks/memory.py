@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py
 
-The demo's questions again and again under new ids, the scripts as they are, on the CPU (6 to 12 minutes on two cores). What a
-run of a single question takes, which is Python, the libraries and the model, is subtracted.
+The demo's questions again and again under new ids, the scripts as they are, on the CPU (6 to 12 minutes on two cores).
+What a run of a single question takes, which is Python, the libraries and the model, is subtracted.
 """
 
 import json
