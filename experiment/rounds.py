@@ -26,9 +26,9 @@ class Setup:
     """What a round knows before it loads a model: tokenizer, prompt template, the data set and the run it makes."""
 
     def __init__(self, options):
-        common.prepare(options)
         self.crew = work.Crew(options.device)
         self.options = dataclasses.replace(options, device=self.crew.device)
+        common.prepare(self.options)
         common.check_local_sae(options)
         self.tokenizer = common.load_tokenizer(options)
         self.template = common.choose_template(options.prompt_template, self.tokenizer)
@@ -90,6 +90,7 @@ class Setup:
                 raise UserError(f"{self.results}: is damaged ({error!r}): move it away") from None
             yield
             self.crew.wait()
+            self.crew.end()
 
     def journal(self, name, run):
         """A journal as an earlier run left it, parts of several processes included."""

@@ -22,11 +22,13 @@ class Crew:
     """
 
     def __init__(self, device):
-        self.number, self.size, self.device, self.wait = 0, 1, device, lambda: None
+        self.number, self.size, self.device = 0, 1, device
+        self.wait = self.end = lambda: None  # wait: until all of them have come as far; end: no more of that
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # One may wait for another for hours: the libraries give up after 10 minutes.
             state = PartialState(cpu=device == "cpu", timeout=datetime.timedelta(days=30))
-            self.number, self.size, self.wait = state.process_index, state.num_processes, state.wait_for_everyone
+            self.number, self.size = state.process_index, state.num_processes
+            self.wait, self.end = state.wait_for_everyone, state.destroy_process_group
             if device == "cuda":
                 self.device = f"cuda:{state.local_process_index}"
         self.is_first = self.number == 0
