@@ -13,6 +13,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from experiment import UserError, is_first_process, names
 
@@ -458,8 +459,11 @@ def load_model(options, tokenizer):
     from transformers import GenerationConfig
 
     name = names.official_name(bundled(options.model))
-    # A copy: it may give a tokenizer without BOS (Qwen's) one, and padding.
-    with hub_errors(options.model):
+    # For a model that also reads pictures (Gemma 3 from 4b on) TransformerLens asks for its processor, and where that
+    # needs torchvision it has pip install it in the middle of the round, and another torch with it. Text needs neither.
+    no_processor = mock.patch("transformers.AutoProcessor.from_pretrained", lambda *_, **__: None)
+    # The tokenizer is a copy: one without BOS (Qwen's) may be given one, and padding.
+    with hub_errors(options.model), no_processor:
         where = {"device_map": options.device_map} if options.device_map else {"device": options.device}
         model = TransformerBridge.boot_transformers(
             name, dtype=getattr(torch, options.dtype), tokenizer=copy.deepcopy(tokenizer), **where

@@ -2,6 +2,7 @@
 every place an SAE may stand at against hooks on Transformers' own modules."""
 
 import json
+import subprocess
 
 import oracle
 import pytest
@@ -130,6 +131,8 @@ def make_sae(sae_class, sae_config, more, d_in, hook_name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_three_rounds(name, tmp_path, monkeypatch, capsys):
+    installed = []  # TransformerLens would install torchvision for Gemma 3's processor
+    monkeypatch.setattr(subprocess, "check_call", lambda *arguments, **_: installed.append(arguments))
     model_folder, sae_folder = make_family(name, tmp_path)
     _, _, (bos, eos, _, end_of_turn, _), prompt_text, (*_, hook_name) = FAMILIES[name]
     names = ["--model", model_folder, "--sae-release", sae_folder, "--device", "cpu", "--dtype", "float32"]
@@ -187,6 +190,7 @@ def test_three_rounds(name, tmp_path, monkeypatch, capsys):
         bridge = model.original_model(ids).logits
         with generation.spliced(model, sae, lambda residual, token_ids: residual) as lm:
             torch.testing.assert_close(lm(ids).logits, bridge)
+    assert not installed
 
 
 # Where each place is in a layer of Transformers' own: the module (Gemma's; that of the others, which have no norm

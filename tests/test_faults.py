@@ -17,7 +17,12 @@ import pytest
 from conftest import ROOT
 
 ARGUMENTS = ["--demo", "--limit", "100", "--batch-tokens", "1600"]
-ROUNDS = ["baseline", "baseline_after_false", "baseline_after_true"]
+JOURNALS = {
+    "baseline": "predictions_baseline.jsonl",
+    "baseline_after_false": "predictions_false.jsonl",
+    "baseline_after_true": "predictions_true.jsonl",
+}
+ROUNDS = list(JOURNALS)
 MOMENTS = range(20)
 USUAL = {11}  # the moment of the default run
 
@@ -136,11 +141,12 @@ def test_two_processes(scripts, whole, tmp_path, script):
 
 @pytest.mark.parametrize("script", ROUNDS[:2])
 def test_ctrl_c(scripts, whole, tmp_path, script):
-    before, after, seconds, table = whole[script]
+    before, after, _, table = whole[script]
     lay_out(tmp_path / "out", before)
     arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
     (process,) = scripts.start(script, arguments)
-    time.sleep(seconds * 0.5)
+    while not (tmp_path / "out" / JOURNALS[script]).exists():  # the first batch is done
+        time.sleep(0.002)
     os.kill(process, signal.SIGINT)
     code, out, err = scripts.wait()
     assert code == 130 and "the same command goes on" in err and "Traceback" not in err
@@ -173,12 +179,11 @@ def test_full_disk(scripts, whole, tmp_path, script):
     before, after, _, table = whole[script]
     lay_out(tmp_path / "out", before)
     arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
-    journal = {"baseline": "baseline", "baseline_after_false": "false", "baseline_after_true": "true"}[script]
-    size = len(after[f"predictions_{journal}.jsonl"])
+    size = len(after[JOURNALS[script]])
     code, out, err = scripts.run(script, arguments, limit=size * 2 // 3)
     assert code == 2 and "cannot be written" in err and "Traceback" not in err
-    kept = (tmp_path / "out" / f"predictions_{journal}.jsonl").read_bytes()
-    assert size // 4 < len(kept) < size and after[f"predictions_{journal}.jsonl"].startswith(kept)
+    kept = (tmp_path / "out" / JOURNALS[script]).read_bytes()
+    assert size // 4 < len(kept) < size and after[JOURNALS[script]].startswith(kept)
     code, out, err = scripts.run(script, arguments)
     assert (code, out) == (0, table)
     assert contents(tmp_path / "out") == after
