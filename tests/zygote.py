@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import resource
+import signal
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -23,6 +24,7 @@ from experiment import rounds  # noqa: E402, F401
 
 def run(job, number):
     """A process's whole life."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     for descriptor, path in ((1, job["stdout"]), (2, job["stderr"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     if job["limit"]:
