@@ -385,8 +385,8 @@ def check_local_sae(options):
     try:
         sae = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
         found = sae.get("metadata") or sae  # where SAELens keeps these names now, and where it did
-        hook_name, made_for = found["hook_name"], found.get("model_name")
-        check_sae(folder, sae["architecture"], hook_name, found.get("hook_name_out"))
+        hook_name, made_for = found.get("hook_name") or found["hook_point"], found.get("model_name")
+        check_sae(folder, sae.get("architecture", "standard"), hook_name, found.get("hook_name_out"))
     except OSError as error:
         raise UserError(f"{folder}: holds no SAE: its cfg.json cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -250,6 +250,19 @@ def test_every_wrong_combination_shows_within_15_seconds(tmp_path):
     assert len(found.stderr.splitlines()) == len(wrong) and seconds < 15, f"{seconds}\n{found.stderr}"
 
 
+def test_an_old_sae_configuration(tmp_path):
+    """Without an architecture, and with the hook under its older name, it is left to SAELens; its sizes are checked."""
+    save_sae(tmp_path / "sae")
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    old = {"d_in": 128, "d_sae": 32, "dtype": "float32", "device": "cpu", "hook_point": config["metadata"]["hook_name"]}
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(old))
+    chosen = options("--sae-release", tmp_path / "sae")
+    common.check_local_sae(chosen)
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(old | {"d_in": 64}))
+    with pytest.raises(UserError, match="reads 64 dimensions"):
+        common.check_local_sae(chosen)
+
+
 def test_device_map_and_a_launcher(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert_refused(["--demo", "--device-map", "auto"], "without a launcher", tmp_path, monkeypatch, capsys)
