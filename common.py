@@ -1,45 +1,28 @@
-"""What the three scripts share: options, model and SAE loading, prompt templates, the answer parser.
+"""What the three scripts share: model and SAE loading, prompt templates, the answer parser, and the masked round.
 
-Nothing heavy is imported before the options have been read: `--help` and a typing mistake answer at once.
+Importing it takes seconds (PyTorch): the scripts do so once the options are known to be good.
 """
 
-import argparse
 import contextlib
 import copy
-import json
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
 import os
 import re
-import sys
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from experiment import UserError, is_first_process, names
+import torch
+import transformers
+from accelerate import PartialState
 
-ROOT = Path(__file__).resolve().parent
-
-DEFAULTS = {
-    "model": "gemma-2-9b-it",
-    "sae_release": "gemma-scope-9b-it-res-canonical",
-    "sae_id": "layer_9/width_131k/canonical",
-    "dataset": "rajpurkar/squad",
-    "split": "validation",
-    "device": "cuda",
-    "dtype": "float16",
-    # The KV cache takes 344 KB a token on gemma-2-9b-it: 11 GB, beside 18.5 GB of model and 3.8 GB of SAE.
-    "batch_tokens": 32768,
-}
-DEMO_DEFAULTS = {
-    "model": "demo/model",
-    "sae_release": "demo/sae",
-    "sae_id": "",
-    "dataset": "demo/questions.jsonl",
-    "split": "",
-    "device": "cpu",
-    "dtype": "float32",
-    "batch_tokens": 16384,
-}
+from experiment import UserError, answers, catalogue, estimates, questions, results, rounds, say
+from experiment.hub import hub_errors, prepare_libraries
+from experiment.options import bundled
+from experiment.rounds import Round
+from experiment.splice import Splice
 
 INSTRUCTION = (
     "Answer the following question based on the context.\nContext:\n{context}\n\nQuestion:\n{question}\n\n"
@@ -56,187 +39,11 @@ TEMPLATES = {
     ),
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
-RANKINGS = ("baseline", "gradsae", "random")
+END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
+BRACKETS = re.compile(r"\[\s*(.*?)\s*\]")  # on one line
 # Not hook_resid_mid: TransformerLens replaces what the MLP reads there, but not what is added to the MLP's output.
 PLACES = r"blocks\.[0-9]+\.(?:hook_resid_pre|hook_resid_post|hook_mlp_out|hook_attn_out|attn\.hook_z)"
-END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
-
-
-@dataclass(frozen=True)
-class Options:
-    """What was asked for on the command line, defaults filled in; DESIGN names and README explains each."""
-
-    demo: bool
-    model: str
-    sae_release: str
-    sae_id: str
-    dataset: str
-    split: str
-    limit: int | None
-    sample: int | None
-    seed: int
-    prompt_template: str
-    exclude_special_tokens: bool
-    ranking: str
-    no_splice: bool  # round 1's
-    activations: Path
-    k: tuple[str, ...]  # rounds 2 and 3's
-    output_dir: Path
-    device: str
-    device_map: str | None
-    dtype: str
-    sae_dtype: str
-    batch_tokens: int
-    max_new_tokens: int
-    overwrite: bool
-    token_file: Path
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the options)")
-
-
-def positive(text):
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def masked_latents(text):
-    """Checks --k: a number of latents, or a percentage of those active at the last position."""
-    match = re.fullmatch(r"([0-9]+)(%?)", text)
-    if not match or int(match[1]) < 1 or (match[2] and int(match[1]) > 50):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of latents nor a percentage from 1% to 50%")
-    return f"{int(match[1])}{match[2]}"
-
-
-def parse_options(argv, doc, masks):
-    """The Options of a round, from its arguments (None: the command line's). masks: whether it masks latents."""
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-
-    def default(name):
-        return f"default: {DEFAULTS[name]}; with --demo: {DEMO_DEFAULTS[name] or 'none'}"
-
-    floats = ["float16", "bfloat16", "float32"]
-    add("--demo", action="store_true", help="the bundled model, SAE and questions, on the CPU: no network, no token")
-    add("--model", help=f"a model TransformerLens knows, or a local folder ({default('model')})")
-    add(
-        "--list-saes",
-        nargs="?",
-        const="",
-        metavar="WORD",
-        help="print the instruction-tuned releases in SAELens' table (with WORD in their name), and stop",
-    )
-    add("--sae-release", help=f"a release in SAELens' table, or a local SAE folder ({default('sae_release')})")
-    add("--sae-id", help=f"an id of that release ({default('sae_id')})")
-    add("--dataset", help=f"Hub data set with SQuAD's columns, or local .json/.jsonl ({default('dataset')})")
-    add("--split", help=f"split of a Hub data set ({default('split')})")
-    add("--limit", type=positive, metavar="N", help="only the first N questions (default: all)")
-    add("--sample", type=positive, metavar="N", help="only N questions, drawn (default: all)")
-    add("--seed", type=int, default=42, help="seed of --sample and of the random ranking (default: 42)")
-    add(
-        "--prompt-template",
-        default="auto",
-        help=f"auto, {', '.join(TEMPLATES)}, or a text file with {{context}} and {{question}} (default: auto)",
-    )
-    add(
-        "--exclude-special-tokens",
-        action="store_true",
-        help="BOS and other special tokens bypass the SAE and count in no score (default: as in the paper, no)",
-    )
-    add(
-        "--ranking",
-        choices=RANKINGS,
-        default="baseline",
-        help="latents by mean activation, by GradSAE's gradient score, or drawn: the control (default: baseline)",
-    )
-    add(
-        "--activations",
-        type=Path,
-        metavar="FILE",
-        help=f"round 1's file, {'read' if masks else 'written'} (default: activations_RANKING.json in --output-dir)",
-    )
-    if masks:
-        add(
-            "--k",
-            type=masked_latents,
-            nargs="+",
-            default=["50%"],
-            help="latents to mask: numbers, or percentages of those active at the last position (default: 50%%)",
-        )
-    else:
-        add("--no-splice", action="store_true", help="only answer, with no SAE at all: what the splice itself costs")
-    add("--output-dir", type=Path, default=Path("."), metavar="FOLDER", help="for journals and results (default: .)")
-    add("--device", help=f"torch device ({default('device')})")
-    add("--device-map", choices=["auto"], help="auto: spread a model that one GPU cannot hold (default: off)")
-    add("--dtype", choices=floats, help=f"of the model ({default('dtype')})")
-    add("--sae-dtype", choices=floats, default="float32", help="of the SAE (default: float32)")
-    add("--batch-tokens", type=positive, metavar="N", help=f"prompt tokens a batch ({default('batch_tokens')})")
-    add("--max-new-tokens", type=positive, default=50, metavar="N", help="longest answer, in tokens (default: 50)")
-    add("--overwrite", action="store_true", help="start this round again and replace its files")
-    add("--token-file", type=Path, metavar="FILE", help="Hugging Face token (default: token.txt, where it exists)")
-    given = vars(parser.parse_args(argv))
-    word = given.pop("list_saes")
-    if word is not None:
-        print(names.list_saes(word))
-        sys.exit(0)
-    if given["limit"] is not None and given["sample"] is not None:
-        raise UserError("--limit and --sample cannot be combined: leave one out")
-    if given["device_map"] and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--device-map auto: spreads one process over all GPUs: start it without a launcher")
-    if given["token_file"] is None:
-        given["token_file"] = ROOT / "token.txt"
-    elif not given["token_file"].is_file():
-        raise UserError(f"--token-file {given['token_file']}: there is no such file")
-    defaults = DEMO_DEFAULTS if given["demo"] else DEFAULTS
-    if given["model"] or given["sae_release"] or given["sae_id"]:
-        settle_names(given, defaults)
-    for name, value in defaults.items():
-        if given[name] is None:
-            given[name] = value
-    if given["activations"] is None:
-        given["activations"] = given["output_dir"] / f"activations_{given['ranking']}.json"
-    given["k"] = tuple(dict.fromkeys(given.get("k", ())))  # each once
-    return Options(**({"no_splice": False} | given))
-
-
-def settle_names(given, defaults):
-    """Fills in model and SAE id where the release alone says them, and refuses names that do not belong together.
-
-    Nothing is downloaded for it, and nothing slow imported.
-    """
-    release = given["sae_release"] or defaults["sae_release"]
-    of_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", release) and release not in names.sae_table()
-    if of_hub or Path(bundled(release)).is_dir():
-        given["sae_id"] = given["sae_id"] or ""  # a folder, or a repository on the Hub, that may hold a single SAE
-        return
-    default_id = defaults["sae_id"] if release == defaults["sae_release"] else None
-    model = given["model"] or (defaults["model"] if given["demo"] else None)
-    of_demo = model == DEMO_DEFAULTS["model"]
-    found, given["sae_id"] = names.find_sae(release, given["sae_id"], None if of_demo else model, default_id)
-    if of_demo:
-        raise UserError(f"--sae-release {release}: belongs to {found}, not to {model}")
-    given["model"] = found
-
-
-def guard(main):
-    """Runs a script's main. A person's mistake is one line and exit code 2, Ctrl-C 130; only our bugs trace back."""
-    try:
-        main()
-        return 0
-    except UserError as error:
-        if is_first_process():
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted: what was finished is kept; the same command goes on from there.", file=sys.stderr)
-        return 130
+PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,8 +52,8 @@ def guard(main):
 
 def choose_template(name, tokenizer):
     """The text of a prompt template: a named one, a file's, or (auto) the one whose special token the tokenizer has."""
+    vocabulary = tokenizer.get_vocab()
     if name == "auto":
-        vocabulary = tokenizer.get_vocab()
         for marker, text in TEMPLATES.values():
             if marker in vocabulary:
                 return text
@@ -256,7 +63,7 @@ def choose_template(name, tokenizer):
         )
     if name in TEMPLATES:
         marker, text = TEMPLATES[name]
-        if marker not in tokenizer.get_vocab():
+        if marker not in vocabulary:
             raise UserError(f"--prompt-template {name}: this model's tokenizer has no {marker}: leave it to auto")
         return text
     try:
@@ -282,7 +89,7 @@ def tokenize(tokenizer, text):
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
-def special_ids(tokenizer):
+def find_special_ids(tokenizer):
     """The ids of BOS, padding, turn markers and the like, ascending."""
     added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
     return sorted({*tokenizer.all_special_ids, *added})
@@ -290,139 +97,39 @@ def special_ids(tokenizer):
 
 def parse_answer(text):
     """The answer in a generated text: what the first [ ... ] on one line holds, or all of it; without [, ] and =."""
-    match = re.search(r"\[\s*(.*?)\s*\]", text)
+    match = BRACKETS.search(text)
     return re.sub(r"[\[\]=]", "", match[1] if match else text).strip()
+
+
+def find_bracket(tokenizer, tokens):
+    """The place of the last generated token whose text contains [, or None. Latents are ranked just before it."""
+    return next((i for i in reversed(range(len(tokens))) if "[" in tokenizer.decode([tokens[i]])), None)
+
+
+def find_answer(tokenizer, tokens):
+    """The places of the generated tokens that write the answer inside the brackets; none where nothing stands there."""
+    texts = [tokenizer.decode(tokens[:n], skip_special_tokens=True) for n in range(len(tokens) + 1)]
+    match = BRACKETS.search(texts[-1])
+    start, end = match.span(1) if match else (0, 0)
+    return [n for n in range(len(tokens)) if len(texts[n]) < end and len(texts[n + 1]) > start]
+
+
+def score(tokenizer, question, answer):
+    """A journal's record of an Answer: its text, the answer parsed from it, and its scores."""
+    text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+    record = {"id": question.id, "text": tokenizer.decode(answer.tokens), "answer": parse_answer(text)}
+    record |= questions.score(record["answer"], text, question.truths)
+    return record | {"log_probs": [round(p, 6) for p in answer.log_probs]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and SAE
 
 
-def bundled(name):
-    """A path of the bundled demo as it is on this machine; any other name as it is."""
-    return str(ROOT / name) if name in DEMO_DEFAULTS.values() and name else name
-
-
-def prepare(options):
-    """Before any library is asked for anything: device there, token in place, the libraries' small talk off."""
-    import huggingface_hub
-    import torch
-    import transformers
-
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            "no CUDA device here: add --demo for the bundled model, or --device cpu to run this model on the CPU (slow)"
-        )
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {options.device}: PyTorch has no such device here") from None
-    if options.token_file.is_file():
-        token = options.token_file.read_text(encoding="utf-8", errors="replace").strip()
-        if not re.fullmatch(r"hf_[A-Za-z0-9]{8,}", token):
-            raise UserError(f"{options.token_file}: holds no Hugging Face token (hf_...): put yours in, or remove it")
-        os.environ["HF_TOKEN"] = token
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()  # the line above hides downloads too: those a person waits for
-
-
-@contextlib.contextmanager
-def hub_errors(name):
-    """Turns what the Hub's libraries raise about `name` into one line that says what to do."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except (OSError, ValueError) as error:  # OSError: the Hub's own errors, ConnectionError, a file that is not there
-        chain, cause = [], error
-        while cause is not None:
-            chain.append(cause)
-            cause = cause.__cause__ or cause.__context__
-
-        def among(*types):
-            return any(isinstance(link, types) for link in chain)
-
-        # A broken connection comes up as the HTTP library's own error, which the Hub's libraries do not always wrap.
-        broken = any(type(link).__module__.startswith("http") for link in chain)
-        status = next((r.status_code for link in chain if (r := getattr(link, "response", None)) is not None), None)
-        # A gated repository is a kind of repository that is not found, so it has to be asked for first.
-        if among(errors.GatedRepoError):
-            advice = (
-                "is gated: accept its licence on its Hub page, then give a token of that account "
-                "(token.txt, HF_TOKEN or `hf auth login`)"
-            )
-        elif status == 401 or "401 Client Error" in str(error):
-            advice = "the Hub refused the token, or the name: check both (token.txt, HF_TOKEN or `hf auth login`)"
-        elif among(errors.RepositoryNotFoundError) or type(error).__name__ == "DatasetNotFoundError":
-            advice = "there is no such repository on the Hub, or it is private and the token is not allowed in"
-        elif broken or among(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
-            advice = "is not on this machine and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE)"
-        else:
-            advice = str(error).strip().split("\n")[0]
-        raise UserError(f"{name}: {advice}") from error
-
-
 def load_tokenizer(options):
-    from transformers import AutoTokenizer
-
-    name = names.official_name(bundled(options.model))
+    name = catalogue.official_name(bundled(options.model))
     with hub_errors(options.model):
-        return AutoTokenizer.from_pretrained(name)
-
-
-def check_local_sae(options):
-    """Holds a local SAE's configuration against the model's, before anything that takes long is imported or loaded.
-
-    What only the loaded model knows is checked once more by `load`.
-    """
-    from transformers import AutoConfig
-
-    folder = Path(bundled(options.sae_release)) / options.sae_id
-    if not Path(bundled(options.sae_release)).is_dir():
-        return
-    try:
-        sae = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-        found = sae.get("metadata") or sae  # where SAELens keeps these names now, and where it did
-        hook_name, made_for = found.get("hook_name") or found["hook_point"], found.get("model_name")
-        check_sae(folder, sae.get("architecture", "standard"), hook_name, found.get("hook_name_out"))
-    except OSError as error:
-        raise UserError(f"{folder}: holds no SAE: its cfg.json cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder}: its cfg.json is not an SAE's ({error!r})") from None
-    if made_for in names.aliases() and not names.same_model(bundled(options.model), made_for):
-        raise UserError(
-            f"{folder}: its cfg.json says that it is for {made_for}, not for {options.model}: if that is meant, give "
-            "the model as a local folder"
-        )
-    with hub_errors(options.model):
-        config = AutoConfig.from_pretrained(names.official_name(bundled(options.model))).get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    sizes = {"layers": config.num_hidden_layers, "d_model": config.hidden_size}
-    check_fit(options, hook_name, sae.get("d_in"), **sizes, d_heads=config.num_attention_heads * head)
-
-
-def check_sae(name, architecture, hook_name, hook_name_out):
-    if "transcoder" in architecture or (hook_name_out or hook_name) != hook_name:
-        raise UserError(f"{name}: a transcoder, which reconstructs another place than it reads: give an SAE")
-    if not re.fullmatch(PLACES, hook_name or ""):
-        raise UserError(
-            f"{name}: is for {hook_name}, but only a layer's hook_resid_pre, hook_resid_post, hook_mlp_out, "
-            "hook_attn_out or attn.hook_z can be replaced"
-        )
-
-
-def check_fit(options, hook_name, d_in, layers, d_model, d_heads):
-    """Refuses an SAE of another model. d_heads: the width of all heads together, which `hook_z` sees."""
-    if int(hook_name.split(".")[1]) >= layers:
-        raise UserError(f"{options.sae_release}: is for {hook_name}, but {options.model} has {layers} layers")
-    dimensions = d_heads if hook_name.endswith("attn.hook_z") else d_model
-    if d_in != dimensions:
-        raise UserError(
-            f"{options.sae_release}: reads {d_in} dimensions, but {options.model} has {dimensions}: "
-            "this SAE belongs to another model"
-        )
+        return transformers.AutoTokenizer.from_pretrained(name)
 
 
 def load_sae(options):
@@ -430,7 +137,7 @@ def load_sae(options):
     from sae_lens import SAE
 
     folder = Path(bundled(options.sae_release)) / options.sae_id
-    where = {"device": options.device, "dtype": options.sae_dtype}
+    where = {"device": options.device, "dtype": options.sae_dtype.replace("tf32", "float32")}
     name = f"{options.sae_release} {options.sae_id}".strip()
     with hub_errors(name):
         try:
@@ -439,62 +146,213 @@ def load_sae(options):
             else:
                 sae = SAE.from_pretrained(options.sae_release, options.sae_id, **where)
         except (KeyError, TypeError, RuntimeError) as error:  # a folder that holds something else than an SAE
-            raise UserError(f"{name}: SAELens cannot read it ({error})") from error
+            raise UserError(f"{name}: SAELens cannot read it ({error!r})") from error
     metadata = sae.cfg.metadata
-    check_sae(name, sae.cfg.architecture(), metadata.hook_name, metadata.hook_name_out)
+    if "transcoder" in sae.cfg.architecture() or (metadata.hook_name_out or metadata.hook_name) != metadata.hook_name:
+        raise UserError(f"{name}: a transcoder, which reconstructs another place than it reads: give an SAE")
+    if not re.fullmatch(PLACES, metadata.hook_name or ""):
+        raise UserError(
+            f"{name}: is for {metadata.hook_name}, but only a layer's hook_resid_pre, hook_resid_post, hook_mlp_out, "
+            "hook_attn_out or attn.hook_z can be replaced"
+        )
     return sae.eval().requires_grad_(False)
 
 
-def seems_untuned(options, tokenizer):
-    """Whether a model looks like a base model: by its name, or for a folder by a tokenizer without a chat template."""
-    if Path(bundled(options.model)).is_dir():
-        return not options.demo and not tokenizer.chat_template
-    return not names.INSTRUCTION_TUNED.search(options.model)
+def check_fit(options, sae):
+    """Refuses an SAE of another model, before the model's weights are downloaded or loaded."""
+    hook_name, made_for = sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name
+    if made_for in catalogue.aliases() and not catalogue.same_model(bundled(options.model), made_for):
+        raise UserError(
+            f"{options.sae_release}: its cfg.json says that it is for {made_for}, not for {options.model}: if that is "
+            "meant, give the model as a local folder"
+        )
+    with hub_errors(options.model):
+        name = catalogue.official_name(bundled(options.model))
+        config = transformers.AutoConfig.from_pretrained(name).get_text_config()
+    if int(hook_name.split(".")[1]) >= config.num_hidden_layers:
+        layers = config.num_hidden_layers
+        raise UserError(f"{options.sae_release}: is for {hook_name}, but {options.model} has {layers} layers")
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * d_head if hook_name.endswith("attn.hook_z") else config.hidden_size
+    if sae.cfg.d_in != width:
+        raise UserError(
+            f"{options.sae_release}: reads {sae.cfg.d_in} dimensions, but {options.model} has {width}: "
+            "this SAE belongs to another model"
+        )
 
 
 def load_model(options, tokenizer):
     """The model: a TransformerBridge over Transformers' own weights, greedy and nothing else."""
-    import torch
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import GenerationConfig
 
-    name = names.official_name(bundled(options.model))
+    # Blocks that grow in place, for every batch has another width. PyTorch reads this when it first uses CUDA.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # For a model that also reads pictures (Gemma 3 from 4b on) TransformerLens asks for its processor, and where that
     # needs torchvision it has pip install it in the middle of the round, and another torch with it. Text needs neither.
     no_processor = mock.patch("transformers.AutoProcessor.from_pretrained", lambda *_, **__: None)
-    # The tokenizer is a copy: one without BOS (Qwen's) may be given one, and padding.
     with hub_errors(options.model), no_processor:
-        where = {"device_map": options.device_map} if options.device_map else {"device": options.device}
         model = TransformerBridge.boot_transformers(
-            name, dtype=getattr(torch, options.dtype), tokenizer=copy.deepcopy(tokenizer), **where
+            catalogue.official_name(bundled(options.model)),
+            dtype=getattr(torch, options.dtype),
+            tokenizer=copy.deepcopy(tokenizer),  # one without BOS (Qwen's) may be given one, and padding
+            device_map=options.device_map or {"": options.device},  # straight to where it belongs
         )
-    model.requires_grad_(False)
-    # A model's own generation config may hold sampling or a repetition penalty.
-    ends = end_ids(model, tokenizer)
+    return settle_model(model, tokenizer)
+
+
+def settle_model(model, tokenizer):
+    """What rounds, tests and benchmarks need of a TransformerBridge, wherever its weights come from."""
+    lm = model.original_model.requires_grad_(False)
+    # TransformerLens asks for the attention matrices of all layers: 44 MB a token of width on gemma-2-9b-it.
+    for config in (lm.config, lm.config.get_text_config()):
+        config.output_attentions = False
+    # The ids that end an answer: the model's own, and its family's end of turn. Nothing else of a model's own
+    # generation config counts: it may hold sampling or a repetition penalty.
+    own, vocabulary = lm.generation_config.eos_token_id, tokenizer.get_vocab()
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *map(vocabulary.get, END_OF_TURN)}
+    ends = sorted(ends - {None})
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # Llama 3 has none; any id will do
-    model.original_model.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
+    lm.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
     return model
 
 
 def load(options, tokenizer):
-    """The model and the SAE that belongs to one of its layers.
-
-    The SAE comes first: a wrong name costs seconds then, not the model's download.
-    """
+    """The model with the SAE in it. The SAE comes first: a wrong name costs seconds then, not the model's download."""
+    say(f"Loading {options.sae_release} and {options.model} ...")
     sae = load_sae(options)
+    check_fit(options, sae)
     model = load_model(options, tokenizer)
-    hook_name = sae.cfg.metadata.hook_name
-    d_heads = model.cfg.n_heads * model.cfg.d_head
-    check_fit(options, hook_name, sae.cfg.d_in, model.cfg.n_layers, model.cfg.d_model, d_heads)
-    if hook_name not in model.hook_dict:
-        raise UserError(f"{options.sae_release}: is for {hook_name}, a place that {options.model} does not have")
-    return model, sae
+    if sae.cfg.metadata.hook_name not in model.hook_dict:
+        place = sae.cfg.metadata.hook_name
+        raise UserError(f"{options.sae_release}: is for {place}, a place that {options.model} does not have")
+    bypass = find_special_ids(tokenizer) if options.exclude_special_tokens else ()
+    return answers.SplicedModel(model, Splice(sae, options.error_term, bypass))
 
 
-def end_ids(model, tokenizer):
-    """The ids that end an answer: the model's own end-of-sequence ids, and its family's end-of-turn marker."""
-    own = model.original_model.generation_config.eos_token_id
-    ids = set(own if isinstance(own, list) else [own]) | {tokenizer.eos_token_id}
-    vocabulary = tokenizer.get_vocab()
-    ids |= {vocabulary.get(marker) for marker in END_OF_TURN}
-    return sorted(ids - {None})
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounds
+
+
+def prepare(options):
+    """The Round that these options ask for: libraries, tokenizer, template and questions."""
+    state = PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(days=30))  # waiting may take hours
+    if state.num_processes > 1 and options.device == "cuda":
+        options = dataclasses.replace(options, device=f"cuda:{state.local_process_index}")
+    prepare_libraries(options)
+    tokenizer = load_tokenizer(options)
+    template = choose_template(options.prompt_template, tokenizer)
+    in_folder = Path(bundled(options.model)).is_dir()
+    if not (tokenizer.chat_template if in_folder else catalogue.INSTRUCTION_TUNED.search(options.model)):
+        if bundled(options.model) == options.model:  # the demo's has no chat template, but was tuned
+            say(f"Warning: {options.model} looks like a base model: such a model was not trained to follow the prompt.")
+    with hub_errors(options.dataset):
+        found, unanswerable, digest = questions.load(bundled(options.dataset), options.split)
+    if unanswerable:
+        say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
+    asked = questions.select(found, options.limit, options.sample, options.seed)
+    names = ("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens")
+    names += ("dataset", "max_new_tokens", "limit", "sample", "batch_tokens")
+    run = {name: getattr(options, name) for name in names} | {
+        "ranking": "baseline",
+        "split": None if questions.is_local(options.dataset) else options.split,
+        "questions": digest,
+        "prompt_template": template,
+        "seed": options.seed if options.sample else None,
+        "device": options.device_map or options.device,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+    def prompt(question):
+        return build_prompt(template, question.context, question.question)
+
+    def prompt_ids(question):
+        return tokenize(tokenizer, prompt(question))
+
+    return Round(options, state, tokenizer, prompt, prompt_ids, found, asked, run)
+
+
+def load_for(round_, journals, ranked=None):
+    """The model with its SAE; what only the SAE says goes into the journals' runs, and is held against them."""
+    model = load(round_.options, round_.tokenizer)
+    late = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
+    for journal in journals:
+        results.refuse_other_run(journal.path, journal.run, late, late)
+        journal.run |= late
+    rounds.check_latents(ranked or {}, model.splice.d_sae)
+    return model
+
+
+def count_masked(k, active):
+    """K for one question: the number asked for, or that percentage (rounded down) of its `active` latents."""
+    return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)
+
+
+def masked_round(options, which):
+    """Rounds 2 and 3: the kept questions again, each with its own TopK (`which`: topk) or BottomK (bottomk) masked."""
+    # 1. The latents that round 1 ranked, and the questions they are of
+    round_ = prepare(options)
+    ranked = {ranking: rounds.read_ranked(round_, ranking, which) for ranking in options.ranking}
+    asked = rounds.find_asked(round_, ranked)
+    first = ranked[options.ranking[0]].samples
+    drafts = [first[question.id].get("tokens", []) for question in asked]
+
+    with rounds.writing(round_) as entries:
+        # 2. What an earlier run left
+        journals = {
+            (ranking, k): round_.journal(rounds.name_journal(ranking, which, k), found.run | {"k": k})
+            for ranking, found in ranked.items()
+            for k in options.k
+        }
+
+        def missing(batch):
+            return [key for key, journal in journals.items() if any(q.id not in journal for q in batch)]
+
+        # 3. The model, with the SAE's reconstruction in its residual stream
+        if missing(asked):
+            model = load_for(round_, journals.values(), ranked)
+            # 4. Answer with the latents masked, and score; below the SAE once for all rankings and K
+            label = f"{estimates.MASKS[which]} masked, {len(journals)} x"
+            for batch in rounds.share_batches(round_, model, asked, drafts, lambda batch: not missing(batch), label):
+                keys = missing(batch)
+
+                def answer(part, keys=keys):
+                    masks = (
+                        model.splice.mask([pick_latents(ranked[ranking], question, k) for question in part])
+                        for ranking, k in keys
+                    )
+                    prompts, contexts = [round_.prompt_ids(q) for q in part], [q.context for q in part]
+                    known = [first[q.id].get("tokens", []) for q in part]
+                    found = answers.answer_masked(model, prompts, contexts, known, masks, options.max_new_tokens)
+                    return list(zip(*found))  # [question][ranking and K]
+
+                for key, found in zip(keys, zip(*answers.in_halves(answer, batch))):
+                    journals[key].append([score(round_.tokenizer, q, a) for q, a in zip(batch, found)])
+        else:
+            say("This round is finished; --overwrite starts it again.")
+
+        # 5. Compare with the unmasked answers to the same questions; write and print
+        fresh, find = [], functools.partial(find_answer, round_.tokenizer)
+        for (ranking, k), journal in journals.items():
+            records = rounds.finish_journal(round_, journal, asked)
+            masked = [pick_latents(ranked[ranking], question, k) for question in asked]
+            entry = rounds.compare(ranked[ranking], asked, records, masked, find)
+            wanted = [count_masked(k, len(first[question.id]["active"])) for question in asked]
+            fewer = sum(len(latents) < n for latents, n in zip(masked, wanted))
+            if fewer:
+                say(f"{fewer} of {len(asked)} questions have fewer than {k} ranked latents: all they have are masked.")
+            fresh.append(entry | {"run": journal.run, "round": rounds.WORDS[which], "k": k, "fewer_than_k": fewer})
+        rounds.write_results(round_, entries, fresh)
+
+
+def pick_latents(found, question, k):
+    """The latents that a question has masked: the first K of its list.
+
+    For the matched ranking as many as remove what the baseline's first K remove: see rankings.rank_matched.
+    """
+    sample = found.samples[question.id]
+    wanted = count_masked(k, len(sample["active"]))
+    if found.targets is None or not wanted:
+        return sample[found.which][:wanted]
+    removed, targets = sample[f"removed_{found.which}"], found.targets[question.id]
+    target = targets[min(wanted, len(targets)) - 1] if targets else 0
+    return sample[found.which][: sum(value < target for value in removed) + 1]

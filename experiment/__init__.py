@@ -1,7 +1,9 @@
-"""What the three rounds share. `rounds` knows the order of things; the other modules do not know each other."""
+"""What the scripts and common.py stand on. Nothing in here imports them."""
 
+import contextlib
 import os
 import sys
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -17,3 +19,27 @@ def say(text):
     """News for the person who waits; results go to standard output, news to standard error."""
     if is_first_process():
         print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def own_mistakes():
+    """For work that processes share: a mistake shows in one of them alone, and that one has to tell it."""
+    try:
+        yield
+    except UserError as error:
+        if not is_first_process():
+            print(f"process {int(os.environ['RANK']) + 1}: {error}", file=sys.stderr, flush=True)
+        raise
+
+
+def guard(main):
+    """Runs a script's main. A person's mistake is one line and exit code 2, Ctrl-C 130; only our bugs trace back."""
+    try:
+        main()
+        return 0
+    except UserError as error:
+        say(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        say("\nInterrupted: what was finished is kept; the same command goes on from there.")
+        return 130

@@ -1,16 +1,15 @@
 """SQuAD questions in, scores out. Knows nothing of models."""
 
-import array
 import collections
+import dataclasses
 import hashlib
 import json
 import random
 import re
 import string
 from dataclasses import dataclass
-from pathlib import Path
 
-from experiment import UserError, streams
+from experiment import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,107 +20,86 @@ class Question:
     truths: tuple[str, ...]  # the ground truths: any one of them is right
 
 
-@dataclass(frozen=True)
-class Questions:
-    """A list of Questions, texts on disk: only ids and numbers stay in memory."""
-
-    ids: list[str]
-    contexts: array.array  # a number for each question, the same for those on one context
-    _texts: streams.Spool
-    _places: array.array  # in _texts
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, number):
-        question_id, context, question, truths = self._texts[self._places[number]]
-        return Question(question_id, context, question, tuple(truths))
-
-    def only(self, numbers):
-        """Those with these numbers, in this order."""
-        numbers = list(numbers)
-        contexts, places = (array.array("q", map(of.__getitem__, numbers)) for of in (self.contexts, self._places))
-        return Questions([self.ids[number] for number in numbers], contexts, self._texts, places)
-
-
 def load(dataset, split):
-    """Reads a data set: its Questions, in its order, how many were left out for having no ground truth, and a hash of
-    ids, texts and ground truths: two runs with the same one asked the same questions.
+    """Reads a data set. Returns its questions, in its order; how many were left out for having no ground truth; and a
+    hash of ids, texts and ground truths: two runs with the same one asked the same questions.
 
-    `dataset` is a local .jsonl (SQuAD's columns, one object a line), a local .json (a list of such objects, or SQuAD's
-    nested form) or the name of a Hub data set with SQuAD's columns, of which `split` is read.
+    dataset: a local .jsonl (SQuAD's columns, one object a line), a local .json (a list of such objects, or SQuAD's
+    nested form), or a local folder or Hub data set with SQuAD's columns, of which `split` is read.
     Raises UserError, naming the row, for anything that is not a question, and for an id that stands twice.
     """
-    if is_local(dataset):
-        rows = _read_local(Path(dataset))
-    else:
-        import datasets  # slow to import, and a local file does not need it
-
-        rows = ((f"row {n}", row) for n, row in enumerate(datasets.load_dataset(dataset, split=split), 1))
-    ids, contexts, texts = [], array.array("q"), streams.Spool()
-    seen, numbers, unanswerable, sha = set(), {}, 0, hashlib.sha256()
-    for where, row in rows:
-        question = _parse(row, f"{dataset}, {where}")
-        if question.id in seen:
+    questions, unanswerable, sha = [], 0, hashlib.sha256()
+    ids, contexts = set(), {}
+    for where, row in _read_rows(dataset, split):
+        question = _check(row, f"{dataset}, {where}")
+        if question.id in ids:
             raise UserError(f"{dataset}, {where}: the id {question.id!r} stands twice")
-        seen.add(question.id)
+        ids.add(question.id)
         if not question.truths:
             unanswerable += 1
             continue
-        ids.append(question.id)
-        context = hashlib.blake2b(question.context.encode(), digest_size=16).digest()
-        contexts.append(numbers.setdefault(context, len(numbers)))
-        fields = [question.id, question.context, question.question, question.truths]
-        texts.append(fields)
-        sha.update(json.dumps(fields).encode())
-    if not ids:
+        # SQuAD asks five questions on a context: they share one string.
+        context = contexts.setdefault(question.context, question.context)
+        questions.append(dataclasses.replace(question, context=context))
+        sha.update(json.dumps([question.id, question.context, question.question, question.truths]).encode())
+    if not questions:
         forms = " (its form must be a list of questions, or SQuAD's nested one)" if dataset.endswith(".json") else ""
         raise UserError(f"{dataset}: no question with a ground truth in it{forms}")
-    return Questions(ids, contexts, texts, array.array("q", range(len(ids)))), unanswerable, sha.hexdigest()
+    return questions, unanswerable, sha.hexdigest()
 
 
 def is_local(dataset):
+    """Whether a data set is read as a file, of which a split says nothing."""
     return dataset.endswith((".json", ".jsonl"))
 
 
-def _read_local(path):
-    """Yields (where, row) of a local file, whichever of the three forms it has."""
-    try:
-        yield from _read_lines(path) if path.suffix == ".jsonl" else _read_json(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): check --dataset") from None
+def _read_rows(dataset, split):
+    """Yields (where, row), the row with SQuAD's columns unless the data set is wrong."""
+    if not is_local(dataset):
+        import datasets  # slow to import, and a file does not need it
 
-
-def _read_lines(path):
-    number = 0
+        rows = datasets.load_dataset(dataset, split=split or None)
+        if isinstance(rows, dict):
+            raise UserError(f"{dataset}: has the splits {', '.join(map(str, rows))}: give one as --split")
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+        return
+    number = 0  # of the line that is being read
     try:
-        # JSON strings may hold other line separators than \n: they end no line.
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with open(dataset, encoding="utf-8") as file:
+            if dataset.endswith(".json"):
+                yield from _read_json(dataset, json.load(file))
+                return
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"line {number}", json.loads(line)
+    except OSError as error:
+        raise UserError(f"{dataset}: cannot be read ({error.strerror}): check --dataset") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text") from None
+        raise UserError(f"{dataset}: is not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: is not JSON ({error})") from None
+        line = f", line {number}" if number else ""
+        raise UserError(f"{dataset}{line}: is not JSON ({error})") from None
 
 
-def _read_json(path):
+def _read_json(path, content):
+    """Yields (where, row) of a list of rows, or of SQuAD's nested form."""
+    if isinstance(content, list):
+        yield from ((f"row {number}", row) for number, row in enumerate(content, 1))
+    if not isinstance(content, dict):
+        return
     try:
-        for number, (key, value) in enumerate(streams.pieces(path), 1):
-            if key is None:
-                yield f"row {number}", value
-            elif key == "data":
-                for paragraph in value["paragraphs"]:
-                    for row in paragraph["qas"]:
-                        truths = [] if row.get("is_impossible") else [answer["text"] for answer in row["answers"]]
-                        row = {"id": row["id"], "question": row["question"], "answers": {"text": truths}}
-                        yield f"id {row['id']!r}", row | {"context": paragraph["context"]}
+        for article in content.get("data", []):
+            for paragraph in article["paragraphs"]:
+                for qa in paragraph["qas"]:
+                    # SQuAD v2.0's unanswerable questions have answers that are only plausible.
+                    truths = [] if qa.get("is_impossible") else [answer["text"] for answer in qa["answers"]]
+                    row = {"id": qa["id"], "context": paragraph["context"], "question": qa["question"]}
+                    yield f"id {qa['id']!r}", row | {"answers": {"text": truths}}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is neither a list of questions nor in SQuAD's nested form ({error!r})") from None
 
 
-def _parse(row, where):
+def _check(row, where):
     try:
         truths = row["answers"]["text"]
         question = Question(row["id"], row["context"], row["question"], tuple(truths))
@@ -132,17 +110,16 @@ def _parse(row, where):
     texts = (question.id, question.context, question.question, *question.truths)
     if not isinstance(truths, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: id, context, question and the answers' texts must be strings")
-    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+    if any(re.search(r"[\ud800-\udfff]", text) for text in texts):
         raise UserError(f"{where}: holds half a character (a lone surrogate)")
     return question
 
 
 def select(questions, limit=None, sample=None, seed=42):
     """The first `limit` questions, or `sample` drawn ones in the data set's order, or all."""
-    numbers = range(len(questions))
     if sample is not None and sample < len(questions):
-        return questions.only(sorted(random.Random(seed).sample(numbers, sample)))
-    return questions.only(numbers[:limit])
+        return [questions[number] for number in sorted(random.Random(seed).sample(range(len(questions)), sample))]
+    return questions[:limit]
 
 
 def normalize(text):
@@ -158,10 +135,21 @@ def token_f1(answer, truth):
     return 2 * shared / (len(answer_words) + len(truth_words)) if shared else 0.0
 
 
-def score(answer, truths):
-    """EM, F1 (SQuAD v1.1) and pure accuracy (stripped strings equal), each the best over the ground truths."""
+def score(answer, text, truths):
+    """Scores of a parsed answer and of the text it was parsed from, each 0 to 1 and the best over the ground truths.
+
+    em, f1: SQuAD v1.1's.  accuracy: the stripped strings are equal.  named: a ground truth stands as whole words
+    anywhere in the text, whatever the format around it.
+    """
     return {
         "em": float(any(normalize(answer) == normalize(truth) for truth in truths)),
         "f1": max(token_f1(answer, truth) for truth in truths),
         "accuracy": float(any(answer.strip() == truth.strip() for truth in truths)),
+        "named": float(any(_names(text, truth) for truth in truths)),
     }
+
+
+def _names(text, truth):
+    # Brackets are spaces here: without that, "[[Oslo]]<end_of_turn>" would be the one word "osloendofturn".
+    text, truth = (normalize(re.sub(r"[\[\]{}()<>=]", " ", words)) for words in (text, truth))
+    return bool(truth) and f" {truth} " in f" {text} "

@@ -1,205 +1,223 @@
-"""Means with their intervals, statistics of latents, the table and the figure. Knows nothing of models."""
+"""ONE table of all that a folder holds, a pandas DataFrame; terminal, CSV, LaTeX and figure are made of it.
 
-import array
-import collections
-import itertools
-import math
+Knows nothing of models. pandas and matplotlib are imported where they are used: only the end of a round needs them.
+"""
 
-import numpy as np
+import json
+import re
+from pathlib import Path
 
-METRICS = ("em", "f1", "accuracy")
-RESAMPLES = 10_000
-LABELS = {"topk": "TopK", "bottomk": "BottomK"}
+from experiment.estimates import DROP_ONLY, MASKS, METRICS
 
-# EM / F1 in percent as published (GradSAE, arXiv 2505.08080; no n, no intervals), by model, SAE release and id, ranking
-# and what is masked: K -> (EM, F1).
-_GEMMA = ("gemma-2-9b-it", "gemma-scope-9b-it-res-canonical")
-_LAYER_9, _LAYER_20, _LAYER_31 = ((*_GEMMA, f"layer_{layer}/width_131k/canonical") for layer in (9, 20, 31))
-_LLAMA = ("Meta-Llama-3-8B-Instruct", "llama-3-8b-it-res-jh", "blocks.25.hook_resid_post")
-_ALL_K = ("1", "10", "20", "30", "50%")
-_SOME_K = ("1", "10", "50%")
+RANKINGS = ("baseline", "gradsae", "gradsae-answer", "matched", "random")  # their order; others follow by name
+SETTINGS = {"error_term": "drop", "ablation": "zero"}  # and the paper's choice, which runs that lack one made too
+BOUNDS = ("", "_low", "_high")
+LEVELS = [f"{metric}{bound}" for metric in METRICS if metric not in DROP_ONLY for bound in BOUNDS]
+DROPS = [f"{metric}_drop{bound}" for metric in METRICS for bound in BOUNDS]
+NUMBERS = ["mean_k", "fewer_than_k", "removed", "n", *LEVELS, *DROPS, "paper_em", "paper_f1"]
+PAPER = Path(__file__).with_name("paper.json")
 
-
-def _by_k(ks, *figures):
-    return dict(zip(ks, figures, strict=True))
-
-
-PAPER = {
-    (*_LAYER_9, "baseline", "topk"): _by_k(
-        _ALL_K, (94.79, 97.04), (91.81, 94.46), (85.47, 88.49), (75.42, 79.62), (53.42, 58.46)
-    ),
-    (*_LAYER_9, "baseline", "bottomk"): _by_k(
-        _ALL_K, (100, 100), (98.51, 99.93), (98.51, 99.93), (98.51, 99.93), (98.41, 99.84)
-    ),
-    (*_LAYER_9, "gradsae", "topk"): _by_k(
-        _ALL_K, (80.45, 82.67), (51.21, 60.46), (39.48, 50.51), (37.80, 49.37), (30.58, 43.33)
-    ),
-    (*_LAYER_9, "gradsae", "bottomk"): _by_k(
-        _ALL_K, (100, 100), (98.14, 99.68), (98.14, 99.68), (98.14, 99.68), (98.21, 99.66)
-    ),
-    (*_LAYER_20, "baseline", "topk"): {"50%": (73.83, 82.53)},
-    (*_LAYER_20, "baseline", "bottomk"): {"50%": (96.14, 99.39)},
-    (*_LAYER_20, "gradsae", "topk"): {"50%": (9.06, 38.35)},
-    (*_LAYER_20, "gradsae", "bottomk"): {"50%": (96.81, 99.74)},
-    (*_LAYER_31, "baseline", "topk"): {"50%": (69.52, 77.69)},
-    (*_LAYER_31, "baseline", "bottomk"): {"50%": (96.73, 99.68)},
-    (*_LAYER_31, "gradsae", "topk"): {"50%": (6.53, 17.38)},
-    (*_LAYER_31, "gradsae", "bottomk"): {"50%": (96.73, 99.80)},
-    (*_LLAMA, "baseline", "topk"): _by_k(_SOME_K, (88.57, 95.97), (80.02, 88.73), (65.71, 78.94)),
-    (*_LLAMA, "baseline", "bottomk"): _by_k(_SOME_K, (100, 100), (97.14, 99.78), (97.14, 99.78)),
-    (*_LLAMA, "gradsae", "topk"): _by_k(_SOME_K, (65.71, 79.24), (58.14, 72.98), (48.57, 60.99)),
-    (*_LLAMA, "gradsae", "bottomk"): _by_k(_SOME_K, (100, 100), (97.14, 99.78), (97.14, 99.78)),
+WIDTH = 100  # of the terminal's table
+ROW_NAMES = ("ranking", "masked", "K")  # cells that say which row it is
+LEFT = ("ranking", "masked", "EM", "F1", "named")  # words, and what has an interval; other cells end at the right
+NOTES = {
+    "n": "[ ]: 95% interval over resampled contexts. drop: unmasked minus masked. Both in percent.",
+    "questions": "questions: which of the sets of kept questions, by the beginning of its hash.",
+    "named": "named: a right answer stands somewhere in the text, in percent.",
+    "mean K": "mean K: latents masked a question.",
+    "fewer": "fewer: questions that have fewer than K latents to mask.",
+    "removed": "removed: what the mask takes away, in percent of the residual stream's norm.",
+    "answer": "answer, format: drop in log probability (nats a token) of the unmasked text in, around its [[ ]].",
+    "paper": "paper: EM / F1 in GradSAE, arXiv 2505.08080.",
 }
+LINES, MARKERS = 6, "os^Dv*"  # of the figure: a marker a line
 
 
-def published(run, masked, k):
-    """The paper's (EM, F1) for a run's model, SAE and ranking, or None where it has none."""
-    if run["dataset"] != "rajpurkar/squad" or run["split"] != "validation":
+def frame(entries):
+    """The entries of results.json as one DataFrame: texts, then numbers, in percent or nats, NaN where there is none.
+
+    Rows: the questions unmasked (all asked, then kept), one a population, which its hash tells apart, for two can have
+    equal n; then one a ranking, mask and K. SETTINGS are columns where rows differ in them.
+    """
+    import pandas
+
+    masked = [entry for entry in entries if "masked" in entry]
+    rows = _unmasked_rows([entry for entry in entries if "masked" not in entry], masked)
+    rows += [_masked_row(entry) for entry in sorted(masked, key=_place)]
+    settings = [name for name in SETTINGS if len({row[name] for row in rows}) > 1]
+    table = pandas.DataFrame(rows, columns=["ranking", "masked", "questions", "k", *settings, *NUMBERS, "population"])
+    return table.astype(dict.fromkeys(NUMBERS, float) | {"n": "Int64", "fewer_than_k": "Int64"})
+
+
+def _settings(entry):
+    return {name: entry["run"].get(name, default) for name, default in SETTINGS.items()}
+
+
+def _place(entry):
+    """The sorting key of a masked round's entry."""
+    ranking = entry["run"]["ranking"]
+    known = RANKINGS.index(ranking) if ranking in RANKINGS else len(RANKINGS)
+    settings = [(value != SETTINGS[name], value) for name, value in _settings(entry).items()]
+    return known, ranking, list(MASKS).index(entry["masked"]), settings, entry["mean_k"], _order_k(entry["k"])
+
+
+def _order_k(k):
+    """The sorting key of two K that mask equally many latents: numbers stand before percentages."""
+    return k.endswith("%"), float(k.removesuffix("%"))
+
+
+def _unmasked_rows(unmasked, masked):
+    """A row for each population and setting, from round 1 where it is there, else from what it left to later rounds."""
+    estimates = [(entry, "all asked", entry["population_all"], entry["all"]) for entry in unmasked]
+    estimates += [(entry, "kept", entry["population"], entry) for entry in unmasked]
+    estimates += [(entry, "kept", entry["population"], entry["clean"]) for entry in masked if entry["clean"]]
+    rows = {}
+    for entry, questions, population, figures in estimates:
+        row = {"ranking": "", "masked": "none", "questions": questions, "k": "", "population": population}
+        row |= _settings(entry) | {"n": figures["n"]} | _numbers(figures, "")
+        rows.setdefault((questions, population, *_settings(entry).values()), row)
+    return list(rows.values())
+
+
+def _masked_row(entry):
+    row = {name: entry.get(name) for name in ("k", "mean_k", "fewer_than_k", "removed", "n", "population")}
+    row |= {"ranking": entry["run"]["ranking"], "masked": MASKS[entry["masked"]], "questions": "kept"}
+    row |= _settings(entry) | _numbers(entry, "") | _numbers(entry["drop"] or {}, "_drop")
+    return row | dict(zip(("paper_em", "paper_f1"), find_published(entry) or ()))
+
+
+def _numbers(figures, suffix):
+    """{column: mean, low or high} of each metric that is in `figures`."""
+    numbers = {}
+    for metric in METRICS:
+        if figures.get(metric) is not None:
+            values = figures[metric], *figures["intervals"][metric]
+            numbers |= {f"{metric}{suffix}{bound}": value for bound, value in zip(BOUNDS, values)}
+    return numbers
+
+
+def find_published(entry):
+    """The paper's [EM, F1] for a masked round's entry, or None: paper.json has them, for the paper's own setting."""
+    paper, run = json.loads(PAPER.read_text(encoding="utf-8")), SETTINGS | entry["run"]
+    if any(run.get(name) != value for name, value in paper["setting"].items()):
         return None
-    model = run["model"].split("/")[-1]
-    return PAPER.get((model, run["sae_release"], run["sae_id"], run["ranking"], masked), {}).get(k)
+    published = paper["published"].get(run["model"].split("/")[-1], {"sae_release": None})
+    same_sae, template = published["sae_release"] == run["sae_release"], published.get("prompt_template")
+    if not same_sae or template not in (None, run["prompt_template"]):
+        return None
+    figures = published["sae_ids"].get(run["sae_id"], {}).get(run["ranking"], {})
+    return figures.get(entry["masked"], {}).get(entry["k"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Means, intervals, tests
+def to_csv(table):
+    """All columns of `frame`'s table, in full precision."""
+    return table.to_csv(index=False, lineterminator="\n")
 
 
-def bootstrap(columns, contexts, resamples=RESAMPLES, seed=0):
-    """95% percentile intervals of the columns' means, [2, column], over resampled contexts.
+def to_latex(table):
+    """`frame`'s table as a booktabs tabular: with the drops' intervals, and the paper's figures beside ours."""
+    cells = _write_cells(table, drop_bounds=True)
+    aligned = "".join("l" if name in (*ROW_NAMES, *SETTINGS) else "r" for name in cells)
+    tabular = cells.to_latex(index=False, escape=True, column_format=aligned)
+    tabular = re.sub(r"(?<=[ \[])-(?=\d)", "$-$", tabular)  # a minus, not a hyphen
+    return "".join(f"% {note}\n" for note in ("Needs \\usepackage{booktabs}.", *_notes(cells))) + tabular
 
-    columns: [question, column].  contexts: a key for each question: those on one context are not independent, so
-    contexts are drawn, with all their questions. All columns see the same draws (differences are paired).
+
+def terminal(table):
+    """`frame`'s table for 100 columns: a part for each combination of settings, in as many blocks as it takes."""
+    settings = [name for name in SETTINGS if name in table]
+    parts = []
+    for values, rows in table.groupby(settings, sort=False) if settings else [((), table)]:
+        heading = ", ".join(f"{name} {value}" for name, value in zip(settings, values))
+        parts += [heading] * bool(heading) + _lay_out(_write_cells(rows.drop(columns=settings)))
+    return "\n\n".join([*parts, "\n".join(_notes(_write_cells(table)))])
+
+
+def _notes(cells):
+    return [note for name, note in NOTES.items() if name in cells]
+
+
+def _write_cells(table, drop_bounds=False):
+    """The table as a reader sees it: a DataFrame of texts, without the columns that are empty.
+
+    drop_bounds: with an interval for each drop, which the terminal has no room for.
     """
-    columns = np.asarray(columns, dtype=float)
-    _, group = np.unique(np.asarray(contexts), return_inverse=True)
-    groups = group.max() + 1
-    sums = np.zeros((groups, columns.shape[1]))
-    np.add.at(sums, group, columns)
-    sizes = np.bincount(group)
-    rng = np.random.default_rng(seed)
-    means, part = [], max(1, 1_000_000 // groups)  # in parts: [resamples, contexts] need not fit in memory
-    for start in range(0, resamples, part):
-        times = rng.multinomial(groups, np.full(groups, 1 / groups), size=min(part, resamples - start))
-        means.append(times @ sums / (times @ sizes)[:, None])
-    return np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
+    import pandas
+
+    masked = table.masked != "none"
+    cells = {"ranking": table.ranking.where(masked, table.questions), "masked": table.masked, "K": table.k}
+    cells |= {name: table[name] for name in SETTINGS if name in table}
+    if table.population[table.questions == "kept"].nunique() > 1:
+        cells["questions"] = table.population.str[:6]
+    cells["n"] = table.n.astype(str)
+    for metric, heading in (("em", "EM"), ("f1", "F1"), ("named", "named")):
+        cells[heading] = _write_numbers(table, metric, 2, bounds=1)
+        cells[f"{heading} drop"] = _write_numbers(table, f"{metric}_drop", 2, bounds=drop_bounds and 1)
+    cells["mean K"] = _write_numbers(table, "mean_k", 1)
+    cells["fewer"] = [str(count) if count else "" for count in table.fewer_than_k.fillna(0)]
+    cells["removed"] = _write_numbers(table, "removed", 1)
+    for heading in ("answer", "format"):
+        cells[heading] = _write_numbers(table, f"{heading}_log_prob_drop", 3, bounds=drop_bounds and 3)
+    paper = (_write_numbers(table, name, 2) for name in ("paper_em", "paper_f1"))
+    cells["paper"] = [f"{em} / {f1}" if em else "" for em, f1 in zip(*paper)]
+    return pandas.DataFrame({name: list(texts) for name, texts in cells.items() if any(texts)})
 
 
-def columns(records):
-    """Scores of records (dicts with EM, F1 and accuracy from 0 to 1), one by one, as an array [question, metric]."""
-    return np.fromiter((record[metric] for record in records for metric in METRICS), float).reshape(-1, len(METRICS))
+def _write_numbers(table, name, digits, bounds=0):
+    """A column as texts, decimal points one below the other; with [low, high], where `bounds` says their digits."""
+
+    def write(values, digits):  # zero is added to make 0.00 of what rounds to -0.00
+        return ["" if value != value else f"{round(value, digits) + 0.0:.{digits}f}" for value in values]
+
+    means = write(table[name], digits)
+    means = [mean and mean.rjust(max(map(len, means))) for mean in means]
+    if not bounds:
+        return means
+    low, high = (write(table[f"{name}_{bound}"], bounds) for bound in ("low", "high"))
+    return [mean and f"{mean} [{low}, {high}]" for mean, low, high in zip(means, low, high)]
 
 
-def summarize(scores, contexts):
-    """n, and EM, F1 and accuracy in percent with their intervals. scores: as `columns` gives them."""
-    return {"n": len(scores)} | _estimates(scores, contexts)
+def _lay_out(cells):
+    """The cells as blocks of text, of as many columns as WIDTH allows, each beginning with what says which row it is.
 
-
-def compare(clean, masked, contexts):
-    """What masking does to the same questions: scores after it, drops from the unmasked ones, and McNemar's p for EM.
-
-    clean, masked: the questions' scores as `columns` gives them, in the same order.
+    A drop stands beside its level, and is headed "drop" there.
     """
-    lost = int(((clean[:, 0] == 1) & (masked[:, 0] == 0)).sum())
-    won = int(((clean[:, 0] == 0) & (masked[:, 0] == 1)).sum())
-    return (
-        summarize(masked, contexts)
-        | {"clean": summarize(clean, contexts), "drop": _estimates(clean - masked, contexts)}
-        | {"em_lost": lost, "em_won": won, "p": mcnemar(lost, won)}
-    )
+    heads = {name: "drop" if name.endswith(" drop") else name for name in cells}
+    widths = {name: max(map(len, [heads[name], *cells[name]])) for name in cells}
+    named = [name for name in ROW_NAMES if name in cells]
+    blocks = []
+    for name in cells.columns.drop(named):
+        if heads[name] != "drop":
+            group = [n for n in (name, f"{name} drop") if n in cells]
+            if not blocks or sum(widths[n] + 2 for n in (*named, *blocks[-1], *group)) - 2 > WIDTH:
+                blocks.append([])
+            blocks[-1] += group
 
+    def align(text, name):
+        return text.ljust(widths[name]) if name in LEFT else text.rjust(widths[name])
 
-def _estimates(scores, contexts):
-    if not len(scores):
-        return dict.fromkeys(METRICS) | {"intervals": dict.fromkeys(METRICS)}
-    low, high = 100 * bootstrap(scores, contexts)
-    means = 100 * scores.mean(0)
-    return dict(zip(METRICS, means.tolist())) | {"intervals": dict(zip(METRICS, np.stack([low, high], 1).tolist()))}
-
-
-def mcnemar(lost, won):
-    """The exact two-sided p of McNemar's test: `lost` answers turned wrong, `won` turned right."""
-    n = lost + won
-    tail = sum(math.comb(n, i) for i in range(min(lost, won) + 1))
-    return min(1.0, 2 * tail / 2**n)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Latents
-
-
-def shared_percent(a, b):
-    """How many latents two lists have in common, in percent of their mean length (0 where both are empty)."""
-    length = len(a) + len(b)
-    return 200 * len(np.intersect1d(a, b)) / length if length else 0.0
-
-
-def latent_statistics(samples, contexts):
-    """The paper's table 3 of one ranking: latents active at the last position and K at 50%, means over questions; what
-    TopK and BottomK of two questions on one context share, in percent of their mean length, pooled over all such
-    pairs; and the 10 latents in most TopKs.
-
-    samples: dicts with active, topk, bottomk, those on one context next to each other.  contexts: for each a key.
-    """
-    counts, active = collections.Counter(), array.array("q")
-    shared, possible = dict.fromkeys(LABELS, 0), dict.fromkeys(LABELS, 0)
-    for _, group in itertools.groupby(zip(contexts, samples), key=lambda pair: pair[0]):
-        group = [sample for _, sample in group]
-        for name in LABELS:
-            # A latent that n lists have is shared by n (n - 1) / 2 pairs.
-            _, times = np.unique(np.concatenate([sample[name] for sample in group]), return_counts=True)
-            shared[name] += (times * (times - 1) / 2).sum()
-            possible[name] += (len(group) - 1) * times.sum() / 2
-        for sample in group:
-            counts.update(sample["topk"])
-            active.append(len(sample["active"]))
-    return {
-        "n": len(active),
-        "active": _mean(active),
-        "k_at_50%": _mean(number // 2 for number in active),
-        "same_context_percent": {
-            name: float(100 * shared[name] / possible[name]) if possible[name] else None for name in LABELS
-        },
-        "most_frequent_topk": [
-            {"latent": latent, "questions": count}
-            for latent, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]
-        ],
-    }
-
-
-def ranking_overlap(samples, others):
-    """What the TopKs and the BottomKs of two rankings share, in percent, over the questions that both have.
-
-    samples: dicts with id, topk, bottomk, one by one.  others: a list of such.
-    """
-    places = {other["id"]: number for number, other in enumerate(others)}
-    shared = {name: array.array("d") for name in LABELS}
-    for sample in samples:
-        if sample["id"] in places:
-            other = others[places[sample["id"]]]
-            for name, found in shared.items():
-                found.append(shared_percent(sample[name], other[name]))
-    return {"n": len(shared["topk"])} | {name: _mean(found) for name, found in shared.items()}
+    texts = []
+    for block in blocks:
+        rows = [heads, *(row for row in cells.to_dict("records") if any(row[name] for name in block))]
+        lines = ("  ".join(align(row[name], name) for name in named + block).rstrip() for row in rows)
+        texts.append("\n".join(lines))
+    return texts
 
 
 def describe(statistics, ranking):
-    """`latent_statistics`, and what the other rankings share, as sentences."""
+    """`estimates.latent_statistics`, with what other rankings share ("overlap"), as sentences."""
     if not statistics["n"]:
         return "No question was kept: there are no latents to describe."
+    share = "share {topk:.2f}% of their TopK and {bottomk:.2f}% of their BottomK."
     lines = [
         f"{statistics['active']:.2f} latents are active at the last position on average; K at 50% is "
         f"{statistics['k_at_50%']:.2f}."
     ]
-    shared = statistics["same_context_percent"]
-    if shared["topk"] is not None:
-        lines.append(
-            f"Two questions on one context share {shared['topk']:.2f}% of their TopK and {shared['bottomk']:.2f}% of "
-            "their BottomK."
-        )
-    for other, shared in statistics["overlap"].items():
-        if shared["n"]:
-            lines.append(
-                f"{ranking} and {other} share {shared['topk']:.2f}% of TopK and {shared['bottomk']:.2f}% of BottomK."
-            )
+    if statistics["same_context_percent"]["topk"] is not None:
+        lines.append(f"Two questions on one context {share.format(**statistics['same_context_percent'])}")
+    for other, overlap in statistics["overlap"].items():
+        if overlap["n"]:
+            lines.append(f"{ranking} and {other} {share.format(**overlap)}")
     lines.append("In most questions' TopK:")
     for latent in statistics["most_frequent_topk"]:
         page = f"  {latent['neuronpedia']}" if latent["neuronpedia"] else ""
@@ -207,114 +225,95 @@ def describe(statistics, ranking):
     return "\n".join(lines)
 
 
-def _mean(values):
-    values = np.fromiter(values, float)
-    return math.fsum(values) / len(values) if len(values) else None
+def draw(file, entries, format):
+    """Writes `make_figure`'s figure to a binary file as "png", "pdf" or "svg": for the same entries the same bytes."""
+    import matplotlib
+
+    dates = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    # TrueType, for publishers refuse Matplotlib's Type 3 fonts; a salt in place of the random ids of an SVG.
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "results"}):
+        make_figure(entries).savefig(file, format=format, dpi=300, metadata=dates[format])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Table and figure
+def make_figure(entries):
+    """EM and F1 against K with their intervals, and the drop in the answer's log probability where there is one.
 
-
-def table(entries):
-    """All that a folder of results holds, unmasked first, as text columns; intervals in brackets.
-
-    entries: those of results.json.
+    As wide as a paper's column (3.3 inches). entries: of masked rounds at least one.
     """
-    head = ["ranking", "masked", "K", "n", "EM", "F1", "accuracy", "EM drop", "F1 drop", "p (EM)"]
-    lines = []
-    for entry in _in_order(entries):
-        if entry["round"] == "no_splice":
-            lines.append(["-", "none, no SAE", "-", *_figures(entry)])
-        elif entry["round"] == "baseline" and entry["run"]["ranking"] == "baseline":
-            lines += [
-                ["-", "none, all asked", "-", *_figures(entry["all"])],
-                ["-", "none, kept", "-", *_figures(entry)],
-            ]
-    masked = [entry for entry in _in_order(entries) if "masked" in entry]
-    known = {line[3] for line in lines[1:]}
-    for entry in masked:  # round 1 left no results here, or was asked about other questions
-        clean = entry["clean"]
-        if clean and str(clean["n"]) not in known:
-            known.add(str(clean["n"]))
-            lines.append(["-", "none, kept", "-", *_figures(clean)])
-    for entry in masked:
-        k = entry["k"] if entry["mean_k"] == int(entry["mean_k"]) else f"{entry['k']} (mean {entry['mean_k']:.1f})"
-        line = [entry["run"]["ranking"], LABELS[entry["masked"]], k, *_figures(entry)]
-        if entry["clean"]:
-            line += [_figure(entry["drop"], metric) for metric in ("em", "f1")]
-            line.append("< 1e-99" if entry["p"] < 1e-99 else f"{entry['p']:.2g}")
-        if paper := published(entry["run"], entry["masked"], entry["k"]):
-            line += [""] * (len(head) - len(line)) + ["{:.2f} / {:.2f}".format(*paper)]
-        lines.append(line)
-    if any(len(line) > len(head) for line in lines):
-        head.append("paper EM / F1")
-    lines = [head, *([*line, *[""] * (len(head) - len(line))] for line in lines)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join(rows)
+    import pandas
+    from matplotlib.figure import Figure
+
+    table = frame(entries)
+    lines, left_out = _pick_lines(table)
+    places = _place_ks(list(lines.values()))
+    panels = {"em": "EM (%)", "f1": "F1 (%)"}
+    if table.answer_log_prob_drop.notna().any():
+        panels["answer_log_prob_drop"] = "answer's log prob.,\ndrop (nats a token)"
+    figure = Figure(figsize=(3.3, 1 + 1.5 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True)
+    axes[1].sharey(axes[0])
+    shown = pandas.concat(lines.values())
+    unmasked = table[(table.masked == "none") & (table.questions == "kept") & table.population.isin(shown.population)]
+    for axis, (metric, title) in zip(axes, panels.items()):
+        _draw_lines(axis, lines, places, metric)
+        if metric in LEVELS and len(unmasked) and not (shown.mean_k == 0).any():
+            axis.axhline(unmasked[metric].iloc[0], color="0", linestyle=":", linewidth=0.9, label="unmasked")
+        axis.set_ylabel(title, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    labels = [" = ".join(k for k in places if places[k] == place) for place in sorted({*places.values()})]
+    axes[-1].set_xticks(range(len(labels)), labels)
+    axes[-1].set_xlabel("K, latents masked a question", fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    look = {"ncols": 2 if max(map(len, labels)) <= 22 else 1, "fontsize": 7, "title_fontsize": 7, "frameon": False}
+    title = f"{left_out} more lines: see results.csv" if left_out else None
+    figure.legend(handles, labels, loc="outside lower center", title=title, **look)
+    return figure
 
 
-def _figures(entry):
-    return [str(entry["n"]), *(_figure(entry, metric) for metric in METRICS)]
+def _pick_lines(table):
+    """{label: rows} of at most six lines, the paper's settings and TopK first; and how many are left out.
 
-
-def _figure(estimates, metric):
-    if estimates[metric] is None:
-        return "-"
-    low, high = estimates["intervals"][metric]
-    return f"{estimates[metric]:.2f} [{low:.1f}, {high:.1f}]"
-
-
-def _in_order(entries):
-    """Rankings as the paper has them, TopK before BottomK, K ascending."""
-    rounds, rankings = ("no_splice", "baseline", "false", "true"), ("baseline", "gradsae", "random")
-    return sorted(
-        entries, key=lambda e: (rankings.index(e["run"]["ranking"]), rounds.index(e["round"]), e.get("mean_k", 0))
-    )
-
-
-def draw(file, entries):
-    """The figure, as PNG: F1 and EM against K, a line for each ranking and mask, with intervals; unmasked dotted.
-
-    As wide as a paper's column (3.3 inches), and told apart by markers and dashes, not by colour alone.
+    K = 0 masks nothing, whatever the ranking: a line without it takes another's of the same questions and settings.
     """
-    from matplotlib.figure import Figure  # here: it takes a second, and only the end of a round needs it
+    import pandas
 
-    masked = [entry for entry in _in_order(entries) if "masked" in entry]
-    ks = [e["k"] for e in sorted(masked, key=lambda e: e["mean_k"])]
-    ks = list(dict.fromkeys(ks))  # each once, at equal distances: 1 and 10 lie as far apart as 30 and 50%
-    looks = {"baseline": ("o", "0.0"), "gradsae": ("s", "0.35"), "random": ("^", "0.6")}
-    lines = sorted(
-        dict.fromkeys((e["run"]["ranking"], e["masked"]) for e in masked), key=lambda line: line[1] != "topk"
-    )
-    figure = Figure(figsize=(3.3, 4.6), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True, sharey=True)
-    for panel, metric in zip(panels, ("f1", "em")):
-        for number, (ranking, which) in enumerate(lines):
-            found = {e["k"]: e for e in masked if (e["run"]["ranking"], e["masked"]) == (ranking, which)}
-            points = [k for k in ks if k in found]
-            x = [ks.index(k) + 0.07 * (number - (len(lines) - 1) / 2) for k in points]
-            y = [found[k][metric] for k in points]
-            bounds = [found[k]["intervals"][metric] for k in points]
-            spread = [[max(0, v - b[0]) for v, b in zip(y, bounds)], [max(0, b[1] - v) for v, b in zip(y, bounds)]]
-            marker, grey = looks[ranking]
-            panel.errorbar(
-                x, y, spread, color=grey, marker=marker, markersize=4, linewidth=1.1, elinewidth=0.8, capsize=2,
-                linestyle="-" if which == "topk" else "--", markerfacecolor=grey if which == "topk" else "white",
-                label=f"{ranking} {LABELS[which]}",
-            )  # fmt: skip
-        clean = next((entry["clean"][metric] for entry in masked if entry["clean"]), None)
-        if clean is not None:
-            panel.axhline(clean, color="0.0", linestyle=":", linewidth=0.9, label="unmasked")
-        panel.set_ylabel({"f1": "F1 (%)", "em": "EM (%)"}[metric], fontsize=8)
-        panel.tick_params(labelsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[1].set_xticks(range(len(ks)), ks)
-    panels[1].set_xlabel("K, latents masked a question", fontsize=8)
-    handles, labels = panels[0].get_legend_handles_labels()
-    # A column for TopK and the unmasked level, one for BottomK.
-    order = sorted(range(len(labels)), key=lambda i: (labels[i].endswith("BottomK"), labels[i] == "unmasked"))
-    handles, labels = [handles[i] for i in order], [labels[i] for i in order]
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
-    figure.savefig(file, format="png", dpi=300)
+    settings = [name for name in SETTINGS if name in table]
+    masked, lines = table[table.masked != "none"], []
+    for (ranking, mask, *values), rows in masked.groupby(["ranking", "masked", *settings], sort=False):
+        others = [f"{name} {value}" for name, value in zip(settings, values) if value != SETTINGS[name]]
+        alike = (masked[[*settings, "population"]] == rows[[*settings, "population"]].iloc[0]).all(axis=1)
+        if not (rows.mean_k == 0).any():
+            rows = pandas.concat([masked[alike & (masked.mean_k == 0)].head(1), rows])
+        lines.append((len(others), mask != "TopK", ", ".join([f"{ranking} {mask}", *others]), rows))
+    lines.sort(key=lambda line: line[:2])
+    return {label: rows for *_, label, rows in lines[:LINES]}, max(0, len(lines) - LINES)
+
+
+def _place_ks(lines):
+    """{K: its place on the axis}, ascending. Neighbours that mask the same latents in every line share a place.
+
+    Lists that end before K make one mask of K = 10 and K = 50%: seen from equal mean K and equal figures.
+    lines: each line's rows.
+    """
+    lines = [rows.drop_duplicates("k").set_index("k")[["mean_k", "em", "f1"]] for rows in lines]
+    mean_k = {k: min(rows.mean_k[k] for rows in lines if k in rows.index) for rows in lines for k in rows.index}
+    places, last = {}, None
+    for k in sorted(mean_k, key=lambda k: (mean_k[k], _order_k(k))):
+        both = [rows.loc[k].equals(rows.loc[last]) for rows in lines if {k, last} <= {*rows.index}]
+        places[k] = places[last] if both and all(both) else len({*places.values()})
+        last = k
+    return places
+
+
+def _draw_lines(axis, lines, places, metric):
+    """Each line with its intervals, a marker of its own, TopK solid, BottomK dashed and hollow: no need of colour."""
+    for number, (label, rows) in enumerate(lines.items()):
+        rows = rows.assign(place=rows.k.map(places)).drop_duplicates("place").dropna(subset=metric)
+        # Beside each other, or one line's intervals would hide another's.
+        x = rows.place + 0.07 * (number - (len(lines) - 1) / 2)
+        spread = [(rows[metric] - rows[f"{metric}_low"]).clip(0), (rows[f"{metric}_high"] - rows[metric]).clip(0)]
+        grey, topk = str(0.12 * number), "TopK" in label
+        look = {"color": grey, "marker": MARKERS[number], "markerfacecolor": grey if topk else "white"}
+        look |= {"linestyle": "-" if topk else "--", "linewidth": 1.1, "markersize": 4, "elinewidth": 0.8, "capsize": 2}
+        axis.errorbar(x, rows[metric], spread, label=label, **look)

@@ -59,8 +59,40 @@ def test_parser(text):
     ],
 )
 def test_scores(answer, truths, em, f1, accuracy):
-    score = questions.score(answer, truths)
-    assert score == {"em": em, "f1": pytest.approx(f1), "accuracy": accuracy}
+    score = questions.score(answer, "", truths)
+    assert score == {"em": em, "f1": pytest.approx(f1), "accuracy": accuracy, "named": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "truths", "named"),
+    [
+        ("Result = [[ Oslo ]]", ["Oslo"], 1),
+        ("Result = (( oslo ]]", ["Bergen", "the Oslo"], 1),  # the format gone, the knowledge there
+        ("It is the city of Oslo, Norway.", ["Oslo"], 1),
+        ("Result=[[Oslo]]<end_of_turn>", ["Oslo"], 1),
+        ("Oslo<|im_end|>", ["Oslo"], 1),
+        ("a grey\n heron", ["grey heron"], 1),
+        ("grey and heron", ["grey heron"], 0),
+        ("heron grey", ["grey heron"], 0),
+        ("Oslofjord", ["Oslo"], 0),
+        ("Old-Oslo", ["Oslo"], 0),  # as F1 sees it: SQuAD's normal form makes one word of it
+        ("119030", ["1903"], 0),
+        ("in 1,903 years", ["1903"], 1),
+        ("f(x) = 3", ["f(x)"], 1),
+        ("Orléans", ["orléans."], 1),
+        ("the ... [[ ]] a", ["the", "...", "", "[]"], 0),  # nothing is left of these ground truths
+        ("", ["Oslo"], 0),
+    ],
+)
+def test_a_ground_truth_that_is_named(text, truths, named):
+    """In the generated text, not in what was parsed as the answer."""
+    assert questions.score("", text, truths)["named"] == named
+    assert questions.score(truths[0], text, truths)["named"] == named
+
+
+def test_scores_are_the_best_over_the_ground_truths():
+    score = questions.score("grey heron", "Result = [[ grey heron ]] a goat", ["a grey goat", "Grey heron.", "goat"])
+    assert score == {"em": 1, "f1": 1, "accuracy": 0, "named": 1}
 
 
 def test_scores_agree_with_a_third_party():
@@ -93,7 +125,7 @@ def test_scores_agree_with_a_third_party():
             {"prediction_text": answer, "id": str(number)},
             {"answers": {"text": truths, "answer_start": [0] * len(truths)}, "id": str(number)},
         )
-        ours = questions.score(answer, truths)
+        ours = questions.score(answer, "", truths)
         assert 100 * ours["em"] == pytest.approx(theirs["exact_match"].item()), (answer, truths)
         # Where nothing is left of either text, SQuAD v1.1's own script gives F1 0 and torchmetrics 1 (as v2.0 does).
         if questions.normalize(answer) or all(questions.normalize(truth) for truth in truths):

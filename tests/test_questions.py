@@ -1,16 +1,13 @@
-"""Data sets in all their forms, and what outgrows memory: the same questions from each, and none of them kept there."""
+"""Data sets in all their forms: the same questions from each, and a large one within memory and time."""
 
 import json
-import tracemalloc
+import subprocess
+import sys
 
 import pytest
-from conftest import run_script
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from test_inputs import RUN
-from test_rounds import read_journal
+from conftest import ROOT
 
-from experiment import UserError, questions, records, streams
+from experiment import UserError, options, questions
 
 ROWS = [
     {"id": f"{c}-{q}", "context": f"Context {c}: “x”\u2028y", "question": f"Question {q}?",
@@ -28,7 +25,7 @@ def nested(rows):
         answers = [{"text": t, "answer_start": s} for t, s in zip(*row["answers"].values())]
         qa = {"id": row["id"], "question": row["question"], "answers": answers, "is_impossible": not answers}
         if not answers:
-            qa["plausible_answers"] = [{"text": "perhaps", "answer_start": 0}]
+            qa["answers"] = qa["plausible_answers"] = [{"text": "perhaps", "answer_start": 0}]
         data.append({"title": "t", "paragraphs": [{"context": row["context"], "qas": [qa]}]})
     return {"version": "v2.0", "data": data, "more": [[1], {"data": 2}]}
 
@@ -40,7 +37,7 @@ def write(form, rows, folder):
 
         datasets.Dataset.from_list(rows).to_parquet(folder / "data" / "validation.parquet")
         return folder / "data"
-    path = folder / ("questions.jsonl" if form == "lines" else "questions.json")
+    path = folder / ("questions.jsonl" if "lines" in form else "questions.json")
     if form == "lines":
         path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     elif form == "raw lines":
@@ -50,105 +47,109 @@ def write(form, rows, folder):
     return path
 
 
-@pytest.mark.parametrize("form", ["lines", "list", "nested", "folder"])
+FORMS = ["lines", "raw lines", "list", "nested", "folder"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_questions(form, tmp_path):
     """A folder goes the way of a Hub data set."""
     rows = [*ROWS[:5], UNANSWERABLE, *ROWS[5:]]
-    found, unanswerable, digest = questions.load(str(write(form, rows, tmp_path)), "validation")
+    loaded, unanswerable, sha = questions.load(str(write(form, rows, tmp_path)), "validation")
     expected = [questions.Question(r["id"], r["context"], r["question"], tuple(r["answers"]["text"])) for r in ROWS]
-    assert list(found) == expected and unanswerable == 1 and found.ids == [q.id for q in expected]
-    for a, first in enumerate(expected):
-        for b, second in enumerate(expected):
-            assert (found.contexts[a] == found.contexts[b]) == (first.context == second.context)
+    assert loaded == expected and unanswerable == 1
+    for first in loaded:
+        for second in loaded:
+            assert (first.context is second.context) == (first.context == second.context)
     (tmp_path / "again.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    assert questions.load(str(tmp_path / "again.jsonl"), "")[2] == digest
-    last = found.only([7, 2])
-    assert list(last) == [expected[7], expected[2]] and len(last) == 2 and last.ids == [expected[7].id, expected[2].id]
+    assert questions.load(str(tmp_path / "again.jsonl"), "")[1:] == (0, sha)
 
 
-def test_a_round_from_a_folder_and_from_nested_json(demo_questions, tmp_path, monkeypatch, capsys):
-    """The demo's first questions by way of `datasets` and in SQuAD's form answer as they do line by line."""
-    rows = [
-        {"id": q.id, "context": q.context, "question": q.question,
-         "answers": {"text": list(q.truths), "answer_start": [0] * len(q.truths)}}
-        for q in demo_questions[:12]
+def test_the_hash_is_that_of_earlier_files():
+    """Files that are already out there are compared by it."""
+    run = json.loads((ROOT / "activations_baseline.json").read_text())["run"]
+    loaded, unanswerable, sha = questions.load(options.bundled("demo/questions.jsonl"), "")
+    assert (len(loaded), unanswerable, sha) == (run["asked"], 0, run["questions"])
+
+
+def test_the_hash_sees_every_part(tmp_path):
+    def load(rows):
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return questions.load(str(tmp_path / "rows.jsonl"), "")[2]
+
+    first, *rest = ROWS
+    changed = [first | {name: "other"} for name in ("id", "context", "question")] + [
+        first | {"answers": {"text": ["other"]}}, first | {"answers": {"text": [*first["answers"]["text"], "other"]}}
     ]  # fmt: skip
-    found = []
-    for form in ("lines", "nested", "folder"):
-        arguments = ["--demo", "--dataset", write(form, [*rows, UNANSWERABLE], tmp_path)]
-        arguments += ["--split", "validation", "--output-dir", tmp_path / form]
-        code, _, err = run_script("baseline", arguments, monkeypatch, capsys)
-        assert code == 0 and "1 questions without a ground truth are left out" in err
-        found.append(read_journal(tmp_path / form / "predictions_baseline.jsonl")[1])
-    assert found[0] == found[1] == found[2] and len(found[0]) == 12
+    shas = [load(rows) for rows in (ROWS, [*rest, first], rest, *([row, *rest] for row in changed))]
+    assert len(set(shas)) == len(shas) == 8
+    assert load([row | {"title": "other"} for row in ROWS]) == shas[0]
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from("abcd"), inner, max_size=4),
-)  # fmt: skip
+def test_a_data_set_that_needs_a_split(tmp_path):
+    with pytest.raises(UserError, match="data: has the splits validation: give one as --split"):
+        questions.load(str(write("folder", ROWS, tmp_path)), "")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=JSON)
-def test_pieces_are_what_json_load_gives(content, tmp_path):
-    path = tmp_path / "any.json"
-    path.write_text(json.dumps(content), encoding="utf-8")
-    expected = []
-    if isinstance(content, list):
-        expected = [(None, element) for element in content]
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            expected += [(key, element) for element in value] if isinstance(value, list) else [(key, value)]
-    assert list(streams.pieces(path)) == expected
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("d.jsonl", "[" * 100_000, "line 1: is not JSON"),
+        ("d.json", "[" * 100_000, "is not JSON"),
+        ("d.json", '{"data": [}', "is not JSON"),
+        ("d.json", '"\udcff"', "is not UTF-8"),
+        ("d.json", '{"data": 3}', "neither a list of questions nor"),
+        ("d.json", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1"}]}]}]}', "neither a list"),
+        ("d.json", json.dumps([ROWS[0], ROWS[0] | {"id": "x", "context": ["c"]}]), "row 2: id, context, question"),
+        ("d.json", json.dumps(nested([ROWS[0], ROWS[0]])), "id '4-4-0': the id '4-4-0' stands twice"),
+        ("d.json", json.dumps(nested([UNANSWERABLE])), "no question with a ground truth in it"),
+        ("d.json", json.dumps({"rows": ROWS}), "must be a list of questions, or SQuAD's nested one"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(name, content, says, tmp_path):
+    (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError) as error:
+        questions.load(str(tmp_path / name), "")
+    assert str(tmp_path / name) in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_spool_is_a_list(monkeypatch):
-    spool, expected = streams.Spool(), []
-    for number in range(300):  # three megabytes: memory's share is one
-        expected.append({"number": number, "text": "ü\u2028" * 5000 if number % 2 else ""})
-        spool.append(expected[-1])
-        assert spool[number // 3] == expected[number // 3]
-    assert len(spool) == 300 and list(spool) == expected
-    for number in (300, -1):
-        with pytest.raises(IndexError):
-            spool[number]
-
-    def full(data):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(spool._file, "write", full)
-    with pytest.raises(UserError, match="No space left on device.*TMPDIR"):
-        spool.append(1)
+def test_select():
+    numbers = list(range(100))  # it does not look into them
+    assert questions.select(numbers) == questions.select(numbers, 100) == questions.select(numbers, 101) == numbers
+    assert questions.select(numbers, limit=3) == [0, 1, 2]
+    drawn = questions.select(numbers, sample=10, seed=7)
+    assert drawn == sorted(set(drawn)) and len(drawn) == 10 and drawn == questions.select(numbers, sample=10, seed=7)
+    assert drawn != questions.select(numbers, sample=10, seed=8)
+    assert questions.select(numbers, sample=100) == questions.select(numbers, sample=101) == numbers
+    loaded, *_ = questions.load(options.bundled("demo/questions.jsonl"), "")
+    drawn = [question.id for question in questions.select(loaded, sample=5, seed=7)]
+    # As earlier versions drew them: a journal of theirs goes on with the same questions.
+    assert drawn == ["questions-011-0", "questions-017-2", "questions-037-0", "questions-080-1", "questions-099-0"]
 
 
-def peak(read, *arguments):
-    """Bytes that were in use at most while `read` ran."""
-    tracemalloc.start()
-    read(*arguments)
-    found = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return found
+MEASURE = """
+import sys
+from experiment import questions
+loaded, _, _ = questions.load(sys.argv[1], "")
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # resource's is the parent's too
+print(len(loaded), len({id(question.context) for question in loaded}), int(peak.split()[1]) // 1024)
+"""
 
 
-@pytest.mark.parametrize("form", ["lines", "list", "nested", "activations"])
-def test_memory_does_not_grow_with_the_texts(form, tmp_path):
-    """From 600 to 1,600 questions of 6 KB each: what is kept of one is its id and a few numbers."""
-    used = []
-    for count in (600, 1600):
-        if form == "activations":
-            path = tmp_path / "activations.json"
-            latents = list(range(60))
-            samples = (
-                {"id": f"question {n}", "answer": "a" * 1500, "active": latents, "topk": latents, "bottomk": latents}
-                for n in range(count)
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_a_hundred_thousand_questions_of_squads_size(form, tmp_path):
+    """In less than 1 GB."""
+    context, question = "context “x” " * 62, "why? " * 12
+    start, between, end = ("[", ",", "]") if form == "list" else ("", "\n", "")
+    path = tmp_path / ("questions.json" if form == "list" else "questions.jsonl")
+    with open(path, "w") as file:
+        for n in range(100_000):
+            # By hand: json.dumps would take longer than what is measured.
+            file.write(
+                f'{between if n else start}{{"id": "{n:024}", "context": "{context}{n // 5}", '
+                f'"question": "{question}{n}", "answers": {{"text": ["twenty letters long"]}}}}'
             )
-            records.write_activations(path, RUN, samples)
-            used.append(peak(records.read_activations, path))
-        else:
-            rows = [ROWS[0] | {"id": f"question {n}", "context": f"{n} " + "context " * 750} for n in range(count)]
-            path = write(form, rows, tmp_path)
-            del rows
-            used.append(peak(questions.load, str(path), ""))
-    assert used[1] - used[0] < 1000 * 500, used
+        file.write(end)
+    done = subprocess.run([sys.executable, "-c", MEASURE, path], cwd=ROOT, capture_output=True, text=True)
+    path.unlink()
+    count, contexts, megabytes = map(int, done.stdout.split())
+    assert (count, contexts) == (100_000, 20_000) and megabytes < 1000

@@ -1,0 +1,77 @@
+"""The Hub and PyTorch made ready, and the Hub's errors in one line each."""
+
+import contextlib
+import os
+import re
+import traceback
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub import errors
+
+from experiment import UserError
+from experiment.options import ROOT
+
+
+@contextlib.contextmanager
+def hub_errors(name):
+    """Turns what the Hub's libraries raise about `name` into one line that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # OSError: the Hub's own errors, ConnectionError, a file that is not there
+        chain = [error]
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if Path(frame.f_code.co_filename).parent in (ROOT, ROOT / "experiment"):
+            raise  # not a library's error but a bug of ours
+        raise UserError(f"{name}: {_advise(chain)}") from error
+
+
+def _advise(chain):
+    """What to do about an error of the Hub's libraries, given with its causes."""
+
+    def among(*types):
+        return any(isinstance(link, types) for link in chain)
+
+    # A broken connection comes up as the HTTP library's own error, which the Hub's libraries do not always wrap.
+    broken = any(type(link).__module__.startswith("http") for link in chain)
+    status = next((r.status_code for link in chain if (r := getattr(link, "response", None)) is not None), None)
+    # A gated repository is a kind of repository that is not found, so it has to be asked for first.
+    if among(errors.GatedRepoError):
+        return (
+            "is gated: accept its licence on its Hub page, then give a token of that account "
+            "(token.txt, HF_TOKEN or `hf auth login`)"
+        )
+    if status == 401 or "401 Client Error" in str(chain[0]):
+        return "the Hub refused the token, or the name: check both (token.txt, HF_TOKEN or `hf auth login`)"
+    if among(errors.RepositoryNotFoundError) or type(chain[0]).__name__ == "DatasetNotFoundError":
+        return "there is no such repository on the Hub, or it is private and the token is not allowed in"
+    if broken or among(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+        return "is not on this machine and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE)"
+    return str(chain[0]).strip().split("\n")[0]
+
+
+def prepare_libraries(options):
+    """Before any library is asked for anything: device there, token in place, their progress and warnings off."""
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            "no CUDA device here: add --demo for the bundled model, or --device cpu to run this model on the CPU (slow)"
+        )
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {options.device}: PyTorch has no such device here") from None
+    torch.backends.cuda.matmul.allow_tf32 = options.sae_dtype == "tf32"  # of float32 products: the SAE's
+    if options.token_file:
+        token = options.token_file.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch(r"hf_[A-Za-z0-9]{8,}", token):
+            raise UserError(f"{options.token_file}: holds no Hugging Face token (hf_...): put yours in, or remove it")
+        os.environ["HF_TOKEN"] = token
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # the line above hides downloads too: those a person waits for

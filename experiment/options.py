@@ -1,0 +1,191 @@
+"""The command line: every option with its default and its help, in one place."""
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiment import UserError, catalogue
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = {  # what --demo changes
+    "model": "demo/model",
+    "sae_release": "demo/sae",
+    "sae_id": "",
+    "dataset": "demo/questions.jsonl",
+    "split": "",
+    "device": "cpu",
+    "dtype": "float32",
+    "batch_tokens": 16384,
+}
+FLOATS = ("float16", "bfloat16", "float32")
+
+
+def bundled(name):
+    """A path of the bundled demo as it is on this machine; any other name as it is."""
+    return str(ROOT / name) if name in (DEMO["model"], DEMO["sae_release"], DEMO["dataset"]) else name
+
+
+def positive(text):
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def latents_to_mask(text):
+    match = re.fullmatch(r"([0-9]{1,18})(%?)", text)
+    if not match or (match[2] and not 1 <= int(match[1]) <= 50):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of latents nor a percentage from 1% to 50%")
+    return f"{int(match[1])}{match[2]}"
+
+
+def option(default, help, **settings):
+    """A field of Options. A default of None is explained in `help`; `settings` go to argparse."""
+    return dataclasses.field(default=default, metadata={"help": help} | settings)
+
+
+NUMBER = {"type": positive, "metavar": "N"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for. The defaults are the paper's experiment; --demo changes those in DEMO."""
+
+    demo: bool = option(False, "the bundled model, SAE and questions, on the CPU: no network, no token")
+    model: str = option("gemma-2-9b-it", "a model TransformerLens knows, or a local folder")
+    sae_release: str = option("gemma-scope-9b-it-res-canonical", "a release in SAELens' table, or a local SAE folder")
+    sae_id: str = option("layer_9/width_131k/canonical", "an id of that release")
+    dataset: str = option("rajpurkar/squad", "Hub data set with SQuAD's columns, or local folder, .json or .jsonl")
+    split: str = option("validation", "split of a Hub data set")
+    limit: int | None = option(None, "only the first N questions (default: all)", **NUMBER)
+    sample: int | None = option(None, "only N questions, drawn (default: all)", **NUMBER)
+    seed: int = option(42, "seed of --sample, and in round 1 of random rankings", type=int, metavar="N")
+    prompt_template: str = option("auto", "auto, gemma, llama-3, chatml, or a text file with {context} and {question}")
+    exclude_special_tokens: bool = option(False, "BOS and other special tokens bypass the SAE and count in no score")
+    error_term: str = option(
+        "drop",
+        "keep: the residual minus what the masked latents wrote, so that what the SAE does not explain stays; "
+        "drop: the paper's",
+        choices=("drop", "keep"),
+    )
+    ranking: tuple[str, ...] = option(("baseline",), "what to rank latents by, one or more", nargs="+", metavar="NAME")
+    activations: Path | None = option(
+        None, "written by round 1, read by 2 and 3 (default: activations_RANKING.json in --output-dir)", type=Path
+    )
+    k: tuple[str, ...] = option(  # of rounds 2 and 3
+        ("50%",),
+        "latents to mask: numbers, or percentages of those active at the last position; 0: none",
+        type=latents_to_mask,
+        nargs="+",
+    )
+    output_dir: Path | None = option(
+        None, "for all that a round writes (default: runs/demo, or runs/MODEL/RELEASE/ID)", type=Path
+    )
+    device: str = option("cuda", "torch device")
+    device_map: str | None = option(None, "auto: spread a model over all GPUs (default: off)", choices=("auto",))
+    dtype: str = option("float16", "of the model", choices=FLOATS)
+    sae_dtype: str = option("float32", "of the SAE; tf32: faster and coarser, on CUDA", choices=(*FLOATS, "tf32"))
+    # The KV cache takes 344 KB a token on gemma-2-9b-it: 11 GB, beside 18.5 GB of model and 3.8 GB of SAE.
+    batch_tokens: int = option(32768, "prompt tokens in one batch, padding included", **NUMBER)
+    max_new_tokens: int = option(50, "longest answer, in tokens", **NUMBER)
+    overwrite: bool = option(False, "start this round again and replace its files")
+    token_file: Path | None = option(None, "Hugging Face token (default: token.txt, where it exists)", type=Path)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def parse(argv, doc, masks):
+    """The Options of a round. Raises UserError for what cannot be meant.
+
+    argv: its arguments; None: the command line's.  doc: the script's docstring, which --help shows.  masks: whether the
+    round masks latents, as 2 and 3 do: only these have --k.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)} | (DEMO if "--demo" in argv else {})
+    given = vars(_build_parser(doc, masks, defaults).parse_args(argv))
+    if "list_saes" in given:
+        print(catalogue.list_saes(given["list_saes"]))
+        sys.exit(0)
+    options = Options(**(defaults | given))
+    _check(options)
+    options = dataclasses.replace(options, **_settle_names(given, defaults))
+    token_file = ROOT / "token.txt"
+    return dataclasses.replace(
+        options,
+        ranking=tuple(dict.fromkeys(options.ranking)),  # each once
+        k=tuple(dict.fromkeys(options.k)),
+        output_dir=options.output_dir or _name_output_dir(options),
+        token_file=options.token_file or (token_file if token_file.is_file() else None),
+    )
+
+
+def _build_parser(doc, masks, defaults):
+    from experiment.rankings import RANKINGS
+
+    raw = argparse.RawDescriptionHelpFormatter
+    # SUPPRESS: an option that is not given is absent, so that a release can say its model.
+    parser = _Parser(description=doc, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(Options):
+        default, settings = defaults[field.name], dict(field.metadata)
+        if field.name == "ranking":
+            settings |= {"choices": tuple(RANKINGS), "help": f"{settings['help']}: {', '.join(RANKINGS)}"}
+        if default is False:
+            settings["action"] = "store_true"
+        elif default is not None:
+            settings["help"] += f" (default: {' '.join(default) if isinstance(default, tuple) else default or 'none'})"
+        if field.name != "k" or masks:
+            settings["help"] = settings["help"].replace("%", "%%")
+            parser.add_argument("--" + field.name.replace("_", "-"), **settings)
+    text = "print the instruction-tuned releases in SAELens' table (with WORD in their name), and stop"
+    parser.add_argument("--list-saes", nargs="?", const="", metavar="WORD", help=text)
+    return parser
+
+
+def _check(options):
+    for name in ("model", "sae_release", "dataset"):
+        if not getattr(options, name):
+            raise UserError(f"--{name.replace('_', '-')}: is empty")
+    if options.limit is not None and options.sample is not None:
+        raise UserError("--limit and --sample cannot be combined: leave one out")
+    if options.activations and len(set(options.ranking)) > 1:
+        raise UserError("--activations: such a file holds one ranking: leave it out, or give one --ranking")
+    if options.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--device-map auto: spreads one process over all GPUs: start it without a launcher")
+    if options.sae_dtype == "tf32" and not options.device.startswith("cuda"):
+        raise UserError(f"--sae-dtype tf32: only a CUDA device has it, not {options.device}: leave it out")
+    if options.token_file and not options.token_file.is_file():
+        raise UserError(f"--token-file {options.token_file}: there is no such file")
+
+
+def _settle_names(given, defaults):
+    """Model and SAE id where the release says them. Refuses names that do not belong together. Downloads nothing."""
+    if not given.keys() & {"model", "sae_release", "sae_id"}:
+        return {}
+    release, sae_id = given.get("sae_release", defaults["sae_release"]), given.get("sae_id", "")
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", release) and release not in catalogue.sae_table()
+    if on_hub or Path(bundled(release)).is_dir():
+        return {"sae_id": sae_id}  # a folder, or a repository on the Hub, may hold one SAE that has no id
+    model = given.get("model", DEMO["model"] if "demo" in given else None)
+    of_demo = model == DEMO["model"]
+    default_id = defaults["sae_id"] if release == defaults["sae_release"] else None
+    model_of_release, sae_id = catalogue.find_sae(release, sae_id, None if of_demo else model, default_id)
+    if of_demo:
+        raise UserError(f"--sae-release {release}: belongs to {model_of_release}, not to {model}")
+    return {"model": model_of_release, "sae_id": sae_id}
+
+
+def _name_output_dir(options):
+    """A folder named after what is run, in the current one."""
+    of_demo = all(getattr(options, name) == DEMO[name] for name in ("model", "sae_release", "sae_id"))
+    if options.demo and of_demo and options.error_term == "drop":
+        return Path("runs", "demo")
+    names = [bundled(options.model), bundled(options.sae_release)]
+    names = [Path(name).resolve().name if Path(name).is_dir() else name for name in names] + [options.sae_id]
+    folder = Path("runs", *(re.sub(r"[/\\:]+", "_", name.strip("./")) for name in names))
+    return folder.with_name(f"{folder.name}_error_term_keep") if options.error_term == "keep" else folder

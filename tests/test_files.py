@@ -1,0 +1,425 @@
+"""Files that are read and written: the readers take what a round writes, refuse the rest in one line that names file
+and reason, and raise nothing but our own error whatever the file holds. Needs no model."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from experiment import UserError, journal, questions, results
+
+SHIPPED = Path(__file__).resolve().parent.parent / "activations_baseline.json"
+RUN = json.loads(SHIPPED.read_text())["run"]
+SAMPLE = {"id": "questions-000-0", "answer": "a", "em": 1.0, "f1": 1.0, "active": [1, 2], "topk": [1], "bottomk": [2]}
+THEIRS = {"original": [1, 2], "have_gradient": [1], "no_gradient": [2]}
+
+
+def with_sample(**changed):
+    return json.dumps({"run": RUN, "samples": [SAMPLE | changed]})
+
+
+ACTIVATIONS = {  # name: (content, what the line says)
+    "empty": ("", "is not JSON"),
+    "no json": ("{", "is not JSON"),
+    "not utf-8": (b"\xff\xfe", "is not JSON"),
+    "deep": ("[" * 100_000, "is not JSON"),
+    "half a character": (with_sample(id="\ud800"), "is not JSON ('utf-8' codec can't encode character"),
+    "a number": ("3", "it is not round 1's file"),
+    "an empty object": ("{}", "it is not round 1's file"),
+    "no run": (json.dumps({"samples": [SAMPLE]}), "names no run"),
+    "run a number": (json.dumps({"samples": [SAMPLE], "run": 3}), "names no run"),
+    "no samples": (json.dumps({"run": RUN, "samples": []}), "holds no sample"),
+    "samples missing": (json.dumps({"run": RUN}), "holds no sample"),
+    "samples an object": (json.dumps({"run": RUN, "samples": SAMPLE}), "holds no sample"),
+    "sample a number": (json.dumps({"run": RUN, "samples": [1]}), "sample 1: lacks id"),
+    "no answer": (json.dumps({"run": RUN, "samples": [{"id": "x"}]}), "lacks id or answer"),
+    "topk a text": (with_sample(topk="12"), "topk is not a list of latents"),
+    "topk with a float": (with_sample(topk=[1.5]), "topk is not a list of latents"),
+    "topk negative": (with_sample(topk=[-1]), "topk is not a list of latents"),
+    "topk beyond 64 bits": (with_sample(topk=[2**63]), "topk is not a list of latents"),
+    "bottomk missing": (with_sample(bottomk=None), "bottomk is not a list of latents"),
+    "active with true": (with_sample(active=[True]), "active is not a list of latents"),
+    "em of 7": (with_sample(em=7.0), "em is not a number from 0.0 to 1.0"),
+    "f1 not a number": (with_sample(f1=float("nan")), "f1 is not a number from 0.0 to 1.0"),
+    "tokens a text": (with_sample(tokens="12"), "tokens is not a list of tokens"),
+    "log_probs a number": (with_sample(log_probs=-0.5), "log_probs is not a list of numbers"),
+    "removed_topk with a text": (with_sample(removed_topk=["1"]), "removed_topk is not a list of numbers"),
+    "removed_bottomk null": (with_sample(removed_bottomk=None), "removed_bottomk is not a list of numbers"),
+    "id twice": (json.dumps({"run": RUN, "samples": [SAMPLE, SAMPLE]}), "sample 2: the id 'questions-000-0' stands"),
+    "theirs: a list of numbers": ("[1]", "entry 1: is not of the authors'"),
+    "theirs: a list of lists": ('[{"prompt": [1]}]', "entry 1: is not of the authors'"),
+    "theirs: no lists": ('[{"prompt": {}}]', "sample 1: active is not a list of latents"),
+    "theirs: a second one without TopK": (
+        json.dumps([{"p": THEIRS}, {}, {"q": THEIRS | {"have_gradient": 1}}]),
+        "sample 2: topk is not a list of latents",
+    ),
+    "theirs: empty": ("[]", "holds no sample"),
+    "theirs: all empty": ("[{}, {}]", "holds no sample"),
+}
+
+RECORD = {"id": "questions-000-0", "text": "t", "answer": "a", "em": 1.0, "f1": 1.0, "accuracy": 1.0, "named": 1.0}
+LATENTS = {"tokens": [5], "active": [1], "latents": {"baseline": {"topk": [1], "bottomk": [2]}}}
+
+
+def with_record(**changed):
+    """A journal with one record; a field changed to None is left out."""
+    record = {name: value for name, value in (RECORD | changed).items() if value is not None}
+    return '{"run": {}}\n' + json.dumps(record) + "\n"
+
+
+def with_latents(**changed):
+    return with_record(**LATENTS | {"latents": {"baseline": LATENTS["latents"]["baseline"] | changed}})
+
+
+JOURNALS = {
+    "empty": ("", "line 1: names no run"),
+    "a torn first line": ('{"run": {}}', "line 1: names no run"),
+    "no run": ("{}\n", "line 1: is damaged"),
+    "run a number": ('{"run": 3}\n', "line 1: is damaged"),
+    "damaged in the middle": ('{"run": {}}\nnonsense\n' + json.dumps(RECORD) + "\n", "line 2: is damaged"),
+    "deep": ('{"run": {}}\n' + "[" * 100_000 + "\n", "line 2: is damaged"),
+    "a list": ('{"run": {}}\n[]\n', "line 2: is damaged"),
+    "not utf-8": (b'{"run": {}}\n\xff\n', "line 2: is damaged"),
+    "half a character": (with_record(text="\ud800"), "line 2: is damaged"),
+    "no id": (with_record(id=None), "line 2: is damaged ('id')"),
+    "id a number": (with_record(id=1), "line 2: is damaged (id, text and answer must be strings"),
+    "id twice": (with_record() + json.dumps(RECORD) + "\n", "line 3: is damaged (id, text and answer must be strings"),
+    "no text": (with_record(text=None), "line 2: is damaged ('text')"),
+    "no scores": ('{"run": {}}\n{"id": "1", "text": "", "answer": ""}\n', "line 2: is damaged (em is not a number"),
+    "score of 7": (with_record(em=7.0), "line 2: is damaged (em is not a number from 0.0 to 1.0)"),
+    "score a text": (with_record(f1="1.0"), "line 2: is damaged (f1 is not"),
+    "score not a number": (with_record(accuracy=float("nan")), "line 2: is damaged (accuracy is not"),
+    "named a truth value": (with_record(named=True), "line 2: is damaged (named is not"),
+    "named missing": (with_record(named=None), "line 2: is damaged (named is not"),
+    "log_probs a number": (with_record(log_probs=-0.5), "line 2: is damaged (log_probs is not"),
+    "latents a list": (with_record(**LATENTS | {"latents": []}), "line 2: is damaged"),
+    "latents of a ranking a list": (with_record(**LATENTS | {"latents": {"baseline": [1]}}), "line 2: is damaged"),
+    "latents without tokens": (with_record(**LATENTS | {"tokens": None}), "line 2: is damaged (tokens is not"),
+    "latents without active": (with_record(**LATENTS | {"active": None}), "line 2: is damaged (active is not"),
+    "active with true": (with_record(**LATENTS | {"active": [True]}), "line 2: is damaged (active is not"),
+    "topk missing": (with_latents(topk=None), "line 2: is damaged (topk is not"),
+    "bottomk negative": (with_latents(bottomk=[-1]), "line 2: is damaged (bottomk is not"),
+    "removed_topk whole": (with_latents(removed_topk=[1]), "line 2: is damaged (removed_topk is not"),
+}
+
+ESTIMATES = {"n": 5, "em": 50.0, "f1": 60.0, "accuracy": None}
+ESTIMATES |= {"intervals": {"em": [40.0, 60.0], "f1": [50, 70.0], "accuracy": None}}
+MASKED = {"run": RUN, "round": "false", "k": "50%", "masked": "topk", "mean_k": 6.4} | ESTIMATES
+MASKED |= {"clean": ESTIMATES, "drop": {name: ESTIMATES[name] for name in ("em", "f1", "accuracy", "intervals")}}
+UNMASKED = {"run": RUN, "round": "baseline", "k": None, "all": ESTIMATES} | ESTIMATES
+
+
+def with_entry(**changed):
+    """Results whose second entry is changed."""
+    return json.dumps([UNMASKED, MASKED | changed])
+
+
+def without(name, values=MASKED):
+    return {other: value for other, value in values.items() if other != name}
+
+
+RESULTS = {
+    "empty": ("", "is not JSON"),
+    "no json": ("[", "is not JSON"),
+    "not utf-8": (b"\xff", "is not JSON"),
+    "deep": ("[" * 100_000, "is not JSON"),
+    "half a character": (with_entry(missing=["\ud800"]), "is not JSON"),
+    "an object": ("{}", "is not a file of results"),
+    "a list of numbers": ("[1]", "is not a file of results"),
+    "no run": (json.dumps([without("run")]), "is not a file of results"),
+    "no round": (json.dumps([without("round")]), "is not a file of results"),
+    "no k": (json.dumps([without("k")]), "is not a file of results"),
+    "another run's": (json.dumps([{"run": {"model": "other"}, "round": "false", "k": "50%"}]), 'model "other"'),
+    "no ranking": (with_entry(run=without("ranking", RUN)), "entry 2: is damaged (round, ranking and k must be texts)"),
+    "round a number": (with_entry(round=2), "entry 2: is damaged (round, ranking and k must be texts)"),
+    "k a number": (with_entry(k=10), "entry 2: is damaged (round, ranking and k must be texts)"),
+    "masks something else": (with_entry(masked=["topk"]), "entry 2: is damaged (masked must be topk or bottomk"),
+    "no mean_k": (with_entry(mean_k=None), "entry 2: is damaged (masked must be topk or bottomk, with a mean_k)"),
+    "mean_k not a number": (with_entry(mean_k=float("nan")), "entry 2: is damaged (masked must be topk or bottomk"),
+    "no n": (json.dumps([without("n")]), "entry 1: is damaged (the entry lacks n, or a metric"),
+    "n not whole": (with_entry(n=1.5), "entry 2: is damaged (the entry lacks n, or a metric"),
+    "no em": (json.dumps([without("em")]), "entry 1: is damaged (the entry lacks n, or a metric"),
+    "em a text": (with_entry(em="50"), "entry 2: is damaged (the entry lacks n, or a metric"),
+    "em infinite": (with_entry(em=float("inf")), "entry 2: is damaged (the entry lacks n, or a metric"),
+    "em beyond floats": (with_entry(em=10**400), "entry 2: is damaged (the entry lacks n, or a metric"),
+    "no intervals": (json.dumps([without("intervals")]), "entry 1: is damaged (the entry lacks n, or a metric"),
+    "no interval of f1": (
+        with_entry(intervals=without("f1", ESTIMATES["intervals"])),
+        "entry 2: is damaged (the entry lacks n, or a metric with its interval)",
+    ),
+    "an interval of what is not there": (
+        with_entry(intervals=ESTIMATES["intervals"] | {"named": [1, 2]}),
+        "entry 2: is damaged (the entry lacks n, or a metric with its interval)",
+    ),
+    "half an interval": (
+        with_entry(intervals=ESTIMATES["intervals"] | {"em": [40.0]}),
+        "entry 2: is damaged (the entry lacks n, or a metric with its interval)",
+    ),
+    "clean a number": (with_entry(clean=3), "entry 2: is damaged (clean lacks n, or a metric with its interval)"),
+    "clean without n": (with_entry(clean=without("n", ESTIMATES)), "entry 2: is damaged (clean lacks n"),
+    "drop without em": (with_entry(drop=without("em", ESTIMATES)), "entry 2: is damaged (drop lacks n"),
+    "all a list": (json.dumps([UNMASKED | {"all": []}]), "entry 1: is damaged (all lacks n"),
+}
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def assert_refused(read, path, says):
+    before = path.read_bytes()
+    with pytest.raises(UserError) as caught:
+        read(path)
+    line = str(caught.value)
+    assert line.startswith(str(path)) and says in line and "\n" not in line
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS)
+def test_bad_activations(case, tmp_path):
+    content, says = ACTIVATIONS[case]
+    assert_refused(results.read_activations, write(tmp_path / "activations.json", content), says)
+
+
+@pytest.mark.parametrize("case", JOURNALS)
+def test_bad_journals(case, tmp_path):
+    content, says = JOURNALS[case]
+    assert_refused(lambda path: journal.Journal(path, {}), write(tmp_path / "journal.jsonl", content), says)
+
+
+@pytest.mark.parametrize("case", RESULTS)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_bad_results(case, overwrite, tmp_path):
+    content, says = RESULTS[case]
+    path = write(tmp_path / "results.json", content)
+    if case == "another run's" and overwrite:
+        assert results.read_results(path, RUN, overwrite) == []
+    else:
+        assert_refused(lambda path: results.read_results(path, RUN, overwrite), path, says)
+
+
+@pytest.mark.parametrize(
+    "field, value, says",
+    [
+        ("model", "gemma-2-9b-it", 'model "gemma-2-9b-it", now "demo/model"'),
+        ("sae_release", "other", 'sae_release "other", now "demo/sae"'),
+        ("sae_id", "layer_20", 'sae_id "layer_20", now ""'),
+        ("hook_name", "blocks.2.hook_resid_post", "hook_name"),
+        ("d_sae", 7, "d_sae 7, now 512"),
+        ("ranking", "gradsae", 'ranking "gradsae", now "baseline"'),
+        ("dtype", "float16", 'dtype "float16", now "float32"'),
+        ("sae_dtype", "tf32", 'sae_dtype "tf32", now "float32"'),
+        ("error_term", "keep", 'error_term "keep", now "drop"'),
+        ("dataset", "rajpurkar/squad", "dataset"),
+        ("split", "train", 'split "train", now null'),
+        ("exclude_special_tokens", True, "exclude_special_tokens true, now false"),
+        ("questions", "0" * 64, 'questions "000000000000000000000000000...'),
+        ("prompt_template", "{context}{question}", 'prompt_template "{context}{question}", now "<start_of_turn>user'),
+        ("max_new_tokens", 12, "max_new_tokens 12, now 50"),
+    ],
+)
+def test_another_run(field, value, says, tmp_path):
+    """Each field that is compared makes another run; of results.json's entries all but the ranking."""
+    assert field in results.COMPARED
+    assert results.differences(RUN | {field: value}, RUN, results.COMPARED).startswith(says)
+    path = tmp_path / "results.json"
+    entry = MASKED | {"run": RUN | {field: value}}
+    results.write_results(path, [UNMASKED, entry])
+    if field == "ranking":
+        assert results.read_results(path, RUN, False) == results.read_results(path, RUN, True) == [UNMASKED, entry]
+    else:
+        line = f"{path}: is of another run ({says}"
+        with pytest.raises(UserError, match=re.escape(line) + ".*repeat its options, or give --output-dir or --over"):
+            results.read_results(path, RUN, False)
+        assert results.read_results(path, RUN, True) == [UNMASKED]
+
+
+def test_every_compared_field_is_tested():
+    (cases,) = (mark.args[1] for mark in test_another_run.pytestmark if mark.name == "parametrize")
+    assert [field for field, *_ in cases] == list(results.COMPARED)
+
+
+def test_same_run():
+    """What is only for readers, what older files lack, and what the SAE has yet to say make no other run."""
+    fields = (*results.COMPARED, *results.SELECTED)
+    assert not results.differences(RUN | {"device": "cuda", "batch_tokens": 1, "versions": {}}, RUN, fields)
+    assert "error_term" not in RUN
+    assert not results.differences(RUN, RUN | {"error_term": "drop"}, fields)
+    assert results.differences(RUN, RUN | {"error_term": "keep"}, fields) == 'error_term "drop", now "keep"'
+    early = {name: value for name, value in RUN.items() if name not in ("hook_name", "d_sae")}
+    assert not results.differences(RUN, early, fields) and not results.differences(early, RUN, fields)
+    assert not results.differences(RUN, RUN | {"ranking_seed": 7}, fields)
+    assert (
+        results.differences(RUN | {"ranking_seed": 7}, RUN | {"ranking_seed": 42}, fields) == "ranking_seed 7, now 42"
+    )
+
+
+@pytest.mark.parametrize("field, value", [("limit", 5), ("sample", 5), ("seed", 7), ("ranking_seed", 7)])
+def test_results_of_other_selections_stand_side_by_side(field, value, tmp_path):
+    results.write_results(tmp_path / "results.json", [MASKED | {"run": RUN | {field: value}}])
+    (entry,) = results.read_results(tmp_path / "results.json", RUN | {"ranking_seed": 42}, False)
+    assert entry["run"][field] == value
+
+
+def test_activations_come_back(tmp_path):
+    """All fields, numbers and order; a generator will do; a line a sample."""
+    full = SAMPLE | {"id": "字 2", "tokens": [3, 4], "log_probs": [-0.1, float("-inf")], "removed_topk": [0.1 + 0.2]}
+    full |= {"removed_bottomk": [0.0]}
+    samples, run, path = [full, SAMPLE], RUN | {"ranking_seed": 7}, tmp_path / "new" / "activations.json"
+    results.write_activations(path, run, (sample | {"unknown": 1} for sample in samples))
+    assert results.read_activations(path) == (run, samples)
+    assert path.read_text(encoding="utf-8").count("\n") == 2 + len(samples) + 1 and "字" in path.read_text()
+    results.write_activations(path, run, samples)
+    first = path.read_bytes()
+    results.write_activations(path, *results.read_activations(path))
+    assert path.read_bytes() == first
+
+
+def test_shipped_activations(tmp_path):
+    """The file as it was shipped with the first version reads, and is written again to the same bytes."""
+    run, samples = results.read_activations(SHIPPED)
+    assert run == RUN and len(samples) == run["kept"] == 595
+    assert samples[0] == {
+        **{"id": "questions-000-0", "answer": "Voham", "em": 1.0, "f1": 1.0},
+        "active": [4, 8, 42, 83, 125, 147, 195, 206, 209, 347, 400, 469, 503],
+        "topk": [492, 358, 310, 4, 117, 312],
+        "bottomk": [259, 224, 60, 172, 288, 130],
+    }
+    in_order = ("id", "answer", "em", "f1", "active", "topk", "bottomk")
+    results.write_activations(
+        tmp_path / "again.json", run, ({name: sample[name] for name in in_order} for sample in samples)
+    )
+    assert (tmp_path / "again.json").read_bytes() == SHIPPED.read_bytes()
+
+
+def test_the_authors_file(tmp_path):
+    """Their form: no run; empty objects in between are nothing; the same prompt may stand twice."""
+    path = write(
+        tmp_path / "theirs.json", json.dumps([{}, {"p": THEIRS}, {}, {"q": THEIRS, "r": THEIRS}, {"p": THEIRS}])
+    )
+    run, samples = results.read_activations(path)
+    assert run is None
+    assert samples == [{"prompt": p, "active": [1, 2], "topk": [1], "bottomk": [2]} for p in "pqrp"]
+
+
+def test_no_activations(tmp_path):
+    with pytest.raises(UserError, match="none.json: there is no such file: run baseline.py first, or give --activat"):
+        results.read_activations(tmp_path / "none.json")
+    with pytest.raises(UserError, match=f"{tmp_path}: cannot be read"):
+        results.read_activations(tmp_path)
+
+
+def test_digest():
+    """It hangs on the fields' values and on the order of samples and latents, and on nothing else."""
+    samples = [SAMPLE, SAMPLE | {"id": "2", "topk": [3, 4]}]
+    digest = results.digest(iter(samples), "id", "topk", "bottomk")
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    assert digest == results.digest([sample | {"answer": "b", "x": 1} for sample in samples], "id", "topk", "bottomk")
+    swapped = SAMPLE | {"topk": SAMPLE["bottomk"], "bottomk": SAMPLE["topk"]}
+    others = [samples[::-1], samples[:1], [swapped, samples[1]]]
+    others += [[SAMPLE, samples[1] | {"topk": [4, 3]}], [SAMPLE, samples[1] | {"id": "3"}]]
+    assert digest not in [results.digest(other, "id", "topk", "bottomk") for other in others]
+
+
+def test_results_come_back(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    assert results.read_results(path, RUN, False) == []
+    entries = [UNMASKED, MASKED, MASKED | {"k": "0", "clean": None, "drop": None, "missing": ["字"]}]
+    results.write_results(path, entries)
+    assert results.read_results(path, RUN, False) == results.read_results(path, RUN, True) == entries
+    assert "字" in path.read_text(encoding="utf-8")
+
+
+def test_whole_or_absent(tmp_path, monkeypatch):
+    """Whatever ends the writing, the old file stays as it is, and nothing is left beside it."""
+    path = write(tmp_path / "file", "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    for error in (KeyboardInterrupt, ValueError):
+        with pytest.raises(error):
+            with results.write_whole(path) as file:
+                file.write("half")
+                raise error
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, lambda *_: full(0))
+            with pytest.raises(UserError, match=f"{path}: cannot be written .No space left on device"):
+                with results.write_whole(path, "wb") as file:
+                    file.write(b"half")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with results.write_whole(path) as file:
+        file.write("new\n")
+        assert path.read_text() == "old"
+    assert path.read_bytes() == b"new\n" and list(tmp_path.iterdir()) == [path]
+
+
+def test_folder(tmp_path):
+    assert results.make_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+    assert results.make_folder(tmp_path / "a" / "b").is_dir()
+    write(tmp_path / "file", "")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"--output-dir {path}: cannot be made"):
+            results.make_folder(path)
+        with pytest.raises(UserError, match="cannot be written"):
+            results.write_results(path / "results.json", [])
+        with pytest.raises(UserError, match=f"{path}: cannot be written"):
+            results.lock(path)
+
+
+# --- any file at all --------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+KEYS = ["id", "context", "question", "answers", "text", "data", "paragraphs", "qas", "is_impossible", "run", "samples"]
+KEYS += ["answer", "em", "f1", "accuracy", "named", "active", "topk", "bottomk", "tokens", "log_probs", "latents"]
+KEYS += ["original", "have_gradient", "no_gradient", "round", "k", "demo", "model", "ranking", "n", "intervals"]
+KEYS += ["masked", "mean_k", "clean", "drop", "all", "removed_topk"]
+NEAR = st.recursive(  # JSON made of the very names that the readers look for
+    JSON,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=8),
+    max_leaves=20,
+)
+VALID = (SAMPLE, RECORD | LATENTS, MASKED, UNMASKED, ESTIMATES, {"run": {}}, {"run": {}, "samples": [SAMPLE]}, THEIRS)
+CHANGED = st.builds(  # what a round writes, with a field replaced
+    lambda entry, name, value: entry | {name: value}, st.sampled_from(VALID), st.sampled_from(KEYS), NEAR
+)
+SAMPLES = CHANGED.map(lambda entry: {"run": {}, "samples": [entry]})
+VALUES = NEAR | CHANGED | SAMPLES | st.lists(CHANGED, max_size=2)
+CONTENT = (
+    st.binary(max_size=200)
+    | VALUES.map(lambda value: json.dumps(value).encode())
+    | st.lists(VALUES, max_size=4).map(
+        lambda values: b"\n".join(json.dumps(value).encode() for value in values) + b"\n"
+    )
+    | st.lists(VALUES, max_size=4).map(
+        lambda values: b"\n".join(json.dumps(value).encode() for value in [{"run": {}}, *values]) + b"\n"
+    )
+)
+READERS = {
+    "d.json": lambda path: questions.load(str(path), ""),
+    "d.jsonl": lambda path: questions.load(str(path), ""),
+    "activations.json": results.read_activations,
+    "journal.jsonl": lambda path: journal.Journal(path, {}).finish([]),
+    "results.json": lambda path: results.read_results(path, RUN, True),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=CONTENT)
+def test_readers_raise_nothing_else(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    try:
+        READERS[name](tmp_path / name)
+    except UserError as error:
+        assert str(tmp_path / name) in str(error)
