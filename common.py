@@ -236,7 +236,8 @@ def load(options, tokenizer):
 def prepare(options):
     """The Round that these options ask for: libraries, tokenizer, template and questions."""
     state = PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(days=30))  # waiting may take hours
-    if state.num_processes > 1 and options.device == "cuda":
+    device = options.device_map or options.device
+    if state.num_processes > 1 and device == "cuda":
         options = dataclasses.replace(options, device=f"cuda:{state.local_process_index}")
     prepare_libraries(options)
     tokenizer = load_tokenizer(options)
@@ -258,7 +259,7 @@ def prepare(options):
         "questions": digest,
         "prompt_template": template,
         "seed": options.seed if options.sample else None,
-        "device": options.device_map or options.device,
+        "device": device,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 

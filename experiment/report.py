@@ -126,11 +126,13 @@ def to_latex(table):
 def terminal(table):
     """`frame`'s table for 100 columns: a part for each combination of settings, in as many blocks as it takes."""
     settings = [name for name in SETTINGS if name in table]
-    parts = []
+    parts, shown = [], {}
     for values, rows in table.groupby(settings, sort=False) if settings else [((), table)]:
+        cells = _write_cells(rows.drop(columns=settings))
         heading = ", ".join(f"{name} {value}" for name, value in zip(settings, values))
-        parts += [heading] * bool(heading) + _lay_out(_write_cells(rows.drop(columns=settings)))
-    return "\n\n".join([*parts, "\n".join(_notes(_write_cells(table)))])
+        parts += [heading] * bool(heading) + _lay_out(cells)
+        shown |= dict.fromkeys(cells)
+    return "\n\n".join([*parts, "\n".join(_notes(shown))])
 
 
 def _notes(cells):
@@ -293,8 +295,7 @@ def _pick_lines(table):
 def _place_ks(lines):
     """{K: its place on the axis}, ascending. Neighbours that mask the same latents in every line share a place.
 
-    Lists that end before K make one mask of K = 10 and K = 50%: seen from equal mean K and equal figures.
-    lines: each line's rows.
+    Lists that end before K make one mask of K = 10 and 50%: equal mean K, equal figures. lines: the rows of each.
     """
     lines = [rows.drop_duplicates("k").set_index("k")[["mean_k", "em", "f1"]] for rows in lines]
     mean_k = {k: min(rows.mean_k[k] for rows in lines if k in rows.index) for rows in lines for k in rows.index}

@@ -64,6 +64,7 @@ def share_batches(round_, model, asked, drafts, is_done, label):
     interrupted round ends in the same bytes as another, also in half precision.
     """
     options = round_.options
+    round_.state.wait_for_everyone()  # all have read the journals before one of them writes
     prompts = [len(round_.prompt_ids(question)) for question in asked]
     longest = max(range(len(asked)), key=prompts.__getitem__)
     if prompts[longest] + options.max_new_tokens > model.model.cfg.n_ctx:

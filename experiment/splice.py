@@ -231,12 +231,12 @@ class Splice:
         places = torch.full((self.d_sae,), -1, device=self.device)
         places[ids] = torch.arange(len(ids), device=self.device)
         column = places[latents.ids]
-        acts = torch.zeros(len(latents.counts), len(ids), dtype=torch.float64, device=self.device)  # [pos, list]
+        acts = torch.zeros(len(latents.counts), len(ids), device=self.device)  # [pos, list]
         found = column >= 0
-        acts[latents.entry_positions()[found], column[found]] = latents.values[found].double()
-        rows = self.sae.W_dec[ids].double()
+        acts[latents.entry_positions()[found], column[found]] = latents.values[found].float()
+        rows = self.sae.W_dec[ids].float()
         squares = ((acts.T @ acts) * (rows @ rows.T)).cumsum(0).cumsum(1).diagonal().clamp(min=0)
-        return squares.sqrt() / self.read(latents.residual)[latents.spliced].double().norm()
+        return squares.sqrt() / self.read(latents.residual)[latents.spliced].float().norm()
 
 
 @contextlib.contextmanager

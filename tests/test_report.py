@@ -163,6 +163,9 @@ def test_settings_are_columns_where_they_differ():
     dropped, kept = report.terminal(table).split("error_term keep\n")
     assert dropped.startswith("error_term drop\n") and "80.00 [" in dropped and "95.00 [" not in dropped
     assert "99.00 [" in kept and "95.00 [" in kept and "80.00 [" not in kept
+    # Other answers may keep other questions: still one set in each part.
+    entries[2]["population"] = entries[3]["population"] = "beef" * 16
+    assert "questions" not in report.terminal(report.frame(entries)).replace("questions that have", "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,6 +351,13 @@ def test_the_papers_figures_stand_beside_nothing_else(difference):
     assert "paper" not in report.terminal(report.frame([entry]))
 
 
+def test_a_run_that_does_not_say_how_it_was_made_is_not_the_papers():
+    for field in ("dtype", "split", "max_new_tokens", "exclude_special_tokens"):
+        entry = masked("baseline", "topk", "50%", 0.0, run=PAPERS)
+        del entry["run"][field]
+        assert report.find_published(entry) is None
+
+
 def test_all_that_the_paper_publishes():
     published = json.loads(report.PAPER.read_text())["published"].values()
     figures = [
@@ -431,6 +441,9 @@ def test_figure_draws_the_tables_numbers():
     # The unmasked level, dotted, in percent; in nats there is none.
     levels = [[line.get_ydata()[0] for line in axis.lines if line.get_label() == "unmasked"] for axis in figure.axes]
     assert levels == [[99.5], [99.5], []] and "unmasked" in legend(figure)
+    # Not the level of other questions.
+    figure = report.make_figure([unmasked(value=50.0, population="beef" * 16), *entries])
+    assert [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_label() == "unmasked"] == [99.5]
 
 
 def test_figure_without_log_probabilities_or_reference():
