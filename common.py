@@ -110,7 +110,9 @@ def find_answer(tokenizer, tokens):
     """The places of the generated tokens that write the answer inside the brackets; none where nothing stands there."""
     texts = [tokenizer.decode(tokens[:n], skip_special_tokens=True) for n in range(len(tokens) + 1)]
     match = BRACKETS.search(texts[-1])
-    start, end = match.span(1) if match else (0, 0)
+    inner = match[1].lstrip("[]= ") if match else ""  # of [[ Oslo ]] the match holds a bracket too
+    start = match.end(1) - len(inner) if match else 0
+    end = start + len(inner.rstrip("[]= "))
     return [n for n in range(len(tokens)) if len(texts[n]) < end and len(texts[n + 1]) > start]
 
 

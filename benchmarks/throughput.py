@@ -1,395 +1,372 @@
-"""Questions per second: the naive loop, plain Transformers without an SAE, our round 1 and our masked round.
+"""Questions a second: the naive loop, plain Transformers without an SAE, and what the three rounds do.
 
     python benchmarks/throughput.py --demo                                     # the bundled model, on the CPU
-    python benchmarks/throughput.py --shape gemma-2-9b-it --device cuda        # the real shape, random weights
+    python benchmarks/throughput.py --shape gemma-3-270m --width 65536         # a shape that a CPU can do
+    python benchmarks/throughput.py --shape gemma-2-9b-it --device cuda        # the paper's shape, on a GPU
+    python benchmarks/throughput.py --shape gemma-2-9b-it --device cuda --compare-sae-dtypes tf32 float16
 
-The same questions in one run, so that the ratios hold on a shared machine too. With --shape nothing is downloaded: the
-architecture of gemma-2-9b-it with random weights, a random JumpReLU SAE of width 131,072 whose threshold leaves about
-120 latents active, prompts of SQuAD's length distribution, a fixed number of new tokens. Medians of --repeats runs
-after a warm-up. Plain Transformers run in a process of their own: TransformerLens changes Gemma 2's attention for the
-whole process.
+With --shape nothing is downloaded: a Gemma 2 of that shape with random weights, a random JumpReLU SAE, prompts of
+SQuAD's lengths, 12 new tokens. The masked answers of random models differ from the unmasked ones nearly always: the
+worst case, for unmasked answers serve as drafts. All rows are of the same questions, medians of --repeats after a
+warm-up. Plain Transformers run in a process of their own, before and after the others, which has no TransformerLens in
+it: that changes Gemma 2's attention. Seconds in the SAE (encoding, decoding) are those of one more run.
 """
 
 import argparse
-import json
+import concurrent.futures
+import copy
+import dataclasses
+import functools
 import math
+import multiprocessing
 import random
+import re
 import statistics
-import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+import transformers
+import workloads  # finds the project's modules
+from accelerate.utils.memory import release_memory
 
-NEW_TOKENS = 12  # with --shape: "Result = [[ ... ]]" and the end of the turn, around a short answer
-QUESTIONS_A_CONTEXT = 5  # SQuAD's validation set has 10,570 questions on 2,067 contexts
+import common
+from experiment import answers, guard, options, rankings
+from experiment.hub import prepare_libraries
+from experiment.splice import Splice
+
 SQUAD_QUESTIONS = 10_570
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is measured on: (model, SAE, prompts, context keys, new tokens)
-
-
-def load_demo(options):
-    """The bundled model and SAE; prompts of its questions."""
-    import common
-    from experiment import questions
-
-    tokenizer = common.load_tokenizer(options)
-    model, sae = common.load(options, tokenizer)
-    return model, sae, *demo_prompts(options, tokenizer, questions, common), options.max_new_tokens
-
-
-def demo_prompts(options, tokenizer, questions, common):
-    found, *_ = questions.load(common.bundled(options.dataset), options.split)
-    found = questions.select(found, options.limit)
-    template = common.choose_template("auto", tokenizer)
-    prompts = [common.tokenize(tokenizer, common.build_prompt(template, q.context, q.question)) for q in found]
-    return prompts, [q.context for q in found]
-
-
-def shape_config(scale):
-    """gemma-2-9b-it's configuration; `scale` > 1 divides its sizes, to try this script on a small machine."""
-    from transformers import Gemma2Config
-
-    return Gemma2Config(
-        vocab_size=256000 // scale,
-        hidden_size=3584 // scale,
-        intermediate_size=14336 // scale,
-        num_hidden_layers=42 if scale == 1 else 12,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=256 // scale,
-        query_pre_attn_scalar=256 // scale,
-        sliding_window=4096,
-    )
-
-
-def random_lm(config, device, dtype):
-    """A Gemma 2 of this shape with random weights, made on the device itself."""
-    import torch
-    from transformers import Gemma2ForCausalLM, GenerationConfig
-
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            lm = Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
-    # No token ends an answer: the number of new tokens is fixed.
-    lm.generation_config = GenerationConfig(do_sample=False, eos_token_id=[config.vocab_size], pad_token_id=0)
-    return lm
-
-
-def random_sae(model, layer, d_sae, active):
-    """A random JumpReLU SAE in float32 with about `active` latents over its threshold on random prompts."""
-    import torch
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-    from sae_lens.saes.sae import SAEMetadata
-
-    d_in, device = model.cfg.d_model, next(model.original_model.parameters()).device
-    hook_name = f"blocks.{layer}.hook_resid_post"
-    config = JumpReLUSAEConfig(d_in=d_in, d_sae=d_sae, device=str(device), metadata=SAEMetadata(hook_name=hook_name))
-    sae = JumpReLUSAE(config).eval().requires_grad_(False)
-    torch.manual_seed(1)
-    sae.W_enc.copy_(torch.randn(d_in, d_sae, device=device) / math.sqrt(d_in))
-    sae.W_dec.copy_(sae.W_enc.T / active)
-    seen = []
-    with torch.inference_mode(), model.hooks(fwd_hooks=[(hook_name, lambda residual, hook: seen.append(residual))]):
-        model.original_model(torch.randint(model.cfg.d_vocab, (4, 64), device=device), logits_to_keep=1)
-    before = seen[0].flatten(0, 1).float() @ sae.W_enc + sae.b_enc  # [pos, d_sae]
-    sae.threshold.fill_(before.topk(active + 1).values[:, -1].median().clamp(min=0).item())
-    return sae
-
-
-def random_prompts(count, vocab_size):
-    """Token ids of SQuAD's lengths: contexts of about 155 tokens, questions of about 15, and the template's 40."""
-    rng, prompts, contexts = random.Random(2), [], []
-
-    def tokens(length):
-        return [rng.randrange(3, vocab_size) for _ in range(length)]
-
-    head, tail = tokens(15), tokens(25)
-    for number in range(count):
-        context = tokens(round(min(700, max(30, rng.lognormvariate(math.log(145), 0.38)))))
-        for _ in range(QUESTIONS_A_CONTEXT):
-            prompts.append([2, *head, *context, *tokens(rng.randint(9, 22)), *tail])
-            contexts.append(number)
-    return prompts[:count], contexts[:count]
-
-
-def load_shape(config, device, dtype, count, d_sae):
-    """A random model of this configuration and a random SAE after its layer 9; `count` prompts of SQuAD's lengths."""
-    import torch
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoTokenizer
-
-    lm = random_lm(config, device, getattr(torch, dtype))
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")  # any: prompts are made of random ids
-    model = TransformerBridge.boot_transformers("google/gemma-2-9b-it", hf_model=lm, tokenizer=tokenizer)
-    sae = random_sae(model, 9, d_sae, 120)
-    return model, sae, *random_prompts(count, config.vocab_size), NEW_TOKENS
+FURTHER_K = ("20", "10")  # beside 50%
+# Questions, those of the naive loop, and tokens in a batch, where not asked for.
+SIZES = {
+    None: (640, 24, 16384),
+    "gemma-2-9b-it": (640, 8, 32768),
+    "gemma-3-270m": (32, 4, 4096),
+    "tiny": (12, 2, 1024),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is measured
 
 
-def naive_loop(model, sae, prompts, new_tokens, masks):
+def naive_loop(work, numbers, masked):
     """As the authors' scripts do it: batch 1, no cache, the whole sequence again for every new token."""
-    import torch
+    bridge, sae, generated = work.model.model, work.model.splice.sae, []
+    for number, latents in zip(numbers, masked):
 
-    end_ids = model.original_model.generation_config.eos_token_id
-    for prompt, mask in zip(prompts, masks):
-        ids = list(prompt)
-
-        def replace_residual(residual, hook, mask=mask):
+        def replace_residual(residual, hook, latents=latents):
             acts = sae.encode(residual.to(sae.dtype))
-            acts[:, :, mask] = 0
+            acts[:, :, latents] = 0
             return sae.decode(acts).to(residual.dtype)
 
-        while len(ids) - len(prompt) < new_tokens and ids[-1] not in end_ids:
-            with torch.no_grad(), model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, replace_residual)]):
-                logits = model(torch.tensor([ids], device=sae.W_enc.device))
-            ids.append(logits[0, -1].argmax().item())
+        tokens = []
+        while len(tokens) < work.new_tokens and not work.model.end_ids & set(tokens[-1:]):
+            ids = torch.tensor([work.prompts[number] + tokens], device=work.model.device)
+            with torch.no_grad(), bridge.hooks(fwd_hooks=[(work.model.hook_name, replace_residual)]):
+                tokens.append(bridge(ids)[0, -1].argmax().item())
+        generated.append(tokens)
+    return generated
 
 
-def our_round_1(model, sae, prompts, contexts, batches, new_tokens):
-    """Answers and, for every question, latents: more than a real round, which ranks the right answers alone."""
-    from experiment import generation, latents
-
-    rankings = {}
-
-    def work(batch, few):
-        chosen, shared = [prompts[i] for i in batch], [contexts[i] for i in batch]
-        found = generation.answer(model, sae, chosen, new_tokens, contexts=shared, keep_residuals=True, few=few)
-        for i, residual in zip(batch, found[1]):
-            rankings[i] = latents.rank(sae, residual[: len(prompts[i]) + 2])
-        return found[0]
-
-    in_two_passes(work, model, prompts, batches, new_tokens)
-    return rankings
-
-
-def our_masked_round(model, sae, prompts, batches, new_tokens, masks):
-    from experiment import generation
-
-    def work(batch, few):
-        chosen, rows = [prompts[i] for i in batch], [masks[i] for i in batch]
-        return generation.answer(model, sae, chosen, new_tokens, rows, few=few)[0]
-
-    in_two_passes(work, model, prompts, batches, new_tokens)
-
-
-def in_two_passes(work, model, prompts, batches, new_tokens):
-    """As a round does: the last few answers of each batch are put off, and generated together at the end."""
-    from experiment import generation, rounds
-
-    end_ids = model.original_model.generation_config.eos_token_id
-    left = []
-    for batch in batches:
-        for i, ids in zip(batch, work(batch, len(batch) // rounds.FEW)):
-            if ids[-1] not in end_ids and len(ids) < new_tokens:
-                left.append(i)
-    budget = max(max(len(prompts[i]) for i in batch) * len(batch) for batch in batches)
-    for batch in generation.plan_batches([len(prompts[i]) for i in left], budget):
-        work([left[i] for i in batch], 0)
-
-
+@torch.no_grad()
 def plain_generate(lm, prompts, batches, new_tokens):
-    """Transformers alone on the same batches: no SAE, no hooks, no TransformerLens in the process."""
-    import torch
+    """Transformers alone: no SAE, no hooks, no shared prefixes."""
+    for batch in batches:
+        ids, mask = answers.pad_left([prompts[i] for i in batch], lm.generation_config.pad_token_id, lm.device)
+        lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
 
-    config = lm.generation_config
-    device = next(lm.parameters()).device
-    with torch.inference_mode():
-        for batch in batches:
-            width = max(len(prompts[i]) for i in batch)
-            ids = torch.full((len(batch), width), config.pad_token_id)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(batch):
-                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, width - len(prompts[i]) :] = 1
-            lm.generate(input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens)
+
+@dataclass(frozen=True)
+class Found:
+    """A question's round 1. active: how many latents at the last position.  lists: the baseline's topk and bottomk."""
+
+    tokens: list[int]
+    active: int
+    lists: dict[str, list]
+
+    def latents(self, which, k):
+        """Those that rounds 2 and 3 mask."""
+        return self.lists[which][: common.count_masked(k, self.active)]
+
+
+def round_1(work, batches, names=("baseline",)):
+    """{number: Found}. As in baseline.py, but wrong answers' latents are ranked too. names: rankings, baseline first."""
+    found = {}
+
+    def answer(batch):
+        prompts, contexts = [work.prompts[i] for i in batch], [work.contexts[i] for i in batch]
+        return answers.answer(work.model, prompts, contexts, work.new_tokens)
+
+    for batch in batches:
+        sequences = []
+        for i, given in zip(batch, answers.in_halves(answer, batch)):
+            bracket = min(work.bracket(given.tokens) or workloads.BRACKET, len(given.tokens) - 1)
+            sequences.append(rankings.Sequence(i, work.prompts[i], given.tokens, bracket, [bracket], given.latents))
+        first, *_ = [list(rankings.rank(work.model, name, sequences, seed=0)) for name in names]
+        for sequence, lists in zip(sequences, first):
+            found[sequence.id] = Found(sequence.generated, len(sequence.ranked.active_at_the_end()), lists)
+    return found
+
+
+def masked_round(work, batches, found, which, ks=("50%",)):
+    """{number: [tokens for each K]}. As common.masked_round; found: what round_1 gave, its answers are the drafts."""
+
+    def answer(batch):
+        prompts, contexts = [work.prompts[i] for i in batch], [work.contexts[i] for i in batch]
+        masks = (work.model.splice.mask([found[i].latents(which, k) for i in batch]) for k in ks)
+        drafts = [found[i].tokens for i in batch]
+        return list(zip(*answers.answer_masked(work.model, prompts, contexts, drafts, masks, work.new_tokens)))
+
+    return {
+        i: [given.tokens for given in of_question]
+        for batch in batches
+        for i, of_question in zip(batch, answers.in_halves(answer, batch))
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it is measured
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of all questions: seconds, seconds of them in the SAE's encode and reconstruct, and peak memory in GB."""
+
+    seconds: float
+    sae: float = math.nan
+    peak: float = math.nan
+
+    def beyond(self, other, parts=1):
+        """What was done more than `other`, one of so many parts of it."""
+        return Figures((self.seconds - other.seconds) / parts, (self.sae - other.sae) / parts, self.peak)
 
 
 class Stopwatch:
-    """Seconds and peak memory of a piece of work, the device's queue included."""
+    """Adds up the seconds of its calls, what they leave in a CUDA device's queue included."""
 
     def __init__(self, device):
-        import torch
+        self.wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+        self.seconds = 0.0
 
-        self.cuda = torch.cuda if str(device).startswith("cuda") else None
-
-    def time(self, work):
-        if self.cuda:
-            self.cuda.synchronize()
-            self.cuda.reset_peak_memory_stats()
+    def call(self, function, *args, **kwargs):
+        self.wait()
         start = time.perf_counter()
-        work()
-        if self.cuda:
-            self.cuda.synchronize()
-        return time.perf_counter() - start
-
-    def median(self, work, repeats):
-        work()  # warm-up
-        return statistics.median(self.time(work) for _ in range(repeats))
-
-    def peak_gb(self):
-        if self.cuda:
-            return self.cuda.max_memory_allocated() / 1e9
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        result = function(*args, **kwargs)
+        self.wait()
+        self.seconds += time.perf_counter() - start
+        return result
 
 
-def split_masked_round(model, sae, prompts, batches, new_tokens, masks, watch):
-    """Seconds of a masked round's prefill, decoding and SAE, each measured apart (the SAE is within the other two)."""
-    one = watch.time(lambda: our_masked_round(model, sae, prompts, batches, 1, masks))
-    whole = watch.time(lambda: our_masked_round(model, sae, prompts, batches, new_tokens, masks))
-    spent, encode, decode = [0.0], sae.encode, sae.decode
+def measure(function, device, repeats, splice=None):
+    """The Figures of a piece of work, and what it returns."""
+    result, seconds = function(), []  # the warm-up
+    peak_gb(device, reset=True)
+    for _ in range(repeats):
+        watch = Stopwatch(device)
+        watch.call(function)
+        seconds.append(watch.seconds)
+    peak = peak_gb(device)
+    return Figures(statistics.median(seconds), time_splice(function, device, splice) if splice else math.nan, peak), result
 
-    def timed(function):
-        def call(x):
-            result = []
-            spent[0] += watch.time(lambda: result.append(function(x)))
-            return result[0]
 
-        return call
+def time_splice(function, device, splice):
+    """Seconds in the SAE, in a run by itself: waiting for the device at every step costs time."""
+    watch = Stopwatch(device)
+    for name in ("encode", "reconstruct"):
+        setattr(splice, name, functools.partial(watch.call, getattr(splice, name)))
+    function()
+    del splice.encode, splice.reconstruct
+    return watch.seconds
 
-    sae.encode, sae.decode = timed(encode), timed(decode)
-    try:
-        our_masked_round(model, sae, prompts, batches, new_tokens, masks)
-    finally:
-        del sae.encode, sae.decode
-    return {"prefill": one, "decode": whole - one, "SAE in both": spent[0]}
+
+def peak_gb(device, reset=False):
+    """Peak memory: of the tensors on a CUDA device, or of the whole process, which Linux alone tells."""
+    if torch.device(device).type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 1e9
+    process = Path("/proc/self")
+    if not process.exists():
+        return math.nan
+    if reset:
+        (process / "clear_refs").write_text("5")
+    return int(re.search(r"VmHWM:\s+([0-9]+)", (process / "status").read_text())[1]) * 1024 / 1e9
+
+
+def read_options(args, sae_dtype=None):
+    """The Options of a round on this device, in these precisions."""
+    chosen = ["--device", args.device, "--dtype", args.dtype, "--sae-dtype", sae_dtype or args.sae_dtype]
+    return options.parse(["--demo", *chosen, "--limit", str(args.questions)], "", masks=False)
+
+
+def measure_plain(args):
+    """The Figures of plain Transformers, in a process of its own."""
+    chosen = read_options(args)
+    tokenizer, dtype = common.load_tokenizer(chosen), getattr(torch, chosen.dtype)
+    if args.demo:
+        auto, folder = transformers.AutoModelForCausalLM, options.bundled(chosen.model)
+        lm = auto.from_pretrained(folder, dtype=dtype, attn_implementation="eager").to(args.device)
+        (prompts, _), new_tokens = workloads.demo_prompts(chosen, tokenizer), chosen.max_new_tokens
+    else:
+        lm = workloads.make_lm(workloads.SHAPES[args.shape], args.device, dtype)
+        (prompts, _), new_tokens = workloads.make_prompts(args.questions, lm.config.vocab_size), workloads.NEW_TOKENS
+    common.settle_model(argparse.Namespace(original_model=lm), tokenizer)  # greedy, and what ends an answer
+    if args.shape:
+        lm.generation_config.eos_token_id = [lm.config.vocab_size]  # nothing, as for ours
+    batches = answers.plan_batches([len(prompt) for prompt in prompts], args.batch_tokens, range(len(prompts)))
+    generate = functools.partial(plain_generate, lm, prompts, batches, new_tokens)
+    return measure(generate, args.device, args.repeats)[0]
+
+
+def load(args):
+    chosen = read_options(args)
+    prepare_libraries(chosen)
+    if args.demo:
+        return workloads.load_demo(chosen)
+    shape = workloads.SHAPES[args.shape]
+    return workloads.load_shape(dataclasses.replace(shape, d_sae=args.width or shape.d_sae), chosen, args.questions)
+
+
+def measure_ours(args):
+    """{row: Figures} of all but plain Transformers, and lines to print with them."""
+    work, rows = load(args), {}
+    lengths = [len(prompt) for prompt in work.prompts]
+
+    def row(name, function, *more):
+        again = functools.partial(function, work, *more)
+        rows[name], result = measure(again, args.device, args.repeats, work.model.splice)
+        return result
+
+    first = answers.plan_batches(lengths, args.batch_tokens, work.contexts)
+    found = row("round 1, ranked", round_1, first)
+    with_drafts = [length + len(found[i].tokens) for i, length in enumerate(lengths)]
+    batches = answers.plan_batches(with_drafts, args.batch_tokens, work.contexts)
+    top = row("TopK masked, K = 50%", masked_round, batches, found, "topk")
+    bottom = row("BottomK masked, K = 50%", masked_round, batches, found, "bottomk")
+    further, by_gradient = f"each further K ({', '.join(FURTHER_K)})", "GradSAE's ranking"
+    row(further, masked_round, batches, found, "topk", ("50%", *FURTHER_K))
+    row(by_gradient, round_1, first, ("baseline", "gradsae"))
+    rows[further] = rows[further].beyond(rows["TopK masked, K = 50%"], len(FURTHER_K))
+    rows[by_gradient] = rows[by_gradient].beyond(rows["round 1, ranked"])
+    few = min(args.naive_questions, len(lengths))
+    naive, same = measure_naive(args.device, work, few, found, top)
+    rows = {f"naive loop ({few} questions)": naive} | rows
+    same_as_draft = [agreement(masked, {i: [f.tokens] for i, f in found.items()}) for masked in (top, bottom)]
+    lines = [
+        f"{len(lengths)} questions of {statistics.mean(lengths):.0f} prompt tokens; {len(first)} batches in round 1, "
+        f"{len(batches)} in a masked round, of at most {args.batch_tokens} tokens",
+        f"{name_device(args.device)}; {args.dtype}, SAE in {args.sae_dtype}: {work.model.splice.d_sae} latents, "
+        f"{statistics.mean(f.active for f in found.values()):.0f} active at the last position",
+        "masked answers that are the unmasked one: TopK {:.1f}%, BottomK {:.1f}%".format(*same_as_draft),
+        f"TopK's answers that are the naive loop's: {same} of {few}",
+    ]
+    return rows, lines + [compare(args, dtype, work, first, batches, found, top) for dtype in args.compare_sae_dtypes]
+
+
+def measure_naive(device, work, few, found, masked):
+    """The Figures that the naive loop would have for all questions, and how many of a few, of all lengths, agree."""
+    numbers = random.Random(3).sample(range(len(found)), few)
+    latents, watch = [found[i].latents("topk", "50%") for i in numbers], Stopwatch(device)
+    naive_loop(dataclasses.replace(work, new_tokens=1), numbers[:1], latents)  # warm-up
+    peak_gb(device, reset=True)
+    generated = watch.call(naive_loop, work, numbers, latents)
+    same = sum(tokens == masked[i][0] for i, tokens in zip(numbers, generated))
+    return Figures(watch.seconds * len(found) / few, peak=peak_gb(device)), same
+
+
+def compare(args, sae_dtype, work, first, batches, found, top):
+    """What changes with the SAE in another precision than float32, in a line. found, top: what is right."""
+    prepare_libraries(read_options(args, sae_dtype))
+    sae = copy.deepcopy(work.model.splice.sae).to(dtype=getattr(torch, sae_dtype.replace("tf32", "float32")))
+    model = answers.SplicedModel(work.model.model, Splice(sae))
+    model.end_ids = work.model.end_ids
+    other = dataclasses.replace(work, model=model)
+    theirs, their_top = round_1(other, first), masked_round(other, batches, found, "topk")
+    prepare_libraries(read_options(args))
+    unmasked = [{i: [f.tokens] for i, f in of_one.items()} for of_one in (found, theirs)]
+    shared = {
+        which: statistics.mean(
+            len(set(ours) & set(theirs[i].latents(which, "50%"))) / max(1, len(ours))
+            for i, ours in ((i, f.latents(which, "50%")) for i, f in found.items())
+        )
+        for which in ("topk", "bottomk")
+    }
+    return (
+        f"SAE in {sae_dtype}, the same as in float32: answers {agreement(*unmasked):.1f}%, with TopK masked "
+        f"{agreement(top, their_top):.1f}%; TopK latents {100 * shared['topk']:.1f}%, BottomK latents "
+        f"{100 * shared['bottomk']:.1f}%"
+    )
+
+
+def agreement(some, others):
+    """The share of questions, in percent, whose answers (those of the first K) are the same."""
+    return 100 * statistics.mean(some[i][0] == others[i][0] for i in others)
+
+
+def name_device(device):
+    on_cuda = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} CPU threads"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure_plain(args, options, device):
-    """In a process of its own: seconds of plain Transformers, as JSON on standard output."""
-    import torch
-
-    import common
-    from experiment import generation, questions
-
-    watch = Stopwatch(device)
-    if args.demo:
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-        common.prepare(options)
-        tokenizer = AutoTokenizer.from_pretrained(common.bundled(options.model))
-        lm = AutoModelForCausalLM.from_pretrained(
-            common.bundled(options.model), dtype=getattr(torch, options.dtype), attn_implementation="eager"
-        ).to(device)
-        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
-        lm.generation_config = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-        prompts, _ = demo_prompts(options, tokenizer, questions, common)
-        new_tokens = options.max_new_tokens
-    else:
-        config = shape_config(args.scale)
-        lm = random_lm(config, device, getattr(torch, args.dtype))
-        prompts, _ = random_prompts(args.questions, config.vocab_size)
-        new_tokens = NEW_TOKENS
-    batches = generation.plan_batches([len(prompt) for prompt in prompts], args.batch_tokens)
-    seconds = watch.median(lambda: plain_generate(lm, prompts, batches, new_tokens), args.repeats)
-    print(json.dumps({"seconds": seconds, "peak": watch.peak_gb()}))
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--demo", action="store_true", help="the bundled model, SAE and questions")
+    what.add_argument("--shape", choices=tuple(workloads.SHAPES), help="random weights in this shape")
+    parser.add_argument("--width", type=int, help="latents of a shape's SAE (default: the shape's own)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=options.FLOATS, help="(default: float32; on CUDA float16)")
+    parser.add_argument("--sae-dtype", choices=(*options.FLOATS, "tf32"), default="float32")
+    parser.add_argument("--compare-sae-dtypes", nargs="+", choices=("float16", "bfloat16", "tf32"), default=[])
+    parser.add_argument("--questions", type=int)
+    parser.add_argument("--naive-questions", type=int, help="of these, for the naive loop")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch-tokens", type=int)
+    args = parser.parse_args()
+    if args.compare_sae_dtypes and args.sae_dtype != "float32":
+        parser.error("--compare-sae-dtypes: the others are compared with --sae-dtype float32")
+    args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
+    for name, size in zip(("questions", "naive_questions", "batch_tokens"), SIZES[args.shape]):
+        setattr(args, name, getattr(args, name) or size)
+    for dtype in (args.sae_dtype, *args.compare_sae_dtypes):
+        read_options(args, dtype)  # refuses tf32 where there is none
+    return args
 
 
-def plain_in_its_own_process():
-    """What `measure_plain` prints, for the options of this command line."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--plain-only"]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+def print_table(args, rows, lines):
+    n = int(re.match("[0-9]+", lines[0])[0])
+    naive, plain, *_ = (figures.seconds for figures in rows.values())
+    print("\n".join(lines[:2]), f"\n\n{'':28}  questions/s   / naive  time / plain  seconds in SAE  peak GB")
+    for name, found in rows.items():
+        print(
+            f"{name:28}  {n / found.seconds:11.2f}  {naive / found.seconds:8.1f}  {found.seconds / plain:12.2f}  "
+            f"{found.sae:14.2f}  {found.peak:7.2f}"
+        )
+    print("\n" + "\n".join(lines[2:]))
+    if args.shape:
+        for name, found in list(rows.items())[2:]:
+            print(f"all {SQUAD_QUESTIONS} SQuAD questions, {name}: {SQUAD_QUESTIONS * found.seconds / n / 60:.1f} min")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", action="store_true", help="the bundled model, SAE and questions")
-    parser.add_argument("--shape", choices=["gemma-2-9b-it"], help="random weights in this shape")
-    parser.add_argument("--scale", type=int, default=1, help="divide the shape's sizes, to try the script (default: 1)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default=None, choices=["float16", "bfloat16", "float32"])
-    parser.add_argument("--questions", type=int, default=640)
-    parser.add_argument("--naive-questions", type=int, default=24, help="the naive loop runs on the first ones alone")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch-tokens", type=int, default=None)
-    parser.add_argument("--plain-only", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.demo == bool(args.shape):
-        parser.error("give --demo or --shape")
-
-    import common
-
-    defaults = common.DEMO_DEFAULTS if args.demo else common.DEFAULTS
-    args.dtype = args.dtype or defaults["dtype"]
-    args.batch_tokens = args.batch_tokens or defaults["batch_tokens"]
-    chosen = ["--demo", "--device", args.device, "--dtype", args.dtype, "--limit", str(args.questions)]
-    options = common.parse_options(chosen, "", masks=False)
-    if args.plain_only:
-        measure_plain(args, options, args.device)
-        return
-    plain = [plain_in_its_own_process()]  # first, while this process holds no memory of the device
-    common.prepare(options)
-    if args.demo:
-        loaded = load_demo(options)
-    else:
-        config = shape_config(args.scale)
-        loaded = load_shape(config, args.device, args.dtype, args.questions, 131072 // args.scale)
-    report(args, plain, *loaded)
-
-
-def report(args, plain, model, sae, prompts, contexts, new_tokens):
-    """Measures the naive loop and our rounds, and prints the table."""
-    from experiment import generation
-
-    watch, n = Stopwatch(args.device), len(prompts)
-    lengths = [len(prompt) for prompt in prompts]
-    batches = generation.plan_batches(lengths, args.batch_tokens)
-    shared = generation.plan_batches(lengths, args.batch_tokens, contexts)
-    rows = []
-    rankings = our_round_1(model, sae, prompts, contexts, shared, new_tokens)
-    masks = [rankings[i]["topk"] for i in range(n)]
-    seconds = watch.median(lambda: our_round_1(model, sae, prompts, contexts, shared, new_tokens), args.repeats)
-    rows.append(("round 1, ranking included", n / seconds, watch.peak_gb()))
-    seconds = watch.median(lambda: our_masked_round(model, sae, prompts, batches, new_tokens, masks), args.repeats)
-    rows.append(("masked round", n / seconds, watch.peak_gb()))
-    few = min(n, args.naive_questions)
-    # Of all lengths: the first questions could be short ones.
-    chosen = random.Random(3).sample(range(n), few)
-    seconds = watch.median(
-        lambda: naive_loop(model, sae, [prompts[i] for i in chosen], new_tokens, [masks[i] for i in chosen]), 1
-    )
-    naive = few / seconds
-    rows.insert(0, (f"naive loop ({few} questions)", naive, watch.peak_gb()))
-    if not watch.cuda:  # a shared machine's speed changes meanwhile: once more at the end
-        plain.append(plain_in_its_own_process())
-    plain_seconds = statistics.mean(found["seconds"] for found in plain)
-    rows.insert(1, ("plain generate, no SAE", n / plain_seconds, plain[0]["peak"]))
-    parts = split_masked_round(model, sae, prompts, batches, new_tokens, masks, watch)
-
-    print(
-        f"{n} questions, {sum(lengths) / n:.0f} prompt tokens on average, {len(batches)} batches, {device_name(args)}"
-    )
-    print(f"{'':28}  questions/s   / naive   time / plain   peak GB")
-    for name, rate, peak in rows:
-        print(f"{name:28}  {rate:11.2f}  {rate / naive:8.1f}  {n / rate / plain_seconds:13.2f}  {peak:8.2f}")
-    print("masked round, once: " + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items()))
-    if args.shape:
-        for name, rate, _ in rows[2:]:
-            print(f"all {SQUAD_QUESTIONS} SQuAD questions, extrapolated, {name}: {SQUAD_QUESTIONS / rate / 60:.1f} min")
-
-
-def device_name(args):
-    import torch
-
-    return torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    args = parse_arguments()
+    # Started afresh, not forked: it shall find a CUDA device and PyTorch's threads as it would by itself.
+    apart = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=apart) as other:
+        before = other.submit(measure_plain, args).result()
+        ours, lines = measure_ours(args)
+        release_memory()  # of the device
+        after = other.submit(measure_plain, args).result()
+    naive, *rest = ours.items()
+    plain = Figures(statistics.mean([before.seconds, after.seconds]), peak=before.peak)
+    print_table(args, dict([naive, ("plain generate, no SAE", plain), *rest]), lines)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

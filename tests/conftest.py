@@ -1,4 +1,5 @@
 import http.server
+import json
 import os
 import pathlib
 import sys
@@ -51,7 +52,9 @@ os.environ.pop("HF_HUB_OFFLINE", None)
 os.environ.pop("HF_TOKEN", None)
 
 import common  # noqa: E402
-from experiment import questions  # noqa: E402
+from experiment import guard, questions  # noqa: E402
+from experiment import options as command_line  # noqa: E402
+from experiment.hub import prepare_libraries  # noqa: E402
 
 
 @pytest.fixture
@@ -61,7 +64,15 @@ def hub():
 
 def options(*arguments, masks=False):
     """The options of a demo round, as the command line would give them."""
-    return common.parse_options(["--demo", *map(str, arguments)], "", masks)
+    return command_line.parse(["--demo", *map(str, arguments)], "", masks)
+
+
+def load(*arguments):
+    """(SplicedModel, tokenizer) as a round with these options loads them."""
+    chosen = options(*arguments)
+    prepare_libraries(chosen)
+    tokenizer = common.load_tokenizer(chosen)
+    return common.load(chosen, tokenizer), tokenizer
 
 
 def run_script(name, arguments, monkeypatch, capsys):
@@ -69,20 +80,26 @@ def run_script(name, arguments, monkeypatch, capsys):
     script = __import__(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
     capsys.readouterr()
-    code = common.guard(script.main)
+    code = guard(script.main)
     return code, *capsys.readouterr()
+
+
+def read_journal(path):
+    """A journal's run, and its records by id."""
+    head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return head["run"], {line["id"]: line for line in lines}
 
 
 @pytest.fixture(scope="session")
 def demo():
-    """The bundled model and SAE in float32, as the scripts load them: (model, sae, tokenizer)."""
-    chosen = options()
-    common.prepare(chosen)
-    tokenizer = common.load_tokenizer(chosen)
-    return *common.load(chosen, tokenizer), tokenizer
+    """The bundled model and SAE in float32, as the scripts load them: (SplicedModel, tokenizer).
+
+    `.model` is the TransformerBridge and `.splice.sae` the SAE, which the oracle works with.
+    """
+    return load()
 
 
 @pytest.fixture(scope="session")
 def demo_questions():
-    found, *_ = questions.load(common.bundled("demo/questions.jsonl"), "")
-    return list(found)
+    found, *_ = questions.load(command_line.bundled("demo/questions.jsonl"), "")
+    return found

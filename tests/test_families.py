@@ -1,8 +1,11 @@
-"""Tiny random models of each family, with SAEs of several architectures: all three rounds against the naive oracle, and
-every place an SAE may stand at against hooks on Transformers' own modules."""
+"""Tiny random models of each family, with SAEs of several architectures: all three rounds against the naive oracle,
+every place an SAE may stand at against hooks on Transformers' own modules, and masked answers by every way they take."""
 
+import collections
 import json
+import random
 import subprocess
+import types
 
 import oracle
 import pytest
@@ -10,12 +13,11 @@ import sae_lens
 import tokenizers
 import torch
 import transformers
-from conftest import run_script
+from conftest import load, options, read_journal, run_script
 from sae_lens.saes.sae import SAEMetadata
-from test_rounds import read_journal
 
 import common
-from experiment import generation
+from experiment import answers, rankings, splice
 
 TOKENS = 8
 HEAD = "Answer the following question based on the context.\nContext:\n{context}\n\nQuestion:\n{question}\n\n"
@@ -129,69 +131,86 @@ def make_sae(sae_class, sae_config, more, d_in, hook_name):
     return sae
 
 
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_three_rounds(name, tmp_path, monkeypatch, capsys):
     installed = []  # TransformerLens would install torchvision for Gemma 3's processor
     monkeypatch.setattr(subprocess, "check_call", lambda *arguments, **_: installed.append(arguments))
     model_folder, sae_folder = make_family(name, tmp_path)
     _, _, (bos, eos, _, end_of_turn, _), prompt_text, (*_, hook_name) = FAMILIES[name]
-    names = ["--model", model_folder, "--sae-release", sae_folder, "--device", "cpu", "--dtype", "float32"]
-    names += ["--output-dir", tmp_path / "out", "--max-new-tokens", TOKENS]
-    chosen = common.parse_options([*map(str, names)], "", masks=False)
-    common.prepare(chosen)
-    model, sae = common.load(chosen, common.load_tokenizer(chosen))
-    tokenizer = common.load_tokenizer(chosen)  # as it is on disk, whatever TransformerLens made of the other
-    assert common.choose_template("auto", tokenizer) == prompt_text and sae.cfg.metadata.hook_name == hook_name
-    ends = set(model.original_model.generation_config.eos_token_id)
-    assert ends == {*map(tokenizer.convert_tokens_to_ids, (eos, end_of_turn))}
+    names = ["--model", model_folder, "--sae-release", sae_folder, "--max-new-tokens", TOKENS]
+    model, tokenizer = load(*names)
+    bridge, sae = model.model, model.splice.sae
+    assert common.choose_template("auto", tokenizer) == prompt_text and model.hook_name == hook_name
+    assert model.end_ids == {*map(tokenizer.convert_tokens_to_ids, (eos, end_of_turn))}
     if name == "llama-3":  # Meta's own template begins with BOS, and so does what its tokenizer makes of any text
         (tmp_path / "template.txt").write_text(bos + prompt_text)
         names += ["--prompt-template", tmp_path / "template.txt"]
 
-    asked, answers = [], {}
+    asked, expected = [], {}
     for c, context in enumerate(CONTEXTS):
         for q, question in enumerate(QUESTIONS):
             prompt = oracle.encode_prompt(tokenizer, context, question, prompt_text)
             assert prompt.count(tokenizer.bos_token_id) == (bos is not None)
-            ids = oracle.generate(model, sae, tokenizer, prompt, (), TOKENS, end_of_turn)
+            ids = oracle.generate(bridge, sae, tokenizer, prompt, (), TOKENS, end_of_turn)
             text = oracle.parse(tokenizer.decode(ids, skip_special_tokens=True))
             truth = text if (c + q) % 4 else "something else"
             asked.append({"id": f"{c}-{q}", "context": context, "question": question, "answers": {"text": [truth]}})
-            answers[f"{c}-{q}"] = (prompt, ids)
+            expected[f"{c}-{q}"] = (prompt, ids)
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    arguments = [*names, "--dataset", tmp_path / "questions.jsonl"]
+    arguments = ["--demo", *names, "--dataset", tmp_path / "questions.jsonl", "--output-dir", tmp_path / "out"]
+    arguments += ["--ranking", "baseline", "gradsae"]
     for script in ("baseline", "baseline_after_false", "baseline_after_true"):
         code, _, err = run_script(script, arguments, monkeypatch, capsys)
         assert code == 0, err
-    content = json.loads((tmp_path / "out" / "activations_baseline.json").read_text())
     _, found = read_journal(tmp_path / "out" / "predictions_baseline.jsonl")
-    assert {i: r["text"] for i, r in found.items()} == {i: tokenizer.decode(ids) for i, (_, ids) in answers.items()}
-    assert len(content["samples"]) >= 3
-    _, masked = read_journal(tmp_path / "out" / "predictions_false.jsonl")
-    _, masked_least = read_journal(tmp_path / "out" / "predictions_true.jsonl")
+    assert {i: r["text"] for i, r in found.items()} == {i: tokenizer.decode(ids) for i, (_, ids) in expected.items()}
+
     changed = 0
-    for sample in content["samples"]:
-        prompt, ids = answers[sample["id"]]
-        ranking = oracle.rank_latents(model, sae, tokenizer, prompt, ids)
-        assert sample["active"] == ranking["active"]
-        for which, texts in (("topk", masked), ("bottomk", masked_least)):
-            assert len(sample[which]) == len(ranking["active"]) // 2
-            for mine, theirs in zip(sample[which], ranking[which]):
-                scores = ranking["scores"]
-                assert mine == theirs or scores[mine] == pytest.approx(scores[theirs], rel=1e-5)
-            theirs = oracle.generate(model, sae, tokenizer, prompt, sample[which], TOKENS, end_of_turn)
-            assert texts[sample["id"]]["text"] == tokenizer.decode(theirs)
-            changed += theirs != ids and which == "topk"
+    for ranking in ("baseline", "gradsae"):
+        samples = json.loads((tmp_path / "out" / f"activations_{ranking}.json").read_text())["samples"]
+        prefix = "" if ranking == "baseline" else "gradsae_"
+        _, masked = read_journal(tmp_path / "out" / f"predictions_{prefix}false.jsonl")
+        _, masked_least = read_journal(tmp_path / "out" / f"predictions_{prefix}true.jsonl")
+        assert len(samples) >= 3 and [sample["id"] for sample in samples] == list(masked) == list(masked_least)
+        for sample in samples[:: 1 if ranking == "baseline" else 3]:
+            prompt, ids = expected[sample["id"]]
+            theirs = oracle.rank_latents(bridge, sae, tokenizer, prompt, ids)
+            assert sample["active"] == theirs["active"] and sample["tokens"] == ids
+            scores = theirs["scores"]
+            if ranking == "gradsae":
+                bracket = max(i for i, token in enumerate(ids) if "[" in tokenizer.decode([token]))
+                scores, _ = oracle.gradient_scores(bridge, sae, prompt + ids[:bracket], ids[bracket])
+                scores = scores.tolist()
+            half = len(theirs["active"]) // 2
+            for which, texts in (("topk", masked), ("bottomk", masked_least)):
+                assert_ranked(sample[which], scores, which)
+                text = oracle.generate(bridge, sae, tokenizer, prompt, sample[which][:half], TOKENS, end_of_turn)
+                assert texts[sample["id"]]["text"] == tokenizer.decode(text)
+                changed += text != ids and which == "topk"
     assert changed
 
     # TransformerLens' wrappers change nothing but speed, in every family.
-    ids = torch.tensor([answers["0-0"][0]])
+    ids = torch.tensor([expected["0-0"][0]])
     with torch.no_grad():
-        bridge = model.original_model(ids).logits
-        with generation.spliced(model, sae, lambda residual, token_ids: residual) as lm:
-            torch.testing.assert_close(lm(ids).logits, bridge)
+        through_bridge = model.lm(ids).logits
+        with splice.hooked(bridge, hook_name, lambda residual: residual) as lm:
+            torch.testing.assert_close(lm(ids).logits, through_bridge)
     assert not installed
 
+
+def assert_ranked(latents, scores, which):
+    """At most 100 latents that have a score, highest (topk) or lowest first; where rounding alone tells two apart, in
+    any order."""
+    best = sorted((score for score in scores if score), reverse=which == "topk")[:100]
+    assert len(set(latents)) == len(latents) == len(best) > 10
+    for latent, score in zip(latents, best):
+        assert scores[latent] == pytest.approx(score, rel=1e-4, abs=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places
 
 # Where each place is in a layer of Transformers' own: the module (Gemma's; that of the others, which have no norm
 # behind their sublayers), and whether it is what that module reads or what it gives.
@@ -207,50 +226,277 @@ SAES = [
     (sae_lens.TopKSAE, sae_lens.TopKSAEConfig, {"k": 12}),
     (sae_lens.StandardSAE, sae_lens.StandardSAEConfig, {}),
     (sae_lens.GatedSAE, sae_lens.GatedSAEConfig, {}),
+    (sae_lens.StandardSAE, sae_lens.StandardSAEConfig, {"normalize_activations": "layer_norm"}),
 ]
 
 
-def splice_by_hand(layer, module, direction, sae, masked):
-    """Replaces what `module` of a Transformers layer reads or gives by the SAE's reconstruction, `masked` zeroed."""
+def splice_by_hand(layer, place, gemma, sae, masked, error_term="drop"):
+    """Replaces what a module of a Transformers layer reads or gives by the SAE's reconstruction, `masked` zeroed; or,
+    with the error term, takes away what the masked latents wrote."""
+    of_gemma, of_others, direction = PLACES[place]
+    module = layer.get_submodule(of_gemma if gemma else of_others)
 
-    def reconstruct(x):
+    def replace(x):
         acts = sae.encode(x)
+        whole = sae.decode(acts)
         acts[..., masked] = 0
-        return sae.decode(acts)
+        without = sae.decode(acts)
+        return without if error_term == "drop" else x - (whole - without)
 
     def reads(module, args):
-        return reconstruct(args[0]), *args[1:]
+        return replace(args[0]), *args[1:]
 
     def gives(module, args, out):
-        return (reconstruct(out[0]), *out[1:]) if isinstance(out, tuple) else reconstruct(out)
+        return (replace(out[0]), *out[1:]) if isinstance(out, tuple) else replace(out)
 
-    module = layer.get_submodule(module)
     return module.register_forward_pre_hook(reads) if direction == "reads" else module.register_forward_hook(gives)
+
+
+def get_layers(model):
+    (layers,) = [m for n, m in model.named_modules() if n.endswith("layers") and "vision" not in n]
+    return layers
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_places(name, tmp_path):
     """Each place an SAE may stand at is where Transformers has it; masks act there; no TransformerLens judges it."""
     folder, _ = make_family(name, tmp_path)
-    arguments = ["--model", folder, "--sae-release", "demo/sae", "--device", "cpu", "--dtype", "float32"]
-    chosen = common.parse_options([*map(str, arguments)], "", masks=False)
-    common.prepare(chosen)
+    chosen = options("--model", folder)
     tokenizer = common.load_tokenizer(chosen)
-    model, plain = common.load_model(chosen, tokenizer), FAMILIES[name][0].from_pretrained(folder).eval()
-    (layers,) = [m for n, m in plain.named_modules() if n.endswith("layers") and "vision" not in n]
-    heads = model.cfg.n_heads * model.cfg.d_head
+    bridge, plain = common.load_model(chosen, tokenizer), FAMILIES[name][0].from_pretrained(folder).eval()
+    layers, heads = get_layers(plain), bridge.cfg.n_heads * bridge.cfg.d_head
     ids = torch.tensor([tokenizer(f"{HEAD} {context}")["input_ids"] for context in CONTEXTS[:2]])
-    unspliced = plain(ids).logits
-    for number, (place, (of_gemma, of_others, direction)) in enumerate(PLACES.items()):
+    everywhere = (slice(None), slice(None))
+    with torch.no_grad():
+        unspliced = plain(ids).logits
+    for number, place in enumerate(PLACES):
         d_in = heads if place == "attn.hook_z" else 32
         sae = make_sae(*SAES[(number + list(FAMILIES).index(name)) % len(SAES)], d_in, f"blocks.1.{place}")
-        module = of_gemma if name.startswith("gemma") else of_others
-        for masked in ([], list(range(0, 3 * d_in, 2))):
-            handle = splice_by_hand(layers[1], module, direction, sae, masked)
-            with torch.no_grad():
-                expected = plain(ids).logits
-                with generation.spliced(model, sae, generation.splice(sae, [masked] * 2)) as lm:
-                    found = lm(ids).logits
-            handle.remove()
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # logits of 1 to 10
-            assert not torch.allclose(expected, unspliced, atol=1e-3)
+        for error_term in ("drop", "keep"):
+            model = answers.SplicedModel(bridge, splice.Splice(sae, error_term))
+            for masked in ([], list(range(0, 3 * d_in, 2))):
+                mask = model.splice.mask([masked] * 2)
+                handle = splice_by_hand(layers[1], place, name.startswith("gemma"), sae, masked, error_term)
+                with torch.no_grad(), model.ready():
+                    expected = plain(ids).logits
+                    found = model.run(ids, torch.ones_like(ids), mask=mask, outputs=everywhere)
+                    if not masked:
+                        unmasked = model.run(ids, torch.ones_like(ids), outputs=everywhere)
+                        torch.testing.assert_close(found, unmasked, rtol=1e-4, atol=1e-4)
+                handle.remove()
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # logits of 1 to 10
+                changes = bool(masked) or error_term == "drop"
+                assert torch.allclose(expected, unspliced, atol=1e-3) != changes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masked answers, by every way they take
+
+STEPS = 6  # of the answers here
+ROWS = [(context, question) for context in CONTEXTS[:2] for question in (*QUESTIONS, "the owl")]
+
+
+@pytest.fixture(scope="module", params=[32, 512], ids=lambda window: f"window {window}")
+def windowed(request, tmp_path_factory):
+    """A Gemma 2 whose window is shorter than the prompts, and one whose window is longer: its TransformerBridge,
+    Transformers' own, the tokenizer, the window and the prompts."""
+    folder, _ = make_family("gemma-2", tmp_path_factory.mktemp("family"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": request.param}))
+    chosen = options("--model", folder)
+    tokenizer = common.load_tokenizer(chosen)
+    bridge, plain = common.load_model(chosen, tokenizer), transformers.Gemma2ForCausalLM.from_pretrained(folder).eval()
+    prompts = [oracle.encode_prompt(tokenizer, *row, FAMILIES["gemma-2"][3]) for row in ROWS]
+    assert 32 < min(map(len, prompts)) and plain.config.sliding_window == request.param
+    return types.SimpleNamespace(
+        bridge=bridge, plain=plain, tokenizer=tokenizer, window=request.param, prompts=prompts,
+        contexts=[context for context, _ in ROWS],
+    )  # fmt: skip
+
+
+def splice_into(windowed, hook_name, error_term="drop", kind=0, bypass=()):
+    """The windowed model with a random SAE at a place: a SplicedModel."""
+    torch.manual_seed(5)
+    sae = make_sae(*SAES[kind], 32, hook_name)
+    return answers.SplicedModel(windowed.bridge, splice.Splice(sae, error_term, bypass))
+
+
+def draw_masks(d_sae):
+    """Two masks for each row: a few latents, and a third of them."""
+    rng = random.Random(1)
+    return [[sorted(rng.sample(range(d_sae), size)) for _ in ROWS] for size in (2, d_sae // 3)]
+
+
+def answer_masked(model, windowed, drafts, masks):
+    made = map(model.splice.mask, masks)
+    found = answers.answer_masked(model, windowed.prompts, windowed.contexts, drafts, made, STEPS)
+    return [[answer.tokens for answer in of_mask] for of_mask in found]
+
+
+def record_passes(model, monkeypatch):
+    """(what it is, shape of its token ids) of each forward pass from here on, and how often each layer is run."""
+    passes, layers, run = [], collections.Counter(), model.run
+
+    def record(ids, attention, cache=None, mask=None, outputs=None, start=None, replacement=None):
+        if replacement is answers._Reached:
+            kind = "below"
+        else:
+            kind = "above" if start is not None else "step" if ids.shape[1] == 1 else "whole"
+        passes.append((kind, tuple(ids.shape)))
+        return run(ids, attention, cache, mask, outputs, start, replacement)
+
+    monkeypatch.setattr(model, "run", record)
+    for number, layer in enumerate(get_layers(model.lm)):
+        forward = layer.forward
+
+        def count(*arguments, forward=forward, number=number, **more):
+            layers[number] += 1
+            return forward(*arguments, **more)
+
+        monkeypatch.setattr(layer, "forward", count)
+    return passes, layers
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "boundary"),
+    [
+        ("blocks.0.hook_resid_pre", None),
+        ("blocks.0.attn.hook_z", None),
+        ("blocks.0.hook_resid_post", 1),
+        ("blocks.1.hook_resid_pre", 1),
+        ("blocks.1.hook_mlp_out", 1),
+        ("blocks.1.attn.hook_z", 1),
+        ("blocks.1.hook_attn_out", 1),
+        ("blocks.2.hook_mlp_out", 2),
+        ("blocks.2.hook_resid_post", None),
+    ],
+)
+def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
+    """Two masks at once, with the unmasked answers as drafts, with none, and with wrong ones: always the oracle's. The
+    layers below the SAE run once for both masks; what prompts share, once, unless a window would count the padding."""
+    model, prompts = splice_into(windowed, hook_name), windowed.prompts
+    assert (model.boundary, model.window) == (boundary, windowed.window)
+    masks = draw_masks(model.splice.d_sae)
+
+    def generate(prompt, masked=()):
+        return oracle.generate(windowed.bridge, model.splice.sae, windowed.tokenizer, prompt, masked, STEPS)
+
+    drafts = [generate(prompt) for prompt in prompts]
+    expected = [[generate(*pair) for pair in zip(prompts, masked)] for masked in masks]
+    same = [mine == theirs for of_mask in expected for mine, theirs in zip(of_mask, drafts)]
+    assert any(same) and not all(same)
+
+    passes, layers = record_passes(model, monkeypatch)
+    found = answers.answer(model, prompts, windowed.contexts, STEPS)
+    assert [answer.tokens for answer in found] == drafts
+    shares = windowed.window == 512
+    assert [kind for kind, _ in passes[:3]] == (["whole", "whole", "step"] if shares else ["whole", "step", "step"])
+
+    wrong = [[*draft[:2], 7, 8, 9][:STEPS] for draft in drafts]
+    for of_rows in (drafts, [[]] * len(prompts), wrong, [*drafts[:2], [], *wrong[3:]]):
+        del passes[:]
+        layers.clear()
+        assert answer_masked(model, windowed, of_rows, masks) == expected
+        kinds = collections.Counter(kind for kind, _ in passes)
+        width = max(len(prompt) + max(0, len(draft) - 1) for prompt, draft in zip(prompts, of_rows))
+        again = kinds["whole"] - (0 if boundary else len(masks))  # answers that go on with a window start afresh
+        if of_rows is drafts:
+            assert again == (0 if shares else sum(any(a != b for a, b in zip(of, drafts)) for of in expected))
+        if boundary is None:
+            assert not kinds["below"] and not kinds["above"] and passes[0] == ("whole", (len(prompts), width))
+        elif shares:
+            (_, prefix), (_, rest), *_ = passes
+            assert [kind for kind, _ in passes[:3]] == ["below", "below", "above"] and kinds["below"] == 2
+            assert prefix[0] == 2 and prefix[1] > 10 and rest == (len(prompts), rest[1]) and rest[1] < 20
+        else:
+            assert passes[0] == ("below", (len(prompts), width)) and kinds["below"] == 1
+        assert kinds["above"] == (len(masks) if boundary else 0)
+        whole = kinds["whole"] + kinds["step"]
+        for number in range(3):
+            assert layers[number] == whole + kinds["below" if boundary and number < boundary else "above"]
+
+
+@pytest.mark.parametrize("hook_name", ["blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"])
+def test_masked_answers_with_the_error_term(hook_name, windowed):
+    """Against a loop over Transformers' own model, the whole sequence again for every token."""
+    model, masks = splice_into(windowed, hook_name, "keep"), draw_masks(96)
+
+    def generate(prompt, masked):
+        ids, place = [], hook_name.partition(".1.")[2]
+        handle = splice_by_hand(get_layers(windowed.plain)[1], place, True, model.splice.sae, masked, "keep")
+        with torch.no_grad():
+            while len(ids) < STEPS and not (ids and ids[-1] in model.end_ids):
+                ids.append(int(windowed.plain(torch.tensor([prompt + ids])).logits[0, -1].argmax()))
+        handle.remove()
+        return ids
+
+    drafts = [generate(prompt, []) for prompt in windowed.prompts]
+    expected = [[generate(*pair) for pair in zip(windowed.prompts, masked)] for masked in masks]
+    found = answers.answer(model, windowed.prompts, windowed.contexts, STEPS)
+    assert [answer.tokens for answer in found] == drafts
+    assert expected[0] != expected[1] != drafts
+    assert answer_masked(model, windowed, drafts, masks) == expected
+
+
+@pytest.mark.parametrize("hook_name", ["blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"])
+@pytest.mark.parametrize("error_term", ["drop", "keep"])
+def test_where_nothing_is_sparse(hook_name, error_term, windowed, monkeypatch):
+    """Activations of which too many are not zero are encoded and decoded whole; nothing else changes."""
+    bypass = [windowed.tokenizer.bos_token_id]
+    model = splice_into(windowed, hook_name, error_term, bypass=bypass)
+    masks, used = draw_masks(model.splice.d_sae), []
+    for name in ("_reconstruct_from_entries", "_reconstruct_whole"):
+        real = getattr(model.splice, name)
+        monkeypatch.setattr(model.splice, name, lambda *a, real=real, name=name: used.append(name) or real(*a))
+
+    def answer_all():
+        del used[:]
+        found = answers.answer(model, windowed.prompts, windowed.contexts, STEPS)
+        masked = answer_masked(model, windowed, [answer.tokens for answer in found], masks)
+        return found, masked, set(used)
+
+    sparse, sparse_masked, way = answer_all()
+    assert way == {"_reconstruct_from_entries"}
+    monkeypatch.setattr(splice, "FEW_ENTRIES", 0)
+    monkeypatch.setattr(splice, "DENSE", 0)
+    model.splice.chunk = 7  # no divisor of anything here
+    dense, dense_masked, way = answer_all()
+    assert way == {"_reconstruct_whole"} and dense_masked == sparse_masked
+    for one, other in zip(dense, sparse):
+        assert one.tokens == other.tokens and one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+        assert torch.equal(one.latents.ids, other.latents.ids) and torch.equal(one.latents.counts, other.latents.counts)
+        torch.testing.assert_close(one.latents.values, other.latents.values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_post", "blocks.1.hook_attn_out"])
+def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
+    """Its decoding is no sum of rows, so it is always decoded whole: answers, rankings and masks are the oracle's."""
+    model, prompts = splice_into(windowed, hook_name, kind=4), windowed.prompts
+    sae, masks = model.splice.sae, draw_masks(model.splice.d_sae)
+    assert sae.cfg.normalize_activations == "layer_norm" and model.splice.bias is None
+    monkeypatch.setattr(model.splice, "_reconstruct_from_entries", None)
+
+    def generate(prompt, masked=()):
+        return oracle.generate(windowed.bridge, sae, windowed.tokenizer, prompt, masked, STEPS)
+
+    found = answers.answer(model, prompts, windowed.contexts, STEPS)
+    drafts = [generate(prompt) for prompt in prompts]
+    assert [answer.tokens for answer in found] == drafts
+    expected = [[generate(*pair) for pair in zip(prompts, masked)] for masked in masks]
+    assert answer_masked(model, windowed, drafts, masks) == expected and drafts not in expected
+
+    sequences = [
+        rankings.Sequence(str(row), prompt, answer.tokens, 3, [], answer.latents)
+        for row, (prompt, answer) in enumerate(zip(prompts, found))
+    ]
+    for mean, gradient, sequence in zip(
+        rankings.rank_by_mean_activation(model, sequences, 0, None),
+        rankings.rank_by_gradient(model, sequences, 0, None),
+        sequences,
+    ):
+        ids = sequence.prompt + sequence.generated[:3]
+        scores, active = oracle.score_latents(windowed.bridge, sae, ids)
+        assert sequence.ranked.active_at_the_end() == active
+        torch.testing.assert_close(mean, torch.tensor(scores), rtol=1e-4, atol=1e-6)
+        scores, _ = oracle.gradient_scores(windowed.bridge, sae, ids, sequence.generated[3])
+        torch.testing.assert_close(gradient, scores, rtol=1e-3, atol=1e-3 * float(scores.max()))

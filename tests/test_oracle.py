@@ -1,11 +1,16 @@
-"""The project against the naive oracle, in float32 on the bundled model and SAE."""
+"""The project against the naive oracle, in float32 on the bundled model and SAE: answers, masks, rankings."""
+
+import math
 
 import oracle
 import pytest
+import scipy.stats
 import torch
+from conftest import load, options
 
 import common
-from experiment import generation, latents, questions, rounds
+from experiment import answers, questions, rankings, splice
+from experiment.estimates import shared_percent
 
 COUNT = 60
 
@@ -13,18 +18,61 @@ COUNT = 60
 @pytest.fixture(scope="module")
 def asked(demo, demo_questions):
     """The first questions: prompt ids, and the oracle's answer and ranking of each."""
-    model, sae, tokenizer = demo
-    found = []
+    model, tokenizer = demo
+    bridge, sae, found = model.model, model.splice.sae, []
     for question in demo_questions[:COUNT]:
         prompt = oracle.encode_prompt(tokenizer, question.context, question.question)
-        generated = oracle.generate(model, sae, tokenizer, prompt)
-        ranking = oracle.rank_latents(model, sae, tokenizer, prompt, generated)
+        generated = oracle.generate(bridge, sae, tokenizer, prompt)
+        ranking = oracle.rank_latents(bridge, sae, tokenizer, prompt, generated)
         found.append({"question": question, "prompt": prompt, "generated": generated, "ranking": ranking})
     return found
 
 
-def in_batches(asked, size):
-    return [asked[start : start + size] for start in range(0, len(asked), size)]
+@pytest.fixture(scope="module")
+def ranked(asked):
+    return [case for case in asked if case["ranking"]]
+
+
+@pytest.fixture(scope="module")
+def masked(demo, ranked):
+    """What the oracle answers with each question's TopK and BottomK masked, and with an odd mix that changes much."""
+    model, tokenizer = demo
+    lists = {name: [case["ranking"][name] for case in ranked] for name in ("topk", "bottomk")}
+    lists["many"] = [case["ranking"]["active"][:10] for case in ranked]
+    texts = {
+        name: [
+            oracle.generate(model.model, model.splice.sae, tokenizer, case["prompt"], latents)
+            for case, latents in zip(ranked, of_all)
+        ]
+        for name, of_all in lists.items()
+    }
+    return lists, texts
+
+
+@pytest.fixture(scope="module")
+def sequences(demo, ranked):
+    """The sequences that are ranked, as round 1 makes them."""
+    model, tokenizer = demo
+    found = answers.answer(model, [case["prompt"] for case in ranked], contexts_of(ranked), 50)
+    return [
+        rankings.Sequence(
+            case["question"].id,
+            case["prompt"],
+            answer.tokens,
+            common.find_bracket(tokenizer, answer.tokens),
+            common.find_answer(tokenizer, answer.tokens),
+            answer.latents,
+        )
+        for case, answer in zip(ranked, found)
+    ]
+
+
+def contexts_of(cases):
+    return [case["question"].context for case in cases]
+
+
+def in_batches(cases, size):
+    return [cases[start : start + size] for start in range(0, len(cases), size)]
 
 
 def assert_same_latents(ours, oracles, scores):
@@ -35,7 +83,7 @@ def assert_same_latents(ours, oracles, scores):
 
 
 def test_prompts_are_the_papers(demo, asked):
-    _, _, tokenizer = demo
+    _, tokenizer = demo
     template = common.choose_template("auto", tokenizer)
     for case in asked:
         text = common.build_prompt(template, case["question"].context, case["question"].question)
@@ -43,113 +91,495 @@ def test_prompts_are_the_papers(demo, asked):
         assert case["prompt"].count(tokenizer.bos_token_id) == 1
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Round 1
+
+
 @pytest.mark.parametrize(("size", "share"), [(1, True), (7, True), (60, True), (7, False), (60, False)])
 def test_answers_and_rankings(demo, asked, size, share):
     """In batches that split the questions differently, what the questions of a context share run once or not."""
-    model, sae, tokenizer = demo
+    model, tokenizer = demo
     exact = ranked = 0
     for batch in in_batches(asked, size):
-        prompts = [case["prompt"] for case in batch]
-        contexts = [case["question"].context for case in batch] if share else None
-        outputs, residuals = generation.answer(model, sae, prompts, 50, contexts=contexts, keep_residuals=True)
-        assert outputs == [case["generated"] for case in batch]
-        for case, residual in zip(batch, residuals):
-            theirs = case["ranking"]
-            cut = rounds.last_bracket(tokenizer, case["generated"])
+        contexts = contexts_of(batch) if share else range(len(batch))
+        found = answers.answer(model, [case["prompt"] for case in batch], contexts, 50)
+        assert [answer.tokens for answer in found] == [case["generated"] for case in batch]
+        for case, answer in zip(batch, found):
+            theirs, cut = case["ranking"], common.find_bracket(tokenizer, answer.tokens)
             assert (cut is None) == (theirs is None)
             if theirs is None:
                 continue
-            ours = latents.rank(sae, residual[: len(case["prompt"]) + cut])
+            latents = answer.latents.take(torch.arange(len(case["prompt"]) + cut))
+            active, scores = latents.active_at_the_end(), latents.mean(model.splice.d_sae)
+            ours = dict(zip(("topk", "bottomk"), rankings.top_and_bottom(scores, len(active) // 2)))
             ranked += 1
-            assert ours["active"] == theirs["active"]
+            assert active == theirs["active"]
             for name in ("topk", "bottomk"):
-                assert len(ours[name]) == len(ours["active"]) // 2 > 0
+                assert len(ours[name]) == len(active) // 2 > 0
                 assert_same_latents(ours[name], theirs[name], theirs["scores"])
             exact += ours["topk"] == theirs["topk"] and ours["bottomk"] == theirs["bottomk"]
     assert ranked >= 50 and exact >= 0.95 * ranked
 
 
-@pytest.mark.parametrize("which", ["topk", "bottomk"])
-def test_masked_answers(demo, asked, which):
-    model, sae, tokenizer = demo
-    ranked = [case for case in asked if case["ranking"]]
-    masks = [case["ranking"][which] for case in ranked]
-    expected = [oracle.generate(model, sae, tokenizer, case["prompt"], mask) for case, mask in zip(ranked, masks)]
-    if which == "topk":  # masking has to change something for this to be a test
-        assert sum(case["generated"] != ids for case, ids in zip(ranked, expected)) >= 3
-    for size in (5, 60):
-        ours = []
-        for start in range(0, len(ranked), size):
-            prompts = [case["prompt"] for case in ranked[start : start + size]]
-            ours += generation.answer(model, sae, prompts, 50, masks[start : start + size])[0]
-        assert ours == expected
+def test_latents_of_known_answers(demo, ranked, sequences):
+    """A ranking that is asked for later sees what it would have seen while answering."""
+    model, _ = demo
+    known = [case["generated"] for case in ranked]
+    found = answers.answer(model, [case["prompt"] for case in ranked], contexts_of(ranked), 50, known)
+    for answer, sequence in zip(found, sequences):
+        assert answer.tokens == sequence.generated and torch.equal(answer.latents.ids, sequence.latents.ids)
+        torch.testing.assert_close(answer.latents.values, sequence.latents.values, rtol=1e-4, atol=1e-4)
 
 
-def test_small_chunks_change_nothing(demo, asked, monkeypatch):
-    """Latents are worked through in chunks of positions: here in chunks that end within a prompt."""
-    model, sae, tokenizer = demo
-    batch = [case for case in asked if case["ranking"]][:9]
-    masks = [case["ranking"]["topk"] for case in batch]
-    prompts = [case["prompt"] for case in batch]
-    expected, residuals = generation.answer(model, sae, prompts, 50, masks, keep_residuals=True)
-    rankings = [latents.rank(sae, residual) for residual in residuals]
-    for module in (generation, latents):
-        monkeypatch.setattr(module, "POSITIONS_AT_ONCE", 17)
-    assert generation.answer(model, sae, prompts, 50, masks)[0] == expected
-    for residual, theirs in zip(residuals, rankings):
-        ours = latents.rank(sae, residual)
-        assert ours["active"] == theirs["active"]
-        assert set(ours["topk"]) == set(theirs["topk"])
+def test_log_probs_of_the_unmasked_answer(demo, asked):
+    """Of each generated token, against a whole forward pass a question."""
+    model, _ = demo
+    found = answers.answer(model, [case["prompt"] for case in asked[:9]], contexts_of(asked[:9]), 50)
+    for case, answer in zip(asked, found):
+        expected = log_probs_by_hand(model, case["prompt"], case["generated"], [])
+        assert answer.log_probs == pytest.approx(expected, abs=2e-4)
 
 
-def test_the_last_few_answers_may_be_left_unfinished(demo, asked):
-    """As many as allowed, and only those: the others are as they would be, and the batch ends with the last of them."""
-    model, sae, _ = demo
-    prompts = [case["prompt"] for case in asked]
-    whole, _ = generation.answer(model, sae, prompts, 50)
-    ends = model.original_model.generation_config.eos_token_id
-    lengths = sorted(map(len, whole))
-    for few in (1, 5):
-        found, _ = generation.answer(model, sae, prompts, 50, few=few)
-        unfinished = [i for i, ids in enumerate(found) if ids[-1] not in ends]
-        assert len(unfinished) == sum(length > lengths[-1 - few] for length in lengths) <= few
-        assert max(map(len, found)) == lengths[-1 - few]
-        assert all(ids == theirs[: len(ids)] for ids, theirs in zip(found, whole))
-        assert all(found[i] == whole[i] for i in range(len(whole)) if i not in unfinished)
+def log_probs_by_hand(model, prompt, generated, masked):
+    def replace(residual, hook):
+        acts = model.splice.sae.encode(residual).clone()
+        acts[:, :, masked] = 0
+        return model.splice.sae.decode(acts)
+
+    with torch.no_grad(), model.model.hooks(fwd_hooks=[(model.hook_name, replace)]):
+        logits = model.model(torch.tensor([prompt + generated]))[0, len(prompt) - 1 : -1].double()
+    return logits.log_softmax(-1)[torch.arange(len(generated)), generated].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def answer_masked(model, cases, drafts, lists, size, max_new_tokens=50):
+    """All the masked answers at once for several lists: {name: Answers}, in batches."""
+    found = {name: [] for name in lists}
+    for start in range(0, len(cases), size):
+        part, end = cases[start : start + size], start + size
+        masks = (model.splice.mask(of_all[start:end]) for of_all in lists.values())
+        prompts = [case["prompt"] for case in part]
+        drafts_of_part = drafts[start:end]
+        given = answers.answer_masked(model, prompts, contexts_of(part), drafts_of_part, masks, max_new_tokens)
+        for name, answers_found in zip(lists, given):
+            found[name] += answers_found
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 7, 60])
+@pytest.mark.parametrize("draft", ["unmasked", "none", "wrong at first", "longer", "cut", "masked"])
+def test_masked_answers(demo, ranked, masked, size, draft):
+    """Whatever the draft, and for several masks on one batch. Positions at which an answer can first differ from its
+    draft: the first token, inside, the last; a draft that is longer, that ends earlier, and that is the answer."""
+    if size == 1 and draft not in ("unmasked", "none"):
+        pytest.skip("one question at a time takes long")
+    model, _ = demo
+    lists, expected = masked
+    drafts = {
+        "unmasked": [case["generated"] for case in ranked],
+        "none": [[] for _ in ranked],
+        "wrong at first": [[ids[-1], *ids[1:]] for ids in expected["topk"]],
+        "longer": [[*ids[:-1], 7, 7, ids[-1]] for ids in expected["topk"]],
+        "cut": [ids[: 1 + n % len(ids)] for n, ids in enumerate(expected["many"])],
+        "masked": expected["topk"],
+    }[draft]
+    if draft == "unmasked":
+        changed = {name: sum(a != b for a, b in zip(drafts, texts)) for name, texts in expected.items()}
+        assert changed["topk"] >= 3 and changed["many"] >= 10  # masking has to change something for this to be a test
+    found = answer_masked(model, ranked, drafts, lists, size)
+    for name, texts in expected.items():
+        assert [answer.tokens for answer in found[name]] == texts
+
+
+@pytest.mark.parametrize("most", [1, 4, 6])
+def test_answers_cut_at_the_longest(demo, ranked, masked, most):
+    model, _ = demo
+    lists, expected = masked
+    drafts = [case["generated"][:most] for case in ranked]
+    assert [a.tokens for a in answers.answer(model, [c["prompt"] for c in ranked], contexts_of(ranked), most)] == drafts
+    found = answer_masked(model, ranked, drafts, lists, 60, most)
+    for name, texts in expected.items():
+        assert [answer.tokens for answer in found[name]] == [ids[:most] for ids in texts]
+
+
+def test_nothing_masked_changes_nothing(demo, ranked):
+    """K = 0: the masked way with empty lists."""
+    model, _ = demo
+    drafts = [case["generated"] for case in ranked]
+    found = answer_masked(model, ranked, drafts, {"zero": [[] for _ in ranked]}, 60)["zero"]
+    unmasked = answers.answer(model, [case["prompt"] for case in ranked], contexts_of(ranked), 50)
+    assert [answer.tokens for answer in found] == drafts
+    for answer, theirs in zip(found, unmasked):
+        assert answer.log_probs == pytest.approx(theirs.log_probs, abs=2e-4)
+
+
+def test_log_probs_of_the_unmasked_answer_under_a_mask(demo, ranked):
+    model, _ = demo
+    cases = ranked[:12]
+    lists = [case["ranking"]["topk"] for case in cases]
+    found = answer_masked(model, cases, [case["generated"] for case in cases], {"topk": lists}, 12)["topk"]
+    for case, answer, latents in zip(cases, found, lists):
+        expected = log_probs_by_hand(model, case["prompt"], case["generated"], latents)
+        assert answer.log_probs == pytest.approx(expected, abs=2e-4)
+
+
+def test_the_window_is_not_long_enough(demo, ranked, masked, monkeypatch):
+    """Nothing is shared then, and what differs from its draft is begun again: the same answers."""
+    model, _ = demo
+    lists, expected = masked
+    monkeypatch.setattr(model, "window", 100)
+    found = answer_masked(model, ranked, [case["generated"] for case in ranked], lists, 30)
+    assert {name: [answer.tokens for answer in texts] for name, texts in found.items()} == expected
+
+
+def test_dense_way_and_small_chunks(demo, ranked, masked, monkeypatch):
+    """SAEs whose latents are not sparse are encoded and decoded whole, in chunks that end within a prompt."""
+    model, _ = demo
+    lists, expected = masked
+    dense = splice.Splice(model.splice.sae)
+    dense.chunk, dense.bias = 17, None
+    monkeypatch.setattr(model, "splice", dense)
+    found = answer_masked(model, ranked[:20], [c["generated"] for c in ranked[:20]], {"topk": lists["topk"]}, 20)
+    assert [answer.tokens for answer in found["topk"]] == expected["topk"][:20]
+    unmasked = answers.answer(model, [case["prompt"] for case in ranked[:9]], contexts_of(ranked[:9]), 50)
+    for case, answer in zip(ranked, unmasked):
+        assert answer.tokens == case["generated"] and answer.latents.counts is not None
+
+
+def test_splice_is_encode_and_decode(demo):
+    """Entries against the SAE's own functions: on positions with none, few and all latents active."""
+    sae = demo[0].splice.sae
+    torch.manual_seed(0)
+    residual = torch.cat([torch.zeros(2, 128), torch.randn(40, 128), 50 * torch.randn(3, 128)])
+    stands = torch.arange(45) % 5 != 0
+    rows, lists = torch.arange(45) // 9, [[1, 5], [], list(range(0, 512, 2)), [511], [0]]
+    for chunk in (7, 1024):
+        for error_term in ("drop", "keep"):
+            ours = splice.Splice(sae, error_term)
+            ours.chunk = chunk
+            latents = ours.encode(residual, stands)
+            found = ours.reconstruct(latents, rows, ours.mask(lists))
+            acts = sae.encode(residual)
+            zeroed = acts.clone()
+            for position in range(45):
+                zeroed[position, lists[rows[position]]] = 0
+            expected = sae.decode(zeroed)
+            if error_term == "keep":
+                expected = residual - (sae.decode(acts) - expected)
+            torch.testing.assert_close(found, torch.where(stands[:, None], expected, residual), rtol=1e-4, atol=1e-3)
+            assert latents.counts.sum() == (acts[stands] != 0).sum()
+
+
+def test_rows_that_have_ended_leave_the_batch(demo, asked, monkeypatch):
+    """Once half of them have: a long answer does not keep the whole batch."""
+    model, _ = demo
+    widths, run = [], model.run
+
+    def count(ids, *arguments, **named):
+        widths.append(len(ids) if ids.shape[1] == 1 else 0)
+        return run(ids, *arguments, **named)
+
+    monkeypatch.setattr(model, "run", count)
+    answers.answer(model, [case["prompt"] for case in asked], contexts_of(asked), 50)
+    lengths = [len(case["generated"]) for case in asked]
+    going = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+    steps = [width for width in widths if width]
+    assert len(steps) == len(going)
+    assert all(wanted <= width < 2 * wanted or width == wanted for wanted, width in zip(going, steps))
 
 
 def test_hook_points_set_aside_change_nothing(demo, asked):
     """While the SAE is spliced in, TransformerLens' other wrappers are off: the same logits, and all back later."""
-    model, sae, _ = demo
+    model, _ = demo
     ids = torch.tensor([asked[0]["prompt"]])
-    before = str(model.original_model)
+    before = str(model.lm)
     with torch.no_grad():
-        expected = model.original_model(ids).logits
-        with generation.spliced(model, sae, lambda residual, ids: residual) as lm:
+        expected = model.lm(ids).logits
+        with splice.hooked(model.model, model.hook_name, lambda residual: residual) as lm:
             found = lm(ids).logits
-    assert torch.equal(found, expected) and str(model.original_model) == before
+    assert torch.equal(found, expected) and str(model.lm) == before
+
+
+def test_layers_are_back_after_every_pass(demo, asked):
+    model, _ = demo
+    before = list(model.lm.get_decoder().layers)
+    with pytest.raises(RuntimeError), model.ready():
+        model.run(torch.tensor([[1, 2]]), torch.ones(1, 2), start=torch.zeros(1, 2, 3))
+    assert list(model.lm.get_decoder().layers) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What prompts share
+
+
+@pytest.mark.parametrize(
+    ("prompts", "contexts"),
+    [
+        ([[1, 2, 3, 4], [1, 2, 5, 6], [9, 2, 3]], "aab"),
+        ([[1, 2, 3, 4], [7, 2, 5, 6], [9, 2, 3]], "aaa"),  # no BOS, the question first: nothing in common
+        ([[1, 2], [1, 2, 3, 4], [1, 2, 3]], "aaa"),  # each other's prefix
+        ([[1, 2, 3], [1, 2, 3]], "aa"),
+        ([[5, 6, 7, 8, 9], [5, 6, 7, 8, 9]], "ab"),  # a context each
+        ([[1, 2, 3, 4, 5, 6], [1, 9], [4, 4, 4, 4, 4, 4, 4, 1], [4, 4, 4, 4, 4, 4, 4, 2]], "aabb"),
+    ],
+)
+def test_prefixes_are_prefixes(demo, prompts, contexts):
+    """Of every prompt its own, one token at least being left; the batch is no wider than it was; and none is wrong."""
+    prefixes, owners = answers.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], contexts)
+    for prompt, owner in zip(prompts, owners):
+        prefix = prefixes[owner]
+        assert 1 <= len(prefix) < len(prompt) and prompt[: len(prefix)] == prefix
+    layout = answers.Layout(prompts, 0, "cpu", prefixes, owners)
+    for row, prompt in enumerate(prompts):
+        assert layout.ids[row][layout.attention[row].bool()].tolist() == prompt
+    model, _ = demo
+    alone = [answers.answer(model, [prompt], "x", 4)[0].tokens for prompt in prompts]
+    assert [answer.tokens for answer in answers.answer(model, prompts, contexts, 4)] == alone
+
+
+def test_a_prompt_of_one_token(demo):
+    model, _ = demo
+    found = answers.answer(model, [[5], [5, 6]], "aa", 3)
+    assert [a.tokens for a in found] == [answers.answer(model, [p], "a", 3)[0].tokens for p in ([5], [5, 6])]
+
+
+def test_batches_hold_every_question_once_within_the_budget():
+    lengths = [5, 90, 7, 7, 300, 12, 41, 90, 3]
+    plan = answers.plan_batches(lengths, 100, range(9))
+    assert sorted(index for batch in plan for index in batch) == list(range(9))
+    for batch in plan:
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 100
+    assert plan == [[4], [1], [7], [6, 5], [2, 3, 0, 8]]
+    assert answers.plan_batches([5, 9, 5, 9], 20, "abab") == [[1, 3], [0, 2]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rankings
+
+
+def rank(model, name, sequences, seed=42, baseline=None):
+    return list(rankings.RANKINGS[name](model, sequences, seed, baseline))
+
+
+@pytest.mark.parametrize("size", [1, 24])
+def test_gradient_scores(demo, sequences, size):
+    """Padded batches, the graph begun at the reconstruction, against plain autograd through everything."""
+    model, _ = demo
+    for name in ("gradsae", "gradsae-answer"):
+        for batch in in_batches(sequences[:24], size):
+            for row, sequence in zip(rank(model, name, batch), batch):
+                end = sequence.bracket if name == "gradsae" else sequence.answer[0]
+                ids, token = sequence.prompt + sequence.generated[:end], sequence.generated[end]
+                theirs, _ = oracle.gradient_scores(model.model, model.splice.sae, ids, token)
+                assert (theirs > 0).sum() > 50
+                # Of a score that is a sum with terms of both sizes, the smallest carry the largest ones' rounding.
+                torch.testing.assert_close(row, theirs, rtol=1e-5, atol=1e-5 * float(theirs.max()))
+
+
+def test_gradient_scores_of_a_dense_sae(demo, sequences, monkeypatch):
+    model, _ = demo
+    expected = rank(model, "gradsae", sequences[:6])
+    monkeypatch.setattr(model.splice, "bias", None)
+    for row, theirs in zip(rank(model, "gradsae", sequences[:6]), expected):
+        torch.testing.assert_close(row, theirs, rtol=1e-5, atol=1e-5 * float(theirs.max()))
+
+
+def test_gradient_scores_against_finite_differences(demo, sequences):
+    """The probability when a latent's activation moves a little at one position, in double precision."""
+    model, _ = demo
+    # Where the model is least sure: Transformers computes norms and softmax in single precision all the same.
+    sequence = min(sequences[:8], key=lambda s: log_probs_by_hand(model, s.prompt, s.generated, [])[s.bracket])
+    ids, token = sequence.prompt + sequence.generated[: sequence.bracket], sequence.generated[sequence.bracket]
+    double, _ = load()
+    double.lm.double()
+    sae = double.splice.sae.double()
+    sae.dtype = torch.float64
+    double.splice = splice.Splice(sae)
+    answer = answers.answer(double, [sequence.prompt], "x", 50)[0]
+    again = rankings.Sequence("x", sequence.prompt, answer.tokens, sequence.bracket, [], answer.latents)
+    scores = rank(double, "gradsae", [again])[0]
+
+    def probabilities(latent, step):
+        """P when the latent is scaled by 1 + step at one position: a row for each position."""
+
+        def replace(residual):
+            acts = sae.encode(residual)  # [row, pos, d_sae], row by row the same
+            rows = torch.arange(len(ids))
+            acts[rows, rows, latent] *= 1 + step
+            return sae.decode(acts)
+
+        with torch.no_grad(), splice.hooked(double.model, double.hook_name, replace) as lm:
+            return lm(torch.tensor([ids] * len(ids)), logits_to_keep=1).logits[:, -1].softmax(-1)[:, token]
+
+    for latent in scores.topk(3).indices.tolist():
+        slopes = (probabilities(latent, 0.01) - probabilities(latent, -0.01)) / 0.02  # dP/dH * H at each position
+        assert scores[latent].item() == pytest.approx(slopes.relu().mean().item(), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rankings_in_half_precision(demo, sequences, dtype):
+    model, _ = demo
+    half, _ = load("--dtype", dtype)
+    found = answers.answer(half, [s.prompt for s in sequences], range(len(sequences)), 50)
+    same = [(s, a) for s, a in zip(sequences, found) if s.generated == a.tokens]
+    assert len(same) >= 0.95 * len(sequences)
+    ours = [rankings.Sequence(s.id, s.prompt, a.tokens, s.bracket, s.answer, a.latents) for s, a in same]
+    for name in ("baseline", "gradsae", "gradsae-answer"):
+        lists = zip(rank(half, name, ours), rank(model, name, [s for s, _ in same]))
+        shared = [shared_percent(*(rankings.top_and_bottom(scores, 6)[0] for scores in pair)) for pair in lists]
+        assert sum(shared) / len(shared) >= 85
+
+
+def test_random_scores(demo, sequences):
+    model, _ = demo
+    drawn = []
+    for sequence, scores, again, other in zip(
+        sequences, *(rank(model, "random", sequences, seed) for seed in (42, 42, 7))
+    ):
+        anywhere = (model.splice.sae.encode(sequence.ranked.residual) > 0).any(0)
+        assert torch.equal(scores != 0, anywhere) and torch.equal(scores, again) and not torch.equal(scores, other)
+        topk, bottomk = rankings.top_and_bottom(scores, 6)
+        assert len({*topk, *bottomk}) == 12
+        ids = anywhere.nonzero().flatten().tolist()
+        drawn += [ids.index(latent) / len(ids) for latent in topk + bottomk]
+    assert scipy.stats.kstest(drawn, "uniform").pvalue > 0.001  # of all places in the list alike
+
+
+def test_what_masks_remove(demo, sequences):
+    """The norm of what the first 1, 2, ... latents of a list write, by brute force."""
+    model, _ = demo
+    sae = model.splice.sae
+    for sequence in sequences[:5]:
+        latents, residual = sequence.ranked, sequence.ranked.residual
+        ids = rankings.top_and_bottom(latents.mean(model.splice.d_sae), 30)[0]
+        acts = sae.encode(residual)
+        for n, found in enumerate(model.splice.removed(latents, ids).tolist(), 1):
+            expected = (acts[:, ids[:n]] @ sae.W_dec[ids[:n]]).norm() / residual.norm()
+            assert found == pytest.approx(expected.item(), rel=1e-4)
+        assert model.splice.removed(latents, []).tolist() == []
+
+
+def test_matched_ranking(demo, sequences):
+    """None of those that the baseline masks at 50%, and the lists are as long as it takes to remove as much as its."""
+    model, _ = demo
+    batch = sequences[:20]
+    baseline = {s.id: lists for s, lists in zip(batch, rankings.rank(model, "baseline", batch, 42))}
+    for sequence, lists in zip(batch, rankings.rank(model, "matched", batch, 42, baseline)):
+        theirs, half = baseline[sequence.id], len(sequence.ranked.active_at_the_end()) // 2
+        for which in ("topk", "bottomk"):
+            assert not {*lists[which]} & {*theirs["topk"][:half], *theirs["bottomk"][:half]}
+            removed, target = lists[f"removed_{which}"], max(theirs[f"removed_{which}"])
+            assert len(removed) == len(lists[which]) > 0 and all(value < target for value in removed[:-1])
+
+
+def test_stored_lists_hold_100_latents(demo, sequences):
+    """So that --k 30 and --k 100 mean what they say; 50% is their beginning."""
+    model, _ = demo
+    for sequence, lists in zip(sequences[:9], rankings.rank(model, "baseline", sequences[:9], 42)):
+        scored = (sequence.ranked.mean(model.splice.d_sae) != 0).sum()
+        assert len(lists["topk"]) == len(lists["bottomk"]) == min(100, scored)
 
 
 def test_ties_go_to_the_lower_id():
     scores = torch.tensor([0.0, 2.0, 1.0, 2.0, 0.0, 1.0, 3.0, 2.0])
-    assert latents.top_and_bottom(scores, 3) == ([6, 1, 3], [2, 5, 1])
-    assert latents.top_and_bottom(scores, 0) == ([], [])
+    assert rankings.top_and_bottom(scores, 3) == ([6, 1, 3], [2, 5, 1])
+    assert rankings.top_and_bottom(scores, 0) == ([], [])
+
+
+def test_special_tokens_bypass_the_sae(demo, sequences):
+    """Against the oracle's full forward pass: special positions keep their residual stream and count in no score."""
+    model, tokenizer = demo
+    other, _ = load("--exclude-special-tokens")
+    special, sae = common.find_special_ids(tokenizer), model.splice.sae
+    ids = sequences[0].prompt
+    counted = torch.tensor([token not in special for token in ids])
+    assert (~counted).sum() == 2 and not counted[0]  # BOS and the turn's marker
+    seen = []
+
+    def replace(residual, hook):
+        seen.append(residual.clone())
+        return torch.where(counted[None, :, None], sae.decode(sae.encode(residual)), residual)
+
+    with torch.no_grad(), model.model.hooks(fwd_hooks=[(model.hook_name, replace)]):
+        expected = model.model(torch.tensor([ids]))[0, -1]
+    with torch.no_grad(), other.ready():
+        found = other.run(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0]
+    with torch.no_grad(), model.ready():
+        everywhere = model.run(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(everywhere, expected, rtol=1e-2, atol=1e-2)
+    latents = answers.answer(other, [ids], "x", 1)[0].latents
+    scores = latents.mean(512)
+    torch.testing.assert_close(scores, sae.encode(seen[0][0, counted]).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_sure_model_keeps_its_gradient(demo, sequences):
+    """Where P is all but 1, single precision has no 1 - P left; the scores must not vanish with it."""
+    model, _ = demo
+    head = model.lm.lm_head
+    handle = head.original_component.register_forward_hook(lambda module, arguments, output: output * 3)
+    try:
+        scores = rank(model, "gradsae", sequences[:1])[0]
+    finally:
+        handle.remove()
+    assert math.isfinite(scores.sum()) and (scores > 0).sum() > 50
 
 
 def test_parser_and_f1_agree(asked, demo):
-    _, _, tokenizer = demo
+    _, tokenizer = demo
     for case in asked:
         text = tokenizer.decode(case["generated"], skip_special_tokens=True)
         assert common.parse_answer(text) == oracle.parse(text)
         truths = case["question"].truths
         best = max(oracle.squad_f1(oracle.parse(text), truth) for truth in truths)
-        assert questions.score(common.parse_answer(text), truths)["f1"] == pytest.approx(best)
+        assert questions.score(common.parse_answer(text), text, truths)["f1"] == pytest.approx(best)
 
 
-def test_batches_hold_every_question_once_within_the_budget():
-    lengths = [5, 90, 7, 7, 300, 12, 41, 90, 3]
-    plan = generation.plan_batches(lengths, 100)
-    assert sorted(index for batch in plan for index in batch) == list(range(9))
-    for batch in plan:
-        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 100
-    assert plan == [[4], [1], [7], [6, 5], [2, 3, 0, 8]]
+def test_tokens_of_the_answer(demo, ranked):
+    """Decoded, they are what stands inside the brackets, perhaps with the space before it."""
+    _, tokenizer = demo
+    for case in ranked:
+        inside = common.find_answer(tokenizer, case["generated"])
+        text = tokenizer.decode([case["generated"][place] for place in inside])
+        assert text.strip() == common.parse_answer(tokenizer.decode(case["generated"], skip_special_tokens=True))
+    assert common.find_answer(tokenizer, tokenizer("Result = Oslo", add_special_tokens=False)["input_ids"]) == []
+
+
+def test_error_term_kept_and_nothing_masked_is_the_model_itself(demo, asked):
+    """Token for token, in both ways of answering."""
+    model, _ = load("--error-term", "keep")
+    prompts = [case["prompt"] for case in asked[:20]]
+    plain = []
+    for prompt in prompts:
+        ids = model.lm.generate(torch.tensor([prompt]), max_new_tokens=50)
+        plain.append(ids[0, len(prompt) :].tolist())
+    found = answers.answer(model, prompts, contexts_of(asked[:20]), 50)
+    assert [answer.tokens for answer in found] == plain
+    empty = {"zero": [[] for _ in prompts]}
+    assert [a.tokens for a in answer_masked(model, asked[:20], plain, empty, 20)["zero"]] == plain
+    assert options("--error-term", "keep").output_dir != options().output_dir
+
+
+def test_masks_with_the_error_term_kept(demo, ranked):
+    """Against hooks: the residual stream less what the masked latents wrote."""
+    kept, _ = load("--error-term", "keep")
+    sae, changed = kept.splice.sae, 0
+    cases = ranked[:10]
+    lists = [case["ranking"]["active"] for case in cases]
+    found = answer_masked(kept, cases, [case["generated"] for case in cases], {"active": lists}, 10)["active"]
+    for case, latents, answer in zip(cases, lists, found):
+
+        def replace(residual, hook, latents=latents):
+            acts = sae.encode(residual)
+            return residual - acts[:, :, latents] @ sae.W_dec[latents]
+
+        generated = []
+        while len(generated) < 50 and not (generated and generated[-1] in kept.end_ids):
+            with torch.no_grad(), kept.model.hooks(fwd_hooks=[(kept.hook_name, replace)]):
+                generated.append(int(kept.model(torch.tensor([case["prompt"] + generated]))[0, -1].argmax()))
+        assert answer.tokens == generated
+        changed += generated != case["generated"]
+    assert changed >= 3

@@ -1,35 +1,39 @@
 """The three rounds as a person runs them, on the bundled demo: files, tables, half precision, the authors' file."""
 
+import csv
 import json
 
+import oracle
 import pytest
 import torch
-from conftest import ROOT, options, run_script
+from conftest import ROOT, read_journal, run_script
 
 import common
-from experiment import records, rounds, work
+from experiment import rankings, results
 
 ROUNDS = [("baseline", "baseline"), ("baseline_after_false", "false"), ("baseline_after_true", "true")]
+METRICS = ("em", "f1", "accuracy", "named")
 
 
-def run_rounds(folder, *arguments):
-    """All three rounds in `folder`; returns the journals' records by round and id."""
-    rounds.rank(options("--output-dir", folder, *arguments))
-    rounds.mask(options("--output-dir", folder, *arguments, masks=True), "topk")
-    rounds.mask(options("--output-dir", folder, *arguments, masks=True), "bottomk")
-    return {name: read_journal(folder / f"predictions_{name}.jsonl")[1] for _, name in ROUNDS}
-
-
-def read_journal(path):
-    head, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return head["run"], {line["id"]: line for line in lines if "id" in line}  # the others say which were put off
+def run_rounds(folder, monkeypatch, capsys, *arguments, masks=(), rounds=ROUNDS):
+    """Rounds in `folder`; returns what the last one printed, and the journals' records by round and id."""
+    for script, _ in rounds:
+        more = masks if script != "baseline" else ()
+        given = ["--demo", "--output-dir", folder, *arguments, *more]
+        code, out, err = run_script(script, given, monkeypatch, capsys)
+        assert code == 0, err
+    return out, {name: read_journal(folder / f"predictions_{name}.jsonl")[1] for _, name in rounds}
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     """The whole demo in float32: its folder and its records."""
     folder = tmp_path_factory.mktemp("full")
-    return folder, run_rounds(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for script, _ in ROUNDS:
+            patch.setattr("sys.argv", [f"{script}.py", "--demo", "--output-dir", str(folder)])
+            __import__(script).main()
+    return folder, {name: read_journal(folder / f"predictions_{name}.jsonl")[1] for _, name in ROUNDS}
 
 
 def mean(values):
@@ -37,36 +41,74 @@ def mean(values):
     return 100 * sum(values) / len(values)
 
 
+def kept_ids(records):
+    return [question_id for question_id, record in records.items() if "latents" in record]
+
+
 def test_the_effect(full, demo_questions):
     """What the experiment is about: TopK matters, BottomK does not. The bounds are the demo's acceptance."""
-    folder, found = full
+    _, found = full
     baseline = found["baseline"]
-    assert list(sorted(baseline)) == sorted(q.id for q in demo_questions) and len(baseline) >= 500
-    kept = [record for record in baseline.values() if "topk" in record]
+    assert list(baseline) == [question.id for question in demo_questions] and len(baseline) >= 500
+    kept = kept_ids(baseline)
     assert len(kept) >= 0.8 * len(baseline)
-    clean = mean(record["em"] for record in kept)
+    clean = mean(baseline[question_id]["em"] for question_id in kept)
     assert clean - mean(record["em"] for record in found["false"].values()) >= 10
     assert clean - mean(record["em"] for record in found["true"].values()) <= 3
-    assert set(found["false"]) == set(found["true"]) == {record["id"] for record in kept}
+    assert list(found["false"]) == list(found["true"]) == kept
 
 
 def test_results_agree_with_the_journals(full):
     folder, found = full
     entries = {entry["round"]: entry for entry in json.loads((folder / "results.json").read_text())}
-    kept = {question_id for question_id, record in found["baseline"].items() if "topk" in record}
-    assert entries["baseline"]["asked"] == len(found["baseline"])
-    assert entries["baseline"]["kept"] + entries["baseline"]["wrong"] + entries["baseline"]["unranked"] == len(
-        found["baseline"]
-    )
+    kept = kept_ids(found["baseline"])
+    baseline = entries["baseline"]
+    assert baseline["asked"] == len(found["baseline"]) and baseline["kept"] == baseline["n"] == len(kept)
+    assert baseline["kept"] + baseline["wrong"] + baseline["unranked"] == baseline["asked"]
+    assert len({entry["population"] for entry in entries.values()}) == 1 != baseline["population_all"]
     for name in ("false", "true"):
         entry = entries[name]
         assert entry["n"] == entry["clean"]["n"] == len(kept)
-        for metric in ("em", "f1", "accuracy"):
+        for metric in METRICS:
             clean = mean(found["baseline"][question_id][metric] for question_id in kept)
             masked = mean(record[metric] for record in found[name].values())
             assert entry[metric] == pytest.approx(masked)
             assert entry["clean"][metric] == pytest.approx(clean)
             assert entry["drop"][metric] == pytest.approx(clean - masked)
+            assert entry["drop"]["intervals"][metric][0] <= entry["drop"][metric]
+    (row,) = [r for r in csv.DictReader((folder / "results.csv").open()) if r["masked"] == "TopK"]
+    assert float(row["em"]) == pytest.approx(entries["false"]["em"]) and int(row["n"]) == len(kept)
+    assert f"{entries['false']['em']:.2f}" in (folder / "results.tex").read_text()
+
+
+def test_drops_in_log_probability(full, demo):
+    """The mean over questions of the mean over the answer's tokens, and over the others', from the journals."""
+    folder, found = full
+    _, tokenizer = demo
+    entries = {entry["round"]: entry for entry in json.loads((folder / "results.json").read_text())}
+    drops = {"answer_log_prob": [], "format_log_prob": []}
+    for question_id, record in found["false"].items():
+        unmasked = found["baseline"][question_id]
+        inside = common.find_answer(tokenizer, unmasked["tokens"])
+        change = [before - after for before, after in zip(unmasked["log_probs"], record["log_probs"], strict=True)]
+        for name, places in (
+            ("answer_log_prob", inside),
+            ("format_log_prob", [place for place in range(len(change)) if place not in inside]),
+        ):
+            if places:
+                drops[name].append(sum(change[place] for place in places) / len(places))
+    for name, values in drops.items():
+        assert entries["false"]["drop"][name] == pytest.approx(sum(values) / len(values), abs=1e-6)
+        assert entries["false"]["drop"][name] > 0.05 > abs(entries["true"]["drop"][name])
+
+
+def test_removed_is_the_mean_of_the_files(full):
+    folder, found = full
+    samples = json.loads((folder / "activations_baseline.json").read_text())["samples"]
+    entries = {entry["round"]: entry for entry in json.loads((folder / "results.json").read_text())}
+    expected = [s["removed_topk"][len(s["active"]) // 2 - 1] if len(s["active"]) > 1 else 0 for s in samples]
+    assert entries["false"]["removed"] == pytest.approx(mean(expected))
+    assert entries["false"]["mean_k"] == pytest.approx(mean(len(s["active"]) // 2 for s in samples) / 100)
 
 
 def test_shipped_activations_are_round_1_of_the_demo(full):
@@ -81,170 +123,306 @@ def test_shipped_activations_are_round_1_of_the_demo(full):
     same = 0
     for ours, theirs in zip(made["samples"], shipped["samples"]):
         assert (ours["answer"], ours["em"], ours["f1"]) == (theirs["answer"], theirs["em"], theirs["f1"])
-        assert len(ours["topk"]) == len(ours["bottomk"]) == len(ours["active"]) // 2
-        same += ours == theirs
+        half = len(ours["active"]) // 2
+        assert half <= len(ours["topk"]) <= max(100, half)
+        same += all(ours[name][:half] == theirs[name][:half] for name in ("active", "topk", "bottomk"))
     # Another processor's kernels round differently: a latent at its threshold, or two scores that all but agree.
     assert same >= 0.98 * len(made["samples"])
 
 
 def test_shipped_activations_serve_rounds_2_and_3(full, tmp_path, monkeypatch, capsys):
-    """`python baseline_after_false.py --demo` in a fresh clone, without round 1."""
-    folder, found = full
-    arguments = ["--demo", "--activations", ROOT / "activations_baseline.json", "--output-dir", tmp_path]
-    code, out, err = run_script("baseline_after_false", arguments, monkeypatch, capsys)
-    assert code == 0, err
+    """`python baseline_after_false.py --demo` in a fresh clone, without round 1: says so, and leaves the file alone."""
+    before, (_, found) = (ROOT / "activations_baseline.json").read_bytes(), full
+    given = ["--demo", "--output-dir", tmp_path]
+    code, out, err = run_script("baseline_after_false", given, monkeypatch, capsys)
+    assert code == 0 and "using activations_baseline.json, which ships with the project" in err
     _, ours = read_journal(tmp_path / "predictions_false.jsonl")
     same = sum(ours[question_id]["text"] == record["text"] for question_id, record in found["false"].items())
     assert set(ours) == set(found["false"]) and same >= 0.98 * len(ours)
+    assert (ROOT / "activations_baseline.json").read_bytes() == before
+    # Of another run it is not used.
+    code, out, err = run_script("baseline_after_true", [*given, "--dtype", "bfloat16"], monkeypatch, capsys)
+    assert code == 2 and "there is no such file: run baseline.py first" in err
+
+
+def test_activations_of_the_earlier_length_are_read(tmp_path, monkeypatch, capsys, full):
+    """Lists that end at 50%, and neither tokens nor log probabilities: the same answers, without the new columns."""
+    folder, found = full
+    content = json.loads((folder / "activations_baseline.json").read_text())
+    content["run"].pop("error_term")
+    for sample in content["samples"]:
+        for name in ("tokens", "log_probs", "removed_topk", "removed_bottomk", "accuracy", "named"):
+            sample.pop(name)
+        for name in ("topk", "bottomk"):
+            sample[name] = sample[name][: len(sample["active"]) // 2]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    given = ["--demo", "--limit", 60, "--activations", tmp_path / "old.json", "--output-dir", tmp_path / "out"]
+    code, out, err = run_script("baseline_after_false", [*given, "--k", "50%", "500"], monkeypatch, capsys)
+    assert code == 0 and "have fewer than 500 ranked latents" in err
+    ours = [read_journal(tmp_path / "out" / f"predictions_false{k}.jsonl")[1] for k in ("", "_k500")]
+    assert len(ours[0]) > 50 and [r["text"] for r in ours[0].values()] == [r["text"] for r in ours[1].values()]
+    assert all(record["text"] == found["false"][question_id]["text"] for question_id, record in ours[0].items())
+    (entry, _) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert entry["drop"]["em"] > 10 and "answer_log_prob" not in entry["drop"] and entry["removed"] is None
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision(full, dtype, tmp_path, capsys):
-    """A half-precision model with a float32 SAE, the default on CUDA: all three rounds, against float32."""
+def test_half_precision(full, dtype, tmp_path, monkeypatch, capsys):
+    """A half-precision model with a float32 SAE, the default on CUDA: all rounds and rankings, against float32."""
     _, exact = full
-    found = run_rounds(tmp_path, "--dtype", dtype, "--limit", 80)
+    names = ["--ranking", "baseline", "gradsae", "gradsae-answer", "matched", "random"]
+    given = ["--dtype", dtype, "--limit", 80, *names]
+    _, found = run_rounds(tmp_path, monkeypatch, capsys, *given)
     run, _ = read_journal(tmp_path / "predictions_baseline.jsonl")
     assert (run["dtype"], run["sae_dtype"]) == (dtype, "float32")
     for name in exact:
-        asked = [question_id for question_id in list(exact["baseline"]) if question_id in found["baseline"]]
-        both = [question_id for question_id in asked if question_id in exact[name] and question_id in found[name]]
+        both = [question_id for question_id in exact[name] if question_id in found[name]]
         agree = sum(exact[name][question_id]["answer"] == found[name][question_id]["answer"] for question_id in both)
         with capsys.disabled():
             print(f"\n{dtype}, predictions_{name}: {agree} of {len(both)} answers agree with float32", end="")
-        assert len(asked) == 80 and len(both) >= 0.95 * sum(question_id in exact[name] for question_id in asked)
-        assert agree >= 0.95 * len(both)
+        wanted = [question_id for question_id in list(exact["baseline"])[:80] if question_id in exact[name]]
+        assert len(both) >= 0.95 * len(wanted) and agree >= 0.95 * len(both)
 
 
-def test_the_control_in_half_precision(tmp_path, monkeypatch, capsys):
-    """Random ranking, special tokens left out, in float16 and in float32: the same draws, all but the same answers."""
+def test_half_precision_sae_special_tokens_and_error_term(tmp_path, monkeypatch, capsys):
+    """A float16 SAE goes the dense way; all of it also in half precision."""
     found = {}
     for dtype in ("float16", "float32"):
-        arguments = ["--demo", "--limit", 30, "--dtype", dtype, "--ranking", "random", "--exclude-special-tokens"]
-        for script, _ in ROUNDS[:2]:
-            code, _, err = run_script(script, [*arguments, "--output-dir", tmp_path / dtype], monkeypatch, capsys)
-            assert code == 0, err
-        found[dtype] = [read_journal(tmp_path / dtype / f"predictions_{name}.jsonl")[1]
-                        for name in ("random", "random_false")]  # fmt: skip
-    for half, single in zip(found["float16"], found["float32"]):
+        given = ["--limit", 30, "--dtype", dtype, "--sae-dtype", dtype, "--exclude-special-tokens"]
+        given += ["--error-term", "keep"]
+        found[dtype] = run_rounds(tmp_path / dtype, monkeypatch, capsys, *given, rounds=ROUNDS[:2])[1]
+    for name in ("baseline", "false"):
+        half, single = found["float16"][name], found["float32"][name]
         both = half.keys() & single.keys()
         assert len(both) >= 0.9 * len(single) >= 20
         assert sum(half[i]["answer"] == single[i]["answer"] for i in both) >= 0.9 * len(both)
-    ranked, exact = found["float16"][0], found["float32"][0]
-    assert sum(ranked[i]["topk"] == exact[i]["topk"] for i in ranked.keys() & exact.keys()) >= 0.5 * len(exact)
 
 
-def test_published_format(full, tmp_path, monkeypatch, capsys, demo_questions):
-    """The authors' form of the demo's own round 1 gives the same answers as ours."""
+def test_published_format(full, demo, demo_questions, tmp_path, monkeypatch, capsys):
+    """The authors' own file, matched by the prompt's text: same answers, no drop, and what cannot be checked is said."""
     folder, found = full
-    _, samples = records.read_activations(folder / "activations_baseline.json")
-    by_id = {question.id: question for question in demo_questions}
-    template = common.TEMPLATES["gemma"][1]
-    entries = []
-    for sample in list(samples)[:60]:
-        question = by_id[sample["id"]]
-        prompt = common.build_prompt(template, question.context, question.question)
-        lists = {"original": sample["active"], "have_gradient": sample["topk"], "no_gradient": sample["bottomk"]}
-        entries += [{prompt: lists}, {}]
-    entries.append({"a prompt of another data set": {"original": [], "have_gradient": [], "no_gradient": []}})
-    (tmp_path / "theirs.json").write_text(json.dumps(entries))
+    _, tokenizer = demo
+    template = common.choose_template("auto", tokenizer)
+    prompts = {q.id: common.build_prompt(template, q.context, q.question) for q in demo_questions}
+    samples = json.loads((folder / "activations_baseline.json").read_text())["samples"][:60]
+    theirs = [{}]
+    for sample in samples:
+        half = len(sample["active"]) // 2
+        lists = {"have_gradient": sample["topk"][:half], "no_gradient": sample["bottomk"][:half]}
+        theirs.append({prompts[sample["id"]]: {"original": sample["active"], **lists}})
+    theirs.append({"a prompt of another data set": {"original": [1], "have_gradient": [1], "no_gradient": [1]}})
+    (tmp_path / "theirs.json").write_text(json.dumps(theirs))
+    given = ["--demo", "--activations", tmp_path / "theirs.json", "--output-dir", tmp_path]
     for script, name in ROUNDS[1:]:
-        arguments = ["--demo", "--activations", tmp_path / "theirs.json", "--output-dir", tmp_path, "--k", "50%"]
-        code, out, err = run_script(script, arguments, monkeypatch, capsys)
-        assert code == 0, err
-        assert "cannot be checked" in err and "1 of its 61 questions are not in the data set" in err
-        assert "no unmasked answers" in out
+        code, out, err = run_script(script, given, monkeypatch, capsys)
+        assert code == 0 and "cannot be checked" in err and "1 of its 61 questions are not in the data set" in err
         entry = next(e for e in json.loads((tmp_path / "results.json").read_text()) if e["round"] == name)
-        assert entry["clean"] is entry["drop"] is entry["p"] is None
+        assert entry["clean"] is entry["drop"] is None
         assert entry["missing"] == ["a prompt of another data set"] and entry["n"] == 60
         _, ours = read_journal(tmp_path / f"predictions_{name}.jsonl")
-        assert list(ours) and {i: r["answer"] for i, r in ours.items()} == {
-            sample["id"]: found[name][sample["id"]]["answer"] for sample in list(samples)[:60]
-        }
+        assert {i: r["answer"] for i, r in ours.items()} == {s["id"]: found[name][s["id"]]["answer"] for s in samples}
 
 
-def test_finished_and_resumed_rounds(full, tmp_path, monkeypatch, capsys):
+def test_finished_and_resumed_rounds(tmp_path, monkeypatch, capsys):
     """A journal cut short goes on to the same bytes; a finished one prints its table and loads nothing."""
     arguments = ["--demo", "--limit", "60", "--batch-tokens", "2000", "--output-dir", tmp_path]
     for script, name in ROUNDS:
         code, table, err = run_script(script, arguments, monkeypatch, capsys)
         assert code == 0, err
-        path = tmp_path / f"predictions_{name}.jsonl"
-        whole = path.read_bytes()
-        activations = (tmp_path / "activations_baseline.json").read_bytes()
-        results = (tmp_path / "results.json").read_bytes()
+        whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         with monkeypatch.context() as nothing_loads:
             nothing_loads.setattr(common, "load", None)
             code, out, err = run_script(script, arguments, nothing_loads, capsys)
         assert (code, out) == (0, table) and "is finished" in err
-        lines = whole.splitlines(keepends=True)
-        path.write_bytes(b"".join(lines[:30]) + lines[30][:20])  # the 30th line was being written
+        path = tmp_path / f"predictions_{name}.jsonl"
+        lines = whole[path.name].splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:30]) + lines[30][:20])  # the 30th record was being written
         code, out, err = run_script(script, arguments, monkeypatch, capsys)
-        assert (code, out) == (0, table)
-        assert "its last line was cut off" in err and "29 of" in err
-        assert path.read_bytes() == whole
-        assert (tmp_path / "activations_baseline.json").read_bytes() == activations
-        assert (tmp_path / "results.json").read_bytes() == results
+        assert (code, out) == (0, table) and "its last line was cut off" in err
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
 
 
-def test_device_map(full, tmp_path):
+def test_device_map(full, tmp_path, monkeypatch, capsys):
     """Placed by the library, on a CPU, the model answers as it does when placed by us."""
     _, found = full
-    for name, records_found in run_rounds(tmp_path, "--device-map", "auto", "--limit", 30).items():
-        assert records_found and all(record == found[name][i] for i, record in records_found.items())
+    _, ours = run_rounds(tmp_path, monkeypatch, capsys, "--device-map", "auto", "--limit", 30)
+    for name, records in ours.items():
+        assert records and all(record["text"] == found[name][i]["text"] for i, record in records.items())
     assert read_journal(tmp_path / "predictions_true.jsonl")[0]["device"] == "auto"
 
 
-def test_another_runs_files(full, tmp_path, monkeypatch, capsys):
-    """A demo run's files make way for another run's; a real run's only with --overwrite."""
+def test_another_runs_files(tmp_path, monkeypatch, capsys):
+    """Refused with one line, and untouched; with --overwrite replaced."""
     arguments = ["--demo", "--limit", "20", "--output-dir", tmp_path]
     assert run_script("baseline", arguments, monkeypatch, capsys)[0] == 0
-    code, out, err = run_script("baseline", [*arguments, "--dtype", "bfloat16"], monkeypatch, capsys)
-    assert code == 0 and err.count("the files of a demo run are replaced (dtype") == 1
-    code, out, err = run_script("baseline_after_false", arguments, monkeypatch, capsys)
-    assert code == 2 and 'dtype "bfloat16", now "float32"' in err and len(err.splitlines()) == 1
-    for path in tmp_path.iterdir():  # as if these were not of a demo run
-        path.write_text(path.read_text().replace('"demo": true', '"demo": false'))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    other = [*arguments, "--dtype", "bfloat16"]
+    for script in ("baseline", "baseline_after_false"):
+        code, out, err = run_script(script, other, monkeypatch, capsys)
+        assert code == 2 and 'dtype "float32", now "bfloat16"' in err and len(err.splitlines()) == 1
+        assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    code, out, err = run_script("baseline", ["--demo", "--limit", 9, *arguments[3:]], monkeypatch, capsys)
+    assert code == 2 and "limit 20, now 9" in err
+    assert run_script("baseline", [*other, "--overwrite"], monkeypatch, capsys)[0] == 0
+    assert run_script("baseline_after_false", other, monkeypatch, capsys)[0] == 0
+
+
+def test_several_rankings_and_k_at_once(full, tmp_path, monkeypatch, capsys):
+    """Three commands: the model is loaded once each, every file is what a single command of its own leaves."""
+    names = list(rankings.RANKINGS)
+    given = ["--limit", 40, "--ranking", *names]
+    loads, load = [], common.load
+    monkeypatch.setattr(common, "load", lambda *arguments: loads.append(1) or load(*arguments))
+    ks = ["--k", "0", "1", "10", "50%"]
+    out, found = run_rounds(tmp_path, monkeypatch, capsys, *given, masks=ks)
+    assert len(loads) == 3
+    assert all(len(line) <= 100 for line in out.splitlines())
+    entries = json.loads((tmp_path / "results.json").read_text())
+    assert len(entries) == len(names) * (1 + 2 * 4)
+    assert (tmp_path / "results.png").exists()
+    _, whole = full
+    for name, records in found.items():  # as in the run of the baseline alone, in other batches
+        assert all(record["text"] == whole[name][i]["text"] for i, record in records.items())
+    texts = {}
+    for name in names:
+        content = json.loads((tmp_path / f"activations_{name}.json").read_text())
+        assert content["run"]["ranking"] == name
+        kept = [sample["id"] for sample in content["samples"]]
+        assert kept == kept_ids(found["baseline"])
+        prefix = "" if name == "baseline" else f"{name}_"
+        _, zero = read_journal(tmp_path / f"predictions_{prefix}false_k0.jsonl")
+        assert [r["text"] for r in zero.values()] == [found["baseline"][i]["text"] for i in kept]
+        texts[name] = [r["text"] for r in read_journal(tmp_path / f"predictions_{prefix}false.jsonl")[1].values()]
+    assert len({tuple(text) for text in texts.values()}) >= 4
+    # One of them alone, in a folder of its own, and asked for later.
+    alone = ["--limit", 40, "--output-dir", tmp_path / "alone", "--demo"]
+    for more in ([], ["--ranking", "gradsae"]):
+        assert run_script("baseline", [*alone, *more], monkeypatch, capsys)[0] == 0
+    for name in ("activations_gradsae.json", "activations_baseline.json", "predictions_gradsae.jsonl"):
+        ours, theirs = (samples_of(folder / name) for folder in (tmp_path / "alone", tmp_path))
+        assert [s["id"] for s in ours] == [s["id"] for s in theirs]
+        same = sum(lists_of(a) == lists_of(b) for a, b in zip(ours, theirs))
+        assert same >= 0.95 * len(ours)  # known answers run in one pass: scores that all but agree change places
+
+
+def samples_of(path):
+    return json.loads(path.read_text())["samples"] if path.suffix == ".json" else list(read_journal(path)[1].values())
+
+
+def lists_of(sample):
+    sample = sample.get("latents", {}).get("gradsae", sample)
+    return sample["topk"][:6], sample["bottomk"][:3]
+
+
+def test_the_random_rankings_seed_is_the_files(tmp_path, monkeypatch, capsys):
+    """Round 1 with --seed 7; rounds 2 and 3 take ranking and seed from the file, whatever they are given."""
+    given = ["--demo", "--limit", 20, "--output-dir", tmp_path, "--ranking", "random"]
+    assert run_script("baseline", [*given, "--seed", 7], monkeypatch, capsys)[0] == 0
+    code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
+    assert code == 0, err
+    assert read_journal(tmp_path / "predictions_random_false.jsonl")[0]["ranking_seed"] == 7
+    entries = json.loads((tmp_path / "results.json").read_text())
+    assert {entry["run"]["ranking_seed"] for entry in entries} == {7}
+    code, _, err = run_script("baseline", given, monkeypatch, capsys)
+    assert code == 2 and "ranking_seed 7, now 42" in err and len(err.splitlines()) == 1
+
+
+def test_matched_masks_remove_as_much(full, tmp_path, monkeypatch, capsys):
+    """As many as it takes and no more, for each K of its own; the table's column is near the baseline's."""
+    given = ["--demo", "--limit", 60, "--output-dir", tmp_path, "--ranking", "baseline", "matched"]
+    assert run_script("baseline", given, monkeypatch, capsys)[0] == 0
+    code, _, err = run_script("baseline_after_false", [*given, "--k", "1", "50%", "10"], monkeypatch, capsys)
+    assert code == 0, err
+    entries = json.loads((tmp_path / "results.json").read_text())
+    removed = {(e["run"]["ranking"], e["k"]): e["removed"] for e in entries if e["round"] == "false"}
+    counts = {(e["run"]["ranking"], e["k"]): e["mean_k"] for e in entries if e["round"] == "false"}
+    for k in ("1", "50%", "10"):
+        assert removed["baseline", k] <= removed["matched", k] <= removed["baseline", k] + 6
+    assert counts["matched", "50%"] > 2 * counts["baseline", "50%"]
+    # Without the baseline's file it is refused.
+    (tmp_path / "activations_baseline.json").unlink()
+    other = ["--demo", "--limit", 60, "--output-dir", tmp_path, "--ranking", "matched", "--k", "2"]
+    code, _, err = run_script("baseline_after_false", other, monkeypatch, capsys)
+    assert code == 2 and "activations_baseline.json: there is no such file" in err
+
+
+def test_a_ranking_of_ones_own(tmp_path, monkeypatch, capsys, demo, demo_questions):
+    """README's example: mean activation over the answer's positions only. One function, one line."""
+
+    def rank_by_answer(model, sequences, seed, baseline):
+        for sequence in sequences:
+            start, end = len(sequence.prompt), len(sequence.prompt) + sequence.bracket
+            yield sequence.latents.take(torch.arange(start, end)).mean(model.splice.d_sae)
+
+    monkeypatch.setitem(rankings.RANKINGS, "answer", rank_by_answer)
+    run_rounds(tmp_path, monkeypatch, capsys, "--limit", 12, "--ranking", "answer", rounds=ROUNDS[:1])
+    given = ["--demo", "--limit", 12, "--output-dir", tmp_path, "--ranking", "answer"]
+    assert run_script("baseline_after_false", given, monkeypatch, capsys)[0] == 0
+    samples = json.loads((tmp_path / "activations_answer.json").read_text())["samples"]
+    model, _ = demo
+    for sample in samples[:4]:
+        question = next(q for q in demo_questions if q.id == sample["id"])
+        prompt = oracle.encode_prompt(demo[1], question.context, question.question)
+        end = common.find_bracket(demo[1], sample["tokens"])
+        seen = []
+        with torch.no_grad(), model.model.hooks(fwd_hooks=[(model.hook_name, lambda x, hook: seen.append(x))]):
+            model.model(torch.tensor([prompt + sample["tokens"][:end]]))
+        scores = model.splice.sae.encode(seen[0][0, len(prompt) :]).mean(0)
+        assert [scores[i].item() for i in sample["topk"][:6]] == pytest.approx(scores.topk(6).values.tolist(), rel=1e-4)
+
+
+def test_nothing_kept(tmp_path, monkeypatch, capsys):
+    """A round 1 that keeps no question says so, whatever the ranking; there is nothing to mask then."""
+    questions = [json.loads(line) for line in (ROOT / "demo" / "questions.jsonl").read_text().splitlines()[:5]]
+    lines = [json.dumps(question | {"answers": {"text": ["quite another answer"]}}) for question in questions]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    arguments = ["--demo", "--dataset", tmp_path / "questions.jsonl", "--output-dir", tmp_path]
+    arguments += ["--ranking", "baseline", "gradsae"]
     code, out, err = run_script("baseline", arguments, monkeypatch, capsys)
-    assert code == 2 and "dtype" in err and "--overwrite" in err and len(err.splitlines()) == 1
-    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert run_script("baseline", [*arguments, "--overwrite"], monkeypatch, capsys)[0] == 0
-    assert run_script("baseline_after_false", arguments, monkeypatch, capsys)[0] == 0
+    assert code == 0 and "0 answered right and kept" in out and "No question was kept" in out
+    code, _, err = run_script("baseline_after_false", arguments, monkeypatch, capsys)
+    assert code == 2 and "kept no question" in err and len(err.splitlines()) == 1
 
 
-def test_smaller_k(full, tmp_path, monkeypatch, capsys):
-    """--k takes the first of each question's list, and says for how many questions the list is shorter."""
-    folder, _ = full
-    activations = folder / "activations_baseline.json"
-    arguments = ["--demo", "--limit", "40", "--activations", activations, "--output-dir", tmp_path]
-    code, out, err = run_script("baseline_after_false", [*arguments, "--k", "1"], monkeypatch, capsys)
-    assert code == 0 and "fewer than" not in err
-    code, out, err = run_script("baseline_after_false", [*arguments, "--k", "500"], monkeypatch, capsys)
-    assert code == 0
-    n = len(read_journal(tmp_path / "predictions_false_k500.jsonl")[1])
-    assert f"{n} of {n} questions have fewer than 500 ranked latents" in err
-    _, all_of_them = read_journal(tmp_path / "predictions_false_k500.jsonl")
-    whole = read_journal(folder / "predictions_false.jsonl")[1]
-    assert all(whole[question_id]["text"] == record["text"] for question_id, record in all_of_them.items())
+def test_nothing_in_the_brackets(tmp_path, monkeypatch, capsys, demo):
+    """gradsae-answer has no score then: the question stays, its lists are empty, and the table says for how many."""
+    monkeypatch.setattr(common, "find_answer", lambda tokenizer, tokens: [])
+    given = ["--demo", "--limit", 10, "--output-dir", tmp_path, "--ranking", "gradsae-answer"]
+    assert run_script("baseline", given, monkeypatch, capsys)[0] == 0
+    code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
+    samples = json.loads((tmp_path / "activations_gradsae-answer.json").read_text())["samples"]
+    assert code == 0 and f"{len(samples)} of {len(samples)} questions have fewer than 50% ranked latents" in err
+    assert len(read_journal(tmp_path / "predictions_gradsae-answer_false.jsonl")[1]) == len(samples)
+
+
+def test_questions_of_other_forms(demo_questions, tmp_path, monkeypatch, capsys):
+    """The demo's first questions by way of `datasets` and in SQuAD's form answer as they do line by line."""
+    from test_questions import UNANSWERABLE, write
+
+    rows = [
+        {"id": q.id, "context": q.context, "question": q.question,
+         "answers": {"text": list(q.truths), "answer_start": [0] * len(q.truths)}}
+        for q in demo_questions[:12]
+    ]  # fmt: skip
+    found = []
+    for form in ("lines", "nested", "folder"):
+        arguments = ["--demo", "--dataset", write(form, [*rows, UNANSWERABLE], tmp_path)]
+        arguments += ["--split", "validation", "--output-dir", tmp_path / form]
+        code, _, err = run_script("baseline", arguments, monkeypatch, capsys)
+        assert code == 0 and "1 questions without a ground truth are left out" in err
+        found.append(read_journal(tmp_path / form / "predictions_baseline.jsonl")[1])
+    assert found[0] == found[1] == found[2] and len(found[0]) == 12
 
 
 def test_k_of_a_question():
-    assert [rounds.masked_count(k, 27) for k in ("50%", "10%", "1%", "7", "99")] == [13, 2, 0, 7, 99]
+    assert [common.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
 
 
-def test_out_of_memory_halves_the_batch(capsys):
-    calls = []
-
-    def answer(batch, tokens):
-        calls.append(len(batch))
-        if len(batch) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return [(index, tokens) for index in batch]
-
-    in_parts = work.halved_when_memory_runs_out(answer)
-    assert in_parts(list(range(11)), 7) == [(index, 7) for index in range(11)]
-    assert in_parts([5, 4, 3], 9) == [(5, 9), (4, 9), (3, 9)]
-    assert calls == [11, 5, 2, 2, 2, 2, 2, 1, 2, 1]
-    assert capsys.readouterr().err.count("Out of memory with") == 2
-    with pytest.raises(ZeroDivisionError):  # anything else is not ours to handle
-        work.halved_when_memory_runs_out(lambda batch, tokens: 1 / 0)([1, 2], 3)
+def test_activations_of_different_questions(full, tmp_path, monkeypatch, capsys):
+    folder, _ = full
+    run, samples = results.read_activations(folder / "activations_baseline.json")
+    results.write_activations(tmp_path / "activations_baseline.json", run, samples)
+    results.write_activations(tmp_path / "activations_gradsae.json", run | {"ranking": "gradsae"}, samples[:9])
+    given = ["--demo", "--output-dir", tmp_path, "--ranking", "baseline", "gradsae"]
+    code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
+    assert code == 2 and "of different questions" in err and len(err.splitlines()) == 1

@@ -1,0 +1,158 @@
+"""What is measured: the bundled demo, or a random model and SAE of a given shape; loaded as the rounds load theirs."""
+
+import dataclasses
+import functools
+import math
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from transformers import Gemma2Config, Gemma2ForCausalLM  # noqa: E402
+
+import common  # noqa: E402
+from experiment import answers, options, questions  # noqa: E402
+from experiment.splice import Splice  # noqa: E402
+
+QUESTIONS_A_CONTEXT = 5  # SQuAD's validation set has 10,570 questions on 2,067 contexts
+NEW_TOKENS = 12  # of a random model: "Result = [[ ... ]]" and the end of the turn, around a short answer
+BRACKET = 2  # the place of the [ in such an answer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A random Gemma 2 with a random JumpReLU SAE of width d_sae after one of its layers, about `active` latents active.
+
+    saved: it is small enough to be saved to a folder, and loaded from there.
+    """
+
+    config: dict
+    layer: int
+    d_sae: int
+    active: int
+    saved: bool = True
+
+
+SHAPES = {
+    "gemma-2-9b-it": Shape(
+        dict(vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
+             num_attention_heads=16, num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256),
+        layer=9, d_sae=131072, active=120, saved=False,
+    ),
+    "gemma-3-270m": Shape(
+        dict(vocab_size=32000, hidden_size=640, intermediate_size=2048, num_hidden_layers=18,
+             num_attention_heads=4, num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256),
+        layer=9, d_sae=65536, active=150,
+    ),
+    "tiny": Shape(  # for tests
+        dict(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16),
+        layer=1, d_sae=1024, active=30,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Workload:
+    """bracket(tokens): the place of the last [ in an answer, up to which its latents are ranked, or None."""
+
+    model: answers.SplicedModel
+    prompts: list[list[int]]
+    contexts: list
+    new_tokens: int
+    bracket: Callable
+
+
+def load_demo(chosen):
+    """The bundled model and SAE, and prompts of its questions."""
+    tokenizer = common.load_tokenizer(chosen)
+    bracket = functools.partial(common.find_bracket, tokenizer)
+    return Workload(common.load(chosen, tokenizer), *demo_prompts(chosen, tokenizer), chosen.max_new_tokens, bracket)
+
+
+def demo_prompts(chosen, tokenizer):
+    found, *_ = questions.load(options.bundled(chosen.dataset), chosen.split)
+    found = questions.select(found, chosen.limit, chosen.sample, chosen.seed)
+    template = common.choose_template(chosen.prompt_template, tokenizer)
+    prompts = [common.tokenize(tokenizer, common.build_prompt(template, q.context, q.question)) for q in found]
+    return prompts, [q.context for q in found]
+
+
+def load_shape(shape, chosen, count):
+    """A random model and SAE of this shape, and `count` prompts. chosen: the Options that say device and precisions.
+
+    A small one is saved, and loaded by what loads a round's. gemma-2-9b-it's 22 GB stay on the device where they are
+    made: a bridge goes around them there, and from then on it is what a round does after loading.
+    """
+    tokenizer = common.load_tokenizer(chosen)  # any: prompts are made of random ids
+    lm = make_lm(shape, chosen.device, getattr(torch, chosen.dtype))
+    sae = make_sae(lm, shape)
+    if shape.saved:
+        with tempfile.TemporaryDirectory() as folder:
+            lm.save_pretrained(f"{folder}/model")
+            sae.save_model(f"{folder}/sae")
+            del lm, sae
+            names = {"model": f"{folder}/model", "sae_release": f"{folder}/sae", "sae_id": ""}
+            model = common.load(dataclasses.replace(chosen, **names), tokenizer)
+    else:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        bridge = TransformerBridge.boot_transformers("google/gemma-2-9b-it", hf_model=lm, tokenizer=tokenizer)
+        sae = sae.to(dtype=getattr(torch, chosen.sae_dtype.replace("tf32", "float32")))
+        model = answers.SplicedModel(common.settle_model(bridge, tokenizer), Splice(sae))
+    model.end_ids = {shape.config["vocab_size"]}  # no token ends an answer: the number of new tokens is fixed
+    prompts, contexts = make_prompts(count, shape.config["vocab_size"])
+    return Workload(model, prompts, contexts, NEW_TOKENS, lambda tokens: BRACKET)
+
+
+def make_lm(shape, device, dtype):
+    """A Gemma 2 with random weights, made on the device itself."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            config = Gemma2Config(**shape.config, sliding_window=4096)
+            return Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def make_sae(lm, shape):
+    """A random SAE in float32, its threshold such that about `active` latents are over it on random prompts."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    d_in, metadata = lm.config.hidden_size, SAEMetadata(hook_name=f"blocks.{shape.layer}.hook_resid_post")
+    config = JumpReLUSAEConfig(d_in=d_in, d_sae=shape.d_sae, device=str(lm.device), metadata=metadata)
+    sae = JumpReLUSAE(config).eval().requires_grad_(False)
+    torch.manual_seed(1)
+    sae.W_enc.copy_(torch.randn(d_in, shape.d_sae, device=lm.device) / math.sqrt(d_in))
+    sae.W_dec.copy_(sae.W_enc.T / shape.active)
+    ids = torch.randint(lm.config.vocab_size, (4, 64), device=lm.device)
+    residual = lm(ids, output_hidden_states=True, logits_to_keep=1).hidden_states[shape.layer + 1]
+    before = residual.flatten(0, 1).float() @ sae.W_enc + sae.b_enc  # [pos, d_sae]
+    sae.threshold.fill_(before.topk(shape.active + 1).values[:, -1].median().clamp(min=0).item())
+    return sae
+
+
+def make_prompts(count, vocab_size):
+    """Token ids of SQuAD's lengths: contexts of about 155 tokens, questions of about 15, and the template's 40."""
+    rng, prompts, contexts = random.Random(2), [], []
+
+    def tokens(length):
+        return [rng.randrange(3, vocab_size) for _ in range(length)]
+
+    head, tail = tokens(15), tokens(25)
+    for number in range(count):
+        context = tokens(round(min(700, max(30, rng.lognormvariate(math.log(145), 0.38)))))
+        for _ in range(QUESTIONS_A_CONTEXT):
+            prompts.append([2, *head, *context, *tokens(rng.randint(9, 22)), *tail])
+            contexts.append(number)
+    return prompts[:count], contexts[:count]
