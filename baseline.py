@@ -63,23 +63,23 @@ def answer(round_, model, batch, answered):
     prompt, and what was generated before the last token with a [ in it.
     """
     import common
-    from experiment import answers, rankings
+    from experiment import answers, prompts, rankings
 
     known = all(question.id in answered for question in batch)  # another ranking of finished answers is asked for
     if known:
         batch = [question for question in batch if "latents" in answered[question.id]]
 
     def work(part):
-        prompts, contexts = [round_.prompt_ids(q) for q in part], [q.context for q in part]
+        ids, contexts = [round_.prompt_ids(q) for q in part], [q.context for q in part]
         tokens = [answered[q.id]["tokens"] for q in part] if known else None
-        return answers.answer(model, prompts, contexts, round_.options.max_new_tokens, tokens)
+        return answers.answer(model, ids, contexts, round_.options.max_new_tokens, tokens)
 
     records, sequences = [], []
     for question, found in zip(batch, answers.in_halves(work, batch) if batch else []):
         record = answered[question.id] if known else common.score(round_.tokenizer, question, found)
-        bracket = common.find_bracket(round_.tokenizer, found.tokens)
+        bracket = prompts.find_bracket(round_.tokenizer, found.tokens)
         if record["f1"] >= KEEP_F1 and bracket is not None:
-            inside = common.find_answer(round_.tokenizer, found.tokens)
+            inside = prompts.find_answer(round_.tokenizer, found.tokens)
             sequence = rankings.Sequence(
                 question.id, round_.prompt_ids(question), found.tokens, bracket, inside, found.latents
             )

@@ -3,13 +3,11 @@
 Importing it takes seconds (PyTorch): the scripts do so once the options are known to be good.
 """
 
-import contextlib
 import copy
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import os
 import re
 from pathlib import Path
 from unittest import mock
@@ -18,9 +16,10 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from experiment import UserError, answers, catalogue, estimates, questions, results, rounds, say
+from experiment import UserError, answers, catalogue, estimates, passes, questions, results, rounds, say
 from experiment.hub import hub_errors, prepare_libraries
 from experiment.options import bundled
+from experiment.prompts import BRACKETS, build_prompt, find_answer, find_special_ids, tokenize
 from experiment.rounds import Round
 from experiment.splice import Splice
 
@@ -40,7 +39,6 @@ TEMPLATES = {
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
-BRACKETS = re.compile(r"\[\s*(.*?)\s*\]")  # on one line
 # Not hook_resid_mid: TransformerLens replaces what the MLP reads there, but not what is added to the MLP's output.
 PLACES = r"blocks\.[0-9]+\.(?:hook_resid_pre|hook_resid_post|hook_mlp_out|hook_attn_out|attn\.hook_z)"
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
@@ -76,44 +74,10 @@ def choose_template(name, tokenizer):
     return text
 
 
-def build_prompt(template, context, question):
-    """The prompt's text, BOS not included. Only the two fields are filled in: other braces stay as they are."""
-    fields = {"{context}": context, "{question}": question}
-    return re.sub(r"\{context\}|\{question\}", lambda match: fields[match[0]], template)
-
-
-def tokenize(tokenizer, text):
-    """Token ids of a prompt; BOS stands first exactly once, whether or not the text begins with it."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-
-
-def find_special_ids(tokenizer):
-    """The ids of BOS, padding, turn markers and the like, ascending."""
-    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return sorted({*tokenizer.all_special_ids, *added})
-
-
 def parse_answer(text):
     """The answer in a generated text: what the first [ ... ] on one line holds, or all of it; without [, ] and =."""
     match = BRACKETS.search(text)
     return re.sub(r"[\[\]=]", "", match[1] if match else text).strip()
-
-
-def find_bracket(tokenizer, tokens):
-    """The place of the last generated token whose text contains [, or None. Latents are ranked just before it."""
-    return next((i for i in reversed(range(len(tokens))) if "[" in tokenizer.decode([tokens[i]])), None)
-
-
-def find_answer(tokenizer, tokens):
-    """The places of the generated tokens that write the answer inside the brackets; none where nothing stands there."""
-    texts = [tokenizer.decode(tokens[:n], skip_special_tokens=True) for n in range(len(tokens) + 1)]
-    match = BRACKETS.search(texts[-1])
-    inner = match[1].lstrip("[]= ") if match else ""  # of [[ Oslo ]] the match holds a bracket too
-    start = match.end(1) - len(inner) if match else 0
-    end = start + len(inner.rstrip("[]= "))
-    return [n for n in range(len(tokens)) if len(texts[n]) < end and len(texts[n + 1]) > start]
 
 
 def score(tokenizer, question, answer):
@@ -187,12 +151,15 @@ def load_model(options, tokenizer):
     """The model: a TransformerBridge over Transformers' own weights, greedy and nothing else."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    # Blocks that grow in place, for every batch has another width. PyTorch reads this when it first uses CUDA.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # For a model that also reads pictures (Gemma 3 from 4b on) TransformerLens asks for its processor, and where that
     # needs torchvision it has pip install it in the middle of the round, and another torch with it. Text needs neither.
     no_processor = mock.patch("transformers.AutoProcessor.from_pretrained", lambda *_, **__: None)
-    with hub_errors(options.model), no_processor:
+    # A mapped file stays in memory while its tensors are converted: twice the model's size, from bfloat16 to float16.
+    safe_open = transformers.modeling_utils.safe_open
+    unmapped = mock.patch(
+        "transformers.modeling_utils.safe_open", lambda file, **how: safe_open(file, **how | {"backend": "pread"})
+    )
+    with hub_errors(options.model), no_processor, unmapped:
         model = TransformerBridge.boot_transformers(
             catalogue.official_name(bundled(options.model)),
             dtype=getattr(torch, options.dtype),
@@ -228,7 +195,7 @@ def load(options, tokenizer):
         place = sae.cfg.metadata.hook_name
         raise UserError(f"{options.sae_release}: is for {place}, a place that {options.model} does not have")
     bypass = find_special_ids(tokenizer) if options.exclude_special_tokens else ()
-    return answers.SplicedModel(model, Splice(sae, options.error_term, bypass))
+    return passes.SplicedModel(model, Splice(sae, options.error_term, bypass))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

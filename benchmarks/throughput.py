@@ -33,7 +33,7 @@ import workloads  # finds the project's modules
 from accelerate.utils.memory import release_memory
 
 import common
-from experiment import answers, guard, options, rankings
+from experiment import answers, guard, options, passes
 from experiment.hub import prepare_libraries
 from experiment.splice import Splice
 
@@ -46,85 +46,6 @@ SIZES = {
     "gemma-3-270m": (32, 4, 4096),
     "tiny": (12, 2, 1024),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is measured
-
-
-def naive_loop(work, numbers, masked):
-    """As the authors' scripts do it: batch 1, no cache, the whole sequence again for every new token."""
-    bridge, sae, generated = work.model.model, work.model.splice.sae, []
-    for number, latents in zip(numbers, masked):
-
-        def replace_residual(residual, hook, latents=latents):
-            acts = sae.encode(residual.to(sae.dtype))
-            acts[:, :, latents] = 0
-            return sae.decode(acts).to(residual.dtype)
-
-        tokens = []
-        while len(tokens) < work.new_tokens and not work.model.end_ids & set(tokens[-1:]):
-            ids = torch.tensor([work.prompts[number] + tokens], device=work.model.device)
-            with torch.no_grad(), bridge.hooks(fwd_hooks=[(work.model.hook_name, replace_residual)]):
-                tokens.append(bridge(ids)[0, -1].argmax().item())
-        generated.append(tokens)
-    return generated
-
-
-@torch.no_grad()
-def plain_generate(lm, prompts, batches, new_tokens):
-    """Transformers alone: no SAE, no hooks, no shared prefixes."""
-    for batch in batches:
-        ids, mask = answers.pad_left([prompts[i] for i in batch], lm.generation_config.pad_token_id, lm.device)
-        lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A question's round 1. active: how many latents at the last position.  lists: the baseline's topk and bottomk."""
-
-    tokens: list[int]
-    active: int
-    lists: dict[str, list]
-
-    def latents(self, which, k):
-        """Those that rounds 2 and 3 mask."""
-        return self.lists[which][: common.count_masked(k, self.active)]
-
-
-def round_1(work, batches, names=("baseline",)):
-    """{number: Found}. As in baseline.py, but wrong answers' latents are ranked too. names: rankings, baseline first."""
-    found = {}
-
-    def answer(batch):
-        prompts, contexts = [work.prompts[i] for i in batch], [work.contexts[i] for i in batch]
-        return answers.answer(work.model, prompts, contexts, work.new_tokens)
-
-    for batch in batches:
-        sequences = []
-        for i, given in zip(batch, answers.in_halves(answer, batch)):
-            bracket = min(work.bracket(given.tokens) or workloads.BRACKET, len(given.tokens) - 1)
-            sequences.append(rankings.Sequence(i, work.prompts[i], given.tokens, bracket, [bracket], given.latents))
-        first, *_ = [list(rankings.rank(work.model, name, sequences, seed=0)) for name in names]
-        for sequence, lists in zip(sequences, first):
-            found[sequence.id] = Found(sequence.generated, len(sequence.ranked.active_at_the_end()), lists)
-    return found
-
-
-def masked_round(work, batches, found, which, ks=("50%",)):
-    """{number: [tokens for each K]}. As common.masked_round; found: what round_1 gave, its answers are the drafts."""
-
-    def answer(batch):
-        prompts, contexts = [work.prompts[i] for i in batch], [work.contexts[i] for i in batch]
-        masks = (work.model.splice.mask([found[i].latents(which, k) for i in batch]) for k in ks)
-        drafts = [found[i].tokens for i in batch]
-        return list(zip(*answers.answer_masked(work.model, prompts, contexts, drafts, masks, work.new_tokens)))
-
-    return {
-        i: [given.tokens for given in of_question]
-        for batch in batches
-        for i, of_question in zip(batch, answers.in_halves(answer, batch))
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +90,9 @@ def measure(function, device, repeats, splice=None):
         watch.call(function)
         seconds.append(watch.seconds)
     peak = peak_gb(device)
-    return Figures(statistics.median(seconds), time_splice(function, device, splice) if splice else math.nan, peak), result
+    return Figures(
+        statistics.median(seconds), time_splice(function, device, splice) if splice else math.nan, peak
+    ), result
 
 
 def time_splice(function, device, splice):
@@ -217,7 +140,7 @@ def measure_plain(args):
     if args.shape:
         lm.generation_config.eos_token_id = [lm.config.vocab_size]  # nothing, as for ours
     batches = answers.plan_batches([len(prompt) for prompt in prompts], args.batch_tokens, range(len(prompts)))
-    generate = functools.partial(plain_generate, lm, prompts, batches, new_tokens)
+    generate = functools.partial(workloads.plain_generate, lm, prompts, batches, new_tokens)
     return measure(generate, args.device, args.repeats)[0]
 
 
@@ -241,14 +164,14 @@ def measure_ours(args):
         return result
 
     first = answers.plan_batches(lengths, args.batch_tokens, work.contexts)
-    found = row("round 1, ranked", round_1, first)
+    found = row("round 1, ranked", workloads.round_1, first)
     with_drafts = [length + len(found[i].tokens) for i, length in enumerate(lengths)]
     batches = answers.plan_batches(with_drafts, args.batch_tokens, work.contexts)
-    top = row("TopK masked, K = 50%", masked_round, batches, found, "topk")
-    bottom = row("BottomK masked, K = 50%", masked_round, batches, found, "bottomk")
+    top = row("TopK masked, K = 50%", workloads.masked_round, batches, found, "topk")
+    bottom = row("BottomK masked, K = 50%", workloads.masked_round, batches, found, "bottomk")
     further, by_gradient = f"each further K ({', '.join(FURTHER_K)})", "GradSAE's ranking"
-    row(further, masked_round, batches, found, "topk", ("50%", *FURTHER_K))
-    row(by_gradient, round_1, first, ("baseline", "gradsae"))
+    row(further, workloads.masked_round, batches, found, "topk", ("50%", *FURTHER_K))
+    row(by_gradient, workloads.round_1, first, ("baseline", "gradsae"))
     rows[further] = rows[further].beyond(rows["TopK masked, K = 50%"], len(FURTHER_K))
     rows[by_gradient] = rows[by_gradient].beyond(rows["round 1, ranked"])
     few = min(args.naive_questions, len(lengths))
@@ -270,9 +193,9 @@ def measure_naive(device, work, few, found, masked):
     """The Figures that the naive loop would have for all questions, and how many of a few, of all lengths, agree."""
     numbers = random.Random(3).sample(range(len(found)), few)
     latents, watch = [found[i].latents("topk", "50%") for i in numbers], Stopwatch(device)
-    naive_loop(dataclasses.replace(work, new_tokens=1), numbers[:1], latents)  # warm-up
+    workloads.naive_loop(dataclasses.replace(work, new_tokens=1), numbers[:1], latents)  # warm-up
     peak_gb(device, reset=True)
-    generated = watch.call(naive_loop, work, numbers, latents)
+    generated = watch.call(workloads.naive_loop, work, numbers, latents)
     same = sum(tokens == masked[i][0] for i, tokens in zip(numbers, generated))
     return Figures(watch.seconds * len(found) / few, peak=peak_gb(device)), same
 
@@ -281,10 +204,10 @@ def compare(args, sae_dtype, work, first, batches, found, top):
     """What changes with the SAE in another precision than float32, in a line. found, top: what is right."""
     prepare_libraries(read_options(args, sae_dtype))
     sae = copy.deepcopy(work.model.splice.sae).to(dtype=getattr(torch, sae_dtype.replace("tf32", "float32")))
-    model = answers.SplicedModel(work.model.model, Splice(sae))
+    model = passes.SplicedModel(work.model.model, Splice(sae))
     model.end_ids = work.model.end_ids
     other = dataclasses.replace(work, model=model)
-    theirs, their_top = round_1(other, first), masked_round(other, batches, found, "topk")
+    theirs, their_top = workloads.round_1(other, first), workloads.masked_round(other, batches, found, "topk")
     prepare_libraries(read_options(args))
     unmasked = [{i: [f.tokens] for i, f in of_one.items()} for of_one in (found, theirs)]
     shared = {

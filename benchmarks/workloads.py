@@ -1,4 +1,5 @@
-"""What is measured: the bundled demo, or a random model and SAE of a given shape; loaded as the rounds load theirs."""
+"""What is measured: the rounds' own functions on the bundled demo, or on a random model and SAE of a given shape, and
+what they are compared with."""
 
 import dataclasses
 import functools
@@ -16,7 +17,7 @@ import torch  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM  # noqa: E402
 
 import common  # noqa: E402
-from experiment import answers, options, questions  # noqa: E402
+from experiment import answers, options, passes, questions, rankings  # noqa: E402
 from experiment.splice import Splice  # noqa: E402
 
 QUESTIONS_A_CONTEXT = 5  # SQuAD's validation set has 10,570 questions on 2,067 contexts
@@ -61,7 +62,7 @@ SHAPES = {
 class Workload:
     """bracket(tokens): the place of the last [ in an answer, up to which its latents are ranked, or None."""
 
-    model: answers.SplicedModel
+    model: passes.SplicedModel
     prompts: list[list[int]]
     contexts: list
     new_tokens: int
@@ -104,7 +105,7 @@ def load_shape(shape, chosen, count):
 
         bridge = TransformerBridge.boot_transformers("google/gemma-2-9b-it", hf_model=lm, tokenizer=tokenizer)
         sae = sae.to(dtype=getattr(torch, chosen.sae_dtype.replace("tf32", "float32")))
-        model = answers.SplicedModel(common.settle_model(bridge, tokenizer), Splice(sae))
+        model = passes.SplicedModel(common.settle_model(bridge, tokenizer), Splice(sae))
     model.end_ids = {shape.config["vocab_size"]}  # no token ends an answer: the number of new tokens is fixed
     prompts, contexts = make_prompts(count, shape.config["vocab_size"])
     return Workload(model, prompts, contexts, NEW_TOKENS, lambda tokens: BRACKET)
@@ -156,3 +157,82 @@ def make_prompts(count, vocab_size):
             prompts.append([2, *head, *context, *tokens(rng.randint(9, 22)), *tail])
             contexts.append(number)
     return prompts[:count], contexts[:count]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is done
+
+
+def naive_loop(work, numbers, masked):
+    """As the authors' scripts do it: batch 1, no cache, the whole sequence again for every new token."""
+    bridge, sae, generated = work.model.model, work.model.splice.sae, []
+    for number, latents in zip(numbers, masked):
+
+        def replace_residual(residual, hook, latents=latents):
+            acts = sae.encode(residual.to(sae.dtype))
+            acts[:, :, latents] = 0
+            return sae.decode(acts).to(residual.dtype)
+
+        tokens = []
+        while len(tokens) < work.new_tokens and not work.model.end_ids & set(tokens[-1:]):
+            ids = torch.tensor([work.prompts[number] + tokens], device=work.model.device)
+            with torch.no_grad(), bridge.hooks(fwd_hooks=[(work.model.hook_name, replace_residual)]):
+                tokens.append(bridge(ids)[0, -1].argmax().item())
+        generated.append(tokens)
+    return generated
+
+
+@torch.no_grad()
+def plain_generate(lm, prompts, batches, new_tokens):
+    """Transformers alone: no SAE, no hooks, no shared prefixes."""
+    for batch in batches:
+        ids, mask = passes.pad_left([prompts[i] for i in batch], lm.generation_config.pad_token_id, lm.device)
+        lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A question's round 1. active: how many latents at the last position.  lists: the baseline's topk and bottomk."""
+
+    tokens: list[int]
+    active: int
+    lists: dict[str, list]
+
+    def latents(self, which, k):
+        """Those that rounds 2 and 3 mask."""
+        return self.lists[which][: common.count_masked(k, self.active)]
+
+
+def round_1(work, batches, names=("baseline",)):
+    """{number: Found}. As in baseline.py, but wrong answers' latents are ranked too. names: rankings, baseline first."""
+    found = {}
+
+    def answer(batch):
+        prompts, contexts = [work.prompts[i] for i in batch], [work.contexts[i] for i in batch]
+        return answers.answer(work.model, prompts, contexts, work.new_tokens)
+
+    for batch in batches:
+        sequences = []
+        for i, given in zip(batch, answers.in_halves(answer, batch)):
+            bracket = min(work.bracket(given.tokens) or BRACKET, len(given.tokens) - 1)
+            sequences.append(rankings.Sequence(i, work.prompts[i], given.tokens, bracket, [bracket], given.latents))
+        first, *_ = [list(rankings.rank(work.model, name, sequences, seed=0)) for name in names]
+        for sequence, lists in zip(sequences, first):
+            found[sequence.id] = Found(sequence.generated, len(sequence.ranked.active_at_the_end()), lists)
+    return found
+
+
+def masked_round(work, batches, found, which, ks=("50%",)):
+    """{number: [tokens for each K]}. As common.masked_round; found: what round_1 gave, its answers are the drafts."""
+
+    def answer(batch):
+        prompts, contexts = [work.prompts[i] for i in batch], [work.contexts[i] for i in batch]
+        masks = (work.model.splice.mask([found[i].latents(which, k) for i in batch]) for k in ks)
+        drafts = [found[i].tokens for i in batch]
+        return list(zip(*answers.answer_masked(work.model, prompts, contexts, drafts, masks, work.new_tokens)))
+
+    return {
+        i: [given.tokens for given in of_question]
+        for batch in batches
+        for i, of_question in zip(batch, answers.in_halves(answer, batch))
+    }

@@ -34,6 +34,9 @@ def own_mistakes():
 
 def guard(main):
     """Runs a script's main. A person's mistake is one line and exit code 2, Ctrl-C 130; only our bugs trace back."""
+    # Memory that grows in place, for every batch has another width. PyTorch reads this as it is imported.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         main()
         return 0

@@ -10,24 +10,23 @@ cache for one mask at a time (344 KB a token; the lower layers' part, a quarter 
 the batch), while a step copies the cache once more at most, 0.5 GB of latents, and 2 GB for attention in one layer.
 """
 
-import contextlib
 import copy
-import os
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils.memory import release_memory, should_reduce_batch_size
 from transformers import DynamicCache
 
-from experiment import UserError, say
-from experiment.splice import Latents, hooked, join
+from experiment import say
+from experiment.passes import Layout, find_shared
+from experiment.splice import Latents, join
 
 
 @dataclass(frozen=True)
 class Answer:
-    """tokens: what was generated, up to and including the token that ended it.  log_probs: of each token of the
-    unmasked answer, in nats, one after the other given those before it (of a masked answer: under the mask).
-    latents: over the prompt and all tokens but the last, where asked for."""
+    """tokens: what was generated, up to and including the token that ended it.  log_probs: in nats, of each token given
+    those before it: of the draft's tokens under the mask, without a draft of its own.  latents: over the prompt and all
+    tokens but the last, where asked for."""
 
     tokens: list[int]
     log_probs: list[float]
@@ -71,205 +70,25 @@ def in_halves(work, batch):
     return in_halves(work, batch[:half]) + in_halves(work, batch[half:])
 
 
-def pad_left(sequences, pad_id, device):
-    """Token ids and attention mask [row, pos]: every row's next token stands at the same place."""
-    length = max(map(len, sequences))
-    ids = torch.full((len(sequences), length), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, length - len(sequence) :] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, length - len(sequence) :] = 1
-    return ids.to(device), mask.to(device)
-
-
-def find_shared(sequences, limits, contexts):
-    """What the sequences of each context begin with: a list of prefixes, and for each sequence the index of its own.
-
-    limits: how much of each sequence may be in a prefix, at least 1 less than its length. Prefixes are cut so that
-    about as much is left of all sequences: padding costs what it costs in a batch without prefixes.
-    """
-    groups = {}
-    for row, (key, sequence) in enumerate(zip(contexts, sequences)):
-        groups.setdefault((key, sequence[0]), []).append(row)  # those that begin alike, so that no prefix is empty
-    shared = [
-        min(len(os.path.commonprefix([sequences[row] for row in rows])), *(limits[row] for row in rows))
-        for rows in groups.values()
-    ]
-    left = max(
-        (max(len(sequences[row]) for row in rows) - n for rows, n in zip(groups.values(), shared) if len(rows) > 1),
-        default=max(map(len, sequences)),
-    )
-    prefixes, owners = [], [0] * len(sequences)
-    for number, (rows, n) in enumerate(zip(groups.values(), shared)):
-        longest = max(rows, key=lambda row: len(sequences[row]))
-        prefixes.append(sequences[longest][: max(1, min(n, len(sequences[longest]) - left))])
-        for row in rows:
-            owners[row] = number
-    return prefixes, owners
-
-
-class Layout:
-    """A batch of sequences on the device, left-padded in two parts: shared prefixes, and the rest of each sequence.
-
-    prefix_ids, prefix_mask: [context, prefix]; rest_ids, rest_mask: [row, rest]; owners: [row], each one's prefix.
-    Without prefixes that part is 0 positions wide. attention: [row, prefix + rest].
-    """
-
-    def __init__(self, sequences, pad_id, device, prefixes=((),), owners=None):
-        owners = [0] * len(sequences) if owners is None else owners
-        self.lengths = [(len(prefixes[o]), len(ids) - len(prefixes[o])) for o, ids in zip(owners, sequences)]
-        self.prefix_ids, self.prefix_mask = pad_left(prefixes, pad_id, device)
-        self.rest_ids, self.rest_mask = pad_left([s[n:] for s, (n, _) in zip(sequences, self.lengths)], pad_id, device)
-        self.owners = torch.tensor(owners, device=device)
-        self.attention = torch.cat([self.prefix_mask[self.owners], self.rest_mask], 1)
-        self.ids = torch.cat([self.prefix_ids[self.owners], self.rest_ids], 1)
-
-    def places(self):
-        """Where each position of [row, prefix + rest] stands among the prefixes' positions and then the rests'."""
-        contexts, prefix = self.prefix_ids.shape
-        rows, rest = self.rest_ids.shape
-        device = self.rest_ids.device
-        of_prefix = self.owners[:, None] * prefix + torch.arange(prefix, device=device)
-        of_rest = contexts * prefix + torch.arange(rows * rest, device=device).view(rows, rest)
-        return torch.cat([of_prefix, of_rest], 1)
-
-
-class _Reached(Exception):
-    """Carries what the first layer above the SAE reads, and ends the forward pass there."""
-
-
-class _Passed(torch.nn.Module):
-    """A layer that was run before: the last one of these hands on its result, the others whatever they get."""
-
-    def __init__(self, result=None):
-        super().__init__()
-        self.result = result
-
-    def forward(self, hidden, *_, **__):
-        return hidden if self.result is None else self.result
-
-
-class SplicedModel:
-    """A TransformerBridge with an SAE in it. All forward passes of the rounds are made here.
-
-    boundary: the first layer that has to run again for another mask; None where all have to.  at_boundary: whether
-    the SAE stands between two layers there, so that what it gives is all that the layers above see.
-    """
-
-    def __init__(self, model, splice):
-        self.model, self.splice, self.lm = model, splice, model.original_model
-        self.hook_name = splice.sae.cfg.metadata.hook_name
-        config = self.lm.generation_config
-        self.end_ids, self.pad_id, self.device = set(config.eos_token_id), config.pad_token_id, self.lm.device
-        layers = len(self.lm.get_decoder().layers)
-        above = int(self.hook_name.split(".")[1]) + self.hook_name.endswith("resid_post")
-        self.boundary = above if 0 < above < layers else None
-        self.at_boundary = self.boundary is not None and "resid" in self.hook_name
-        # A window counts places in the cache, padding between prefix and rest included.
-        self.window = getattr(self.lm.config.get_text_config(), "sliding_window", None) or float("inf")
-        self.seen = None  # a list that gets the Latents of every pass, when asked for
-        self._pass = None  # where the SAE stands in the pass under way, its mask, and what stands in its place
-
-    @contextlib.contextmanager
-    def ready(self):
-        """The SAE in its place, for as long as the block lasts."""
-        with hooked(self.model, self.hook_name, self._replace):
-            yield self
-
-    def _replace(self, residual):
-        stands, mask, replacement = self._pass
-        if replacement is _Reached:
-            raise _Reached(residual)
-        if replacement is not None:
-            return replacement.to(residual)
-        latents = self.splice.encode(residual.flatten(0, 1), stands.flatten())
-        if self.seen is not None:
-            self.seen.append(latents)
-        rows = torch.arange(len(residual), device=self.splice.device).repeat_interleave(residual.shape[1])
-        return self.splice.reconstruct(latents, rows, mask).view_as(residual)
-
-    def stands_at(self, ids, attention):
-        """Where the SAE stands, [row, pos]: not at padding, nor at tokens that bypass it."""
-        return attention.bool() & ~torch.isin(ids, self.splice.bypass.to(ids.device))
-
-    def run(self, ids, attention, cache=None, mask=None, outputs=None, start=None, replacement=None):
-        """One forward pass over token ids [row, pos], and the logits [output, vocab] at `outputs`.
-
-        attention: [row, cached + pos].  mask: a Mask.  outputs: rows and columns of the logits wanted; None: each row's last.
-        start [row, pos, d_model]: what the layer at the boundary reads; those below are not run.
-        replacement [row, pos, d_in]: what stands in the SAE's place, instead of what the splice makes of it.
-        """
-        self._pass = self.stands_at(ids, attention[:, -ids.shape[1] :]), mask, replacement
-        layers, below = self.lm.get_decoder().layers, 0 if start is None else self.boundary
-        saved = list(layers[:below])
-        rows, columns = (slice(None), -1) if outputs is None else outputs
-
-        def pick(module, args):
-            return (args[0][rows, columns],)
-
-        try:
-            for number in range(below):
-                layers[number] = _Passed(start if number == below - 1 else None)
-            with self.lm.get_output_embeddings().register_forward_pre_hook(pick):
-                logits = self.lm(
-                    input_ids=ids,
-                    attention_mask=attention,
-                    position_ids=(attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
-                    past_key_values=cache,
-                    use_cache=cache is not None,
-                ).logits
-        finally:
-            self._pass = None
-            for number, layer in enumerate(saved):
-                layers[number] = layer
-        if not logits.isfinite().all():
-            raise UserError(
-                "the model's logits are not finite: float16 overflows in some models; try --dtype bfloat16 "
-                "(or float32; and the same for --sae-dtype)"
-            )
-        return logits
-
-    def run_below(self, ids, attention, cache):
-        """The layers under the boundary alone: what the layer there reads, [row, pos, d_model]."""
-
-        def stop(module, args, kwargs):
-            raise _Reached(args[0] if args else kwargs["hidden_states"])
-
-        with self.lm.get_decoder().layers[self.boundary].register_forward_pre_hook(stop, with_kwargs=True):
-            try:
-                self.run(ids, attention, cache, replacement=_Reached)
-            except _Reached as reached:
-                return reached.args[0]
-
-    def run_shared(self, layout, cache, run):
-        """run(ids, attention, cache) over the prefixes and then over the rest of each row; what each run gave."""
-        if not layout.prefix_ids.shape[1]:
-            return [run(layout.rest_ids, layout.attention, cache)]
-        of_prefix = run(layout.prefix_ids, layout.prefix_mask, cache)
-        for layer in cache.layers:
-            if layer.is_initialized:
-                layer.batch_select_indices(layout.owners.to(layer.keys.device))
-        return [of_prefix, run(layout.rest_ids, layout.attention, cache)]
-
-
 @torch.no_grad()
 def answer(model, prompts, contexts, max_new_tokens, known=None):
     """Greedy Answers, unmasked, with latents. prompts: lists of token ids; contexts: for each a key.
 
     known: what was answered before, lists of token ids: only the latents are asked for.
     """
-    layout = lay_out(model, prompts, known or [[]] * len(prompts), contexts, max_new_tokens)
+    drafts = known or [[]] * len(prompts)
+    layout = lay_out(model, prompts, drafts, contexts, max_new_tokens)
     cache, model.seen = DynamicCache(config=model.lm.config), []
     with model.ready():
         logits = model.run_shared(layout, cache, model.run)[-1]
-        log_probs = [[p] for p in pick_log_probs(logits, logits.argmax(-1))]
-        tokens, steps = [[token] for token in logits.argmax(-1).tolist()], []
         if known is None:
-            steps = go_on(model, tokens, cache, layout.attention, None, max_new_tokens, log_probs)
+            tokens, log_probs, steps = go_on_from(model, drafts, logits, cache, layout.attention, None, max_new_tokens)
+        else:
+            tokens, log_probs, steps = known, drafts, []
     latents, model.seen = join(model.seen), None
     return [
-        Answer(*of_row, model.splice.with_entries(latents.take(index)))
-        for *of_row, index in zip(known or tokens, log_probs, find_positions(layout, steps, prompts, known or tokens))
+        Answer(ids, of_row, model.splice.with_entries(latents.take(index)))
+        for ids, of_row, index in zip(tokens, log_probs, find_positions(layout, steps, prompts, tokens))
     ]
 
 
@@ -294,37 +113,37 @@ def answer_masked(model, prompts, contexts, drafts, masks, max_new_tokens):
 
     drafts: the unmasked answers, lists of token ids, possibly empty.
     """
-    # The draft's last token is not run: what would follow it is not asked for.
     layout = lay_out(model, prompts, drafts, contexts if model.boundary else None, max_new_tokens)
-    below = DynamicCache(config=model.lm.config)
+    shape, below, start = layout.ids.shape, DynamicCache(config=model.lm.config), None
+    # A window counts places in the cache, also those that a draft leaves behind its first difference.
+    redo = prompts if shape[1] + max_new_tokens > model.window else None
     with model.ready():
         if model.boundary:
             residual = torch.cat([part.flatten(0, 1) for part in model.run_shared(layout, below, model.run_below)])
-            places = layout.places()
-            if model.at_boundary:
-                stands = [
-                    model.stands_at(layout.prefix_ids, layout.prefix_mask),
-                    model.stands_at(layout.rest_ids, layout.rest_mask),
-                ]
-                latents = model.splice.encode(residual, torch.cat([part.flatten() for part in stands]))
+            places = layout.places().flatten()
+            start = None if model.at_boundary else residual[places].unflatten(0, shape)
+        if model.at_boundary:
+            latents = model.splice.encode(residual, layout.stands_at(model)).take(places)
+            rows = torch.arange(shape[0], device=places.device).repeat_interleave(shape[1])
         for mask in masks:
-            cache, start = DynamicCache(config=model.lm.config), None
+            cache = DynamicCache(config=model.lm.config)
             if model.at_boundary:
-                rows = torch.arange(len(places), device=model.splice.device).repeat_interleave(places.shape[1])
-                start = model.splice.reconstruct(latents.take(places.flatten()), rows, mask).unflatten(0, places.shape)
-            elif model.boundary:
-                start = residual[places]
-            outputs = draft_outputs(drafts, layout.ids.shape[1], model.device)
-            replacement = start if model.at_boundary else None
+                start = model.splice.reconstruct(latents, rows, mask).unflatten(0, shape)
+            outputs, replacement = find_outputs(drafts, shape[1], model.device), start if model.at_boundary else None
             logits = model.run(layout.ids, layout.attention, cache, mask, outputs, start, replacement)
-            if start is not None:
-                for number in range(model.boundary):
-                    cache.layers[number] = copy.copy(below.layers[number])  # updates replace its tensors
-            yield check_drafts(model, prompts, drafts, logits, cache, layout.attention, mask, max_new_tokens)
+            for number in range(model.boundary or 0):
+                cache.layers[number] = copy.copy(below.layers[number])  # updates replace its tensors
+            tokens, log_probs, _ = go_on_from(
+                model, drafts, logits, cache, layout.attention, mask, max_new_tokens, redo
+            )
+            yield [Answer(*of_row) for of_row in zip(tokens, log_probs)]
 
 
 def lay_out(model, prompts, drafts, contexts, max_new_tokens):
-    """The Layout of prompts with all but the last token of their drafts; contexts None: without shared prefixes."""
+    """The Layout of prompts with all but the last token of their drafts: what would follow that is not asked for.
+
+    contexts None: without shared prefixes.
+    """
     sequences = [prompt + draft[:-1] for prompt, draft in zip(prompts, drafts)]
     short = min(map(len, prompts)) < 2  # nothing to share that leaves a token to go on from
     if contexts is None or short or max(map(len, sequences)) + max_new_tokens > model.window:
@@ -333,76 +152,75 @@ def lay_out(model, prompts, drafts, contexts, max_new_tokens):
     return Layout(sequences, model.pad_id, model.device, *find_shared(sequences, limits, contexts))
 
 
-def draft_outputs(drafts, width, device):
-    """Rows and columns of what says each draft's tokens, one draft after the other; of an empty one what comes first."""
+def find_outputs(drafts, width, device):
+    """Rows and columns of what says each draft's tokens, draft after draft; of an empty one what comes first."""
     lengths = [max(1, len(draft)) for draft in drafts]
     rows = torch.arange(len(drafts)).repeat_interleave(torch.tensor(lengths))
     columns = torch.cat([torch.arange(width - n, width) for n in lengths])
     return rows.to(device), columns.to(device)
 
 
-def check_drafts(model, prompts, drafts, logits, cache, attention, mask, max_new_tokens):
-    """Answers: each draft as far as the masked model says the same, and greedily on from there."""
+def go_on_from(model, drafts, logits, cache, attention, mask, max_new_tokens, redo=None):
+    """Each draft as far as the model says the same, and greedily on from there.
+
+    logits: at `find_outputs`.  redo: the prompts, where the cache is of no use for what differs from its draft.
+    Returns the tokens and the log_probs of Answers, and the steps of `go_on`.
+    """
     lengths = [max(1, len(draft)) for draft in drafts]
     said = [part.tolist() for part in logits.argmax(-1).split(lengths)]
-    targets = torch.cat([torch.tensor(draft or [0], device=logits.device) for draft in drafts])
-    log_probs = pick_log_probs(logits, targets)
-    answers, on = [], []
-    for row, (draft, tokens) in enumerate(zip(drafts, said)):
-        agree = next((i for i, (a, b) in enumerate(zip(draft, tokens)) if a != b), len(draft))
-        answers.append(tokens[: agree + 1])  # the first token that differs is the masked model's own
-        attention_ends = attention.shape[1] - (lengths[row] - 1) + len(answers[-1]) - 1
-        if not has_ended(model, answers[-1], max_new_tokens):
-            on.append((row, attention_ends))
-    if on:
-        rows = [row for row, _ in on]
-        generated = [answers[row] for row in rows]
-        index = torch.tensor(rows, device=attention.device)
-        mask = mask and mask.take(index)
-        if attention.shape[1] + max_new_tokens > model.window:  # the window would count what is dropped here
-            layout = Layout([prompts[row] + answers[row][:-1] for row in rows], model.pad_id, model.device)
-            cache, attention = DynamicCache(config=model.lm.config), layout.attention
-            model.run(layout.rest_ids, attention, cache, mask)
-        else:
-            keep(cache, index)
-            attention = attention[index]
-            for place, (_, end) in enumerate(on):
-                attention[place, end:] = 0  # the draft behind the first difference
-        go_on(model, generated, cache, attention, mask, max_new_tokens)
-    starts = [sum(lengths[:row]) for row in range(len(drafts))]
-    return [
-        Answer(tokens, log_probs[start : start + len(draft)])
-        for tokens, start, draft in zip(answers, starts, drafts)
-    ]
+    targets = torch.tensor([token for draft, own in zip(drafts, said) for token in draft or own], device=logits.device)
+    found = iter(pick_log_probs(logits, targets))
+    log_probs = [[next(found) for _ in range(n)] for n in lengths]
+    tokens, left = [], []
+    for row, (draft, own) in enumerate(zip(drafts, said)):
+        agree = next((i for i, (a, b) in enumerate(zip(draft, own)) if a != b), len(draft))
+        tokens.append(own[: agree + 1])  # the first token that differs is the model's own
+        if not has_ended(model, tokens[row], max_new_tokens):
+            left.append(row)
+    if not left:
+        return tokens, log_probs, []
+    # The cache of those that go on ends with their last token but one: what the draft has behind it is not attended to.
+    generated = [len(tokens[row]) for row in left]
+    index = torch.tensor(left, device=attention.device)
+    mask = mask and mask.take(index)
+    if redo is None:
+        keep(cache, index)
+        attention = attention[index]
+        for place, (row, n) in enumerate(zip(left, generated)):
+            attention[place, attention.shape[1] - lengths[row] + n :] = 0
+    else:
+        layout = Layout([redo[row] + tokens[row][:-1] for row in left], model.pad_id, model.device)
+        cache, attention = DynamicCache(config=model.lm.config), layout.attention
+        model.run(layout.rest_ids, attention, cache, mask)
+    own = {row: log_probs[row] for row in left if not drafts[row]}
+    return tokens, log_probs, go_on(model, tokens, left, own, cache, attention, mask, max_new_tokens)
 
 
-def go_on(model, rows, cache, attention, mask, max_new_tokens, log_probs=None):
-    """Greedy steps until all rows have ended; each row (and each of log_probs) grows in place.
+def go_on(model, tokens, going, log_probs, cache, attention, mask, max_new_tokens):
+    """Greedy steps until all rows have ended. Those that have ended leave the batch once half of them have.
 
-    rows: lists of generated tokens, the last one not in the cache. Those that have ended leave the batch once half of
-    them have. Returns for each step the rows that were in it.
+    tokens: of all rows, the last one not in the cache; they grow in place, as do log_probs {row: of its tokens}.
+    going: the rows that cache, attention and mask are of.  Returns for each step the rows that were in it.
     """
-    going, steps = list(range(len(rows))), []
+    steps = []
     while True:
-        unfinished = [place for place, row in enumerate(going) if not has_ended(model, rows[row], max_new_tokens)]
-        if not unfinished:
+        places = [place for place, row in enumerate(going) if not has_ended(model, tokens[row], max_new_tokens)]
+        if not places:
             return steps
-        if 2 * len(unfinished) <= len(going):
-            index = torch.tensor(unfinished, device=attention.device)
+        if 2 * len(places) <= len(going):
+            index = torch.tensor(places, device=attention.device)
             keep(cache, index)
-            attention, going = attention[index], [going[place] for place in unfinished]
-            mask = mask and mask.take(index)
-            unfinished = range(len(going))
-        ids = torch.tensor([rows[row][-1:] for row in going], device=attention.device)
+            attention, mask, going = attention[index], mask and mask.take(index), [going[place] for place in places]
+            places = range(len(going))
+        ids = torch.tensor([tokens[row][-1:] for row in going], device=attention.device)
         attention = torch.cat([attention, torch.ones_like(attention[:, :1])], 1)
         logits = model.run(ids, attention, cache, mask)
         steps.append(going)
-        tokens = logits.argmax(-1)
-        found = None if log_probs is None else pick_log_probs(logits, tokens)
-        tokens = tokens.tolist()
-        for place in unfinished:
-            rows[going[place]].append(tokens[place])
-            if found is not None:
+        chosen = logits.argmax(-1)
+        found = pick_log_probs(logits, chosen) if log_probs else None
+        for place, token in zip(places, chosen[list(places)].tolist()):
+            tokens[going[place]].append(token)
+            if going[place] in log_probs:
                 log_probs[going[place]].append(found[place])
 
 

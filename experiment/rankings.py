@@ -52,7 +52,9 @@ def rank_by_gradient(model, sequences, seed, baseline):
 
 def rank_by_gradient_of_answer(model, sequences, seed, baseline):
     """As GradSAE, but P is the probability of the answer's first token inside the brackets; no scores without one."""
-    return _score_by_gradient(model, sequences, [sequence.answer[0] if sequence.answer else None for sequence in sequences])
+    return _score_by_gradient(
+        model, sequences, [sequence.answer[0] if sequence.answer else None for sequence in sequences]
+    )
 
 
 def _score_by_gradient(model, sequences, places):

@@ -16,6 +16,7 @@ from experiment.questions import Question
 
 WORDS = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
 
+
 @dataclass(frozen=True)
 class Round:
     """What a round knows before the model is loaded.
@@ -278,9 +279,7 @@ def check_latents(ranked, d_sae):
     for found in ranked.values():
         for question_id, sample in found.samples.items():
             if (latent := max(sample[found.which], default=0)) >= d_sae:
-                raise UserError(
-                    f"{found.path}: question {question_id} names latent {latent}, but the SAE has {d_sae}"
-                )
+                raise UserError(f"{found.path}: question {question_id} names latent {latent}, but the SAE has {d_sae}")
 
 
 def name_journal(ranking, which, k):
@@ -295,13 +294,13 @@ def compare(found, asked, records, masked, find_answer):
     records: of the masked answers; masked: the latents of each.  find_answer(tokens): places of the answer's tokens.
     """
     samples, contexts = [found.samples[question.id] for question in asked], [question.context for question in asked]
-    after = collect_columns(records, samples, find_answer)
+    after = estimates.collect_columns(records, samples, find_answer)
     if found.has_answers:
         before = [
             questions.score(sample["answer"], sample["answer"], question.truths) | sample
             for sample, question in zip(samples, asked)
         ]
-        figures = estimates.compare(collect_columns(before, samples, find_answer), after, contexts)
+        figures = estimates.compare(estimates.collect_columns(before, samples, find_answer), after, contexts)
     else:
         figures = estimates.summarize(after, contexts) | {"clean": None, "drop": None}
     removed = [
@@ -316,21 +315,6 @@ def compare(found, asked, records, masked, find_answer):
         "missing": found.missing,
         "population": name_population(asked),
     }
-
-
-def collect_columns(records, samples, find_answer):
-    """{metric: a score for each question}; of log probabilities the mean over the answer's tokens, and the others'."""
-    columns = {metric: [record[metric] for record in records] for metric in ("em", "f1", "accuracy", "named")}
-    if all("log_probs" in record for record in (*records, *samples)):
-        columns |= {"answer_log_prob": [], "format_log_prob": []}
-        for record, sample in zip(records, samples):
-            inside = set(find_answer(sample["tokens"]))
-            parts = [], []
-            for place, value in enumerate(record["log_probs"]):
-                parts[place not in inside].append(value)
-            for name, values in zip(("answer_log_prob", "format_log_prob"), parts):
-                columns[name].append(sum(values) / len(values) if values else float("nan"))
-    return columns
 
 
 def name_population(asked):

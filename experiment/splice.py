@@ -192,14 +192,14 @@ class Splice:
         out = []
         for chunk in torch.arange(len(latents.residual), device=self.device).split(self.chunk):
             residual = latents.residual[chunk.to(latents.residual.device)]
-            acts = self.sae.encode(self.read(residual))  # decoding may depend on what was encoded last
-            whole = self.sae.decode(acts)
+            acts = self.sae.encode(self.read(residual))
             if mask is not None:
                 replacement = acts.new_zeros(()) if mask.means is None else mask.means.to(acts)
-                masked = self.sae.decode(torch.where(mask.masked[rows[chunk]], replacement, acts))
-            else:
-                masked = whole
+                acts = torch.where(mask.masked[rows[chunk]], replacement, acts)
+            masked = self.sae.decode(acts)
             if self.keeps_error:
+                # Encoded again: decoding may use up what encoding noted (the norm to go back to).
+                whole = self.sae.decode(self.sae.encode(self.read(residual)))
                 masked = residual.to(masked).view_as(masked) + (masked - whole)
             out.append(masked.to(latents.residual).view_as(residual))
         return torch.cat(out)

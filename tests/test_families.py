@@ -17,7 +17,7 @@ from conftest import load, options, read_journal, run_script
 from sae_lens.saes.sae import SAEMetadata
 
 import common
-from experiment import answers, rankings, splice
+from experiment import answers, passes, rankings, splice
 
 TOKENS = 8
 HEAD = "Answer the following question based on the context.\nContext:\n{context}\n\nQuestion:\n{question}\n\n"
@@ -131,8 +131,6 @@ def make_sae(sae_class, sae_config, more, d_in, hook_name):
     return sae
 
 
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_three_rounds(name, tmp_path, monkeypatch, capsys):
     installed = []  # TransformerLens would install torchvision for Gemma 3's processor
@@ -237,8 +235,8 @@ def splice_by_hand(layer, place, gemma, sae, masked, error_term="drop"):
     module = layer.get_submodule(of_gemma if gemma else of_others)
 
     def replace(x):
-        acts = sae.encode(x)
-        whole = sae.decode(acts)
+        whole = sae.decode(sae.encode(x))
+        acts = sae.encode(x)  # again: decoding may use up what encoding noted
         acts[..., masked] = 0
         without = sae.decode(acts)
         return without if error_term == "drop" else x - (whole - without)
@@ -273,7 +271,7 @@ def test_places(name, tmp_path):
         d_in = heads if place == "attn.hook_z" else 32
         sae = make_sae(*SAES[(number + list(FAMILIES).index(name)) % len(SAES)], d_in, f"blocks.1.{place}")
         for error_term in ("drop", "keep"):
-            model = answers.SplicedModel(bridge, splice.Splice(sae, error_term))
+            model = passes.SplicedModel(bridge, splice.Splice(sae, error_term))
             for masked in ([], list(range(0, 3 * d_in, 2))):
                 mask = model.splice.mask([masked] * 2)
                 handle = splice_by_hand(layers[1], place, name.startswith("gemma"), sae, masked, error_term)
@@ -318,13 +316,14 @@ def splice_into(windowed, hook_name, error_term="drop", kind=0, bypass=()):
     """The windowed model with a random SAE at a place: a SplicedModel."""
     torch.manual_seed(5)
     sae = make_sae(*SAES[kind], 32, hook_name)
-    return answers.SplicedModel(windowed.bridge, splice.Splice(sae, error_term, bypass))
+    return passes.SplicedModel(windowed.bridge, splice.Splice(sae, error_term, bypass))
 
 
 def draw_masks(d_sae):
-    """Two masks for each row: a few latents, and a third of them."""
+    """Two masks for each row: a few latents (of the first row none), and a third of them."""
     rng = random.Random(1)
-    return [[sorted(rng.sample(range(d_sae), size)) for _ in ROWS] for size in (2, d_sae // 3)]
+    few, many = ([sorted(rng.sample(range(d_sae), size)) for _ in ROWS] for size in (2, d_sae // 3))
+    return [[[], *few[1:]], many]
 
 
 def answer_masked(model, windowed, drafts, masks):
@@ -335,26 +334,27 @@ def answer_masked(model, windowed, drafts, masks):
 
 def record_passes(model, monkeypatch):
     """(what it is, shape of its token ids) of each forward pass from here on, and how often each layer is run."""
-    passes, layers, run = [], collections.Counter(), model.run
+    seen, layers, run = [], collections.Counter(), model.run
 
     def record(ids, attention, cache=None, mask=None, outputs=None, start=None, replacement=None):
-        if replacement is answers._Reached:
+        if replacement is passes._Reached:
             kind = "below"
         else:
             kind = "above" if start is not None else "step" if ids.shape[1] == 1 else "whole"
-        passes.append((kind, tuple(ids.shape)))
+        seen.append((kind, tuple(ids.shape)))
         return run(ids, attention, cache, mask, outputs, start, replacement)
 
     monkeypatch.setattr(model, "run", record)
-    for number, layer in enumerate(get_layers(model.lm)):
-        forward = layer.forward
+    layer_class = transformers.models.gemma2.modeling_gemma2.Gemma2DecoderLayer
+    forward = layer_class.forward
+    of_transformers = [getattr(layer, "original_component", layer) for layer in get_layers(model.lm)]
 
-        def count(*arguments, forward=forward, number=number, **more):
-            layers[number] += 1
-            return forward(*arguments, **more)
+    def count(self, *arguments, **more):
+        layers[next(number for number, layer in enumerate(of_transformers) if layer is self)] += 1
+        return forward(self, *arguments, **more)
 
-        monkeypatch.setattr(layer, "forward", count)
-    return passes, layers
+    monkeypatch.setattr(layer_class, "forward", count)
+    return seen, layers
 
 
 @pytest.mark.parametrize(
@@ -386,30 +386,35 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
     same = [mine == theirs for of_mask in expected for mine, theirs in zip(of_mask, drafts)]
     assert any(same) and not all(same)
 
-    passes, layers = record_passes(model, monkeypatch)
+    def differs_early(tokens, draft):
+        """So that there is more to say after the first token that differs."""
+        at = next((i for i, pair in enumerate(zip(tokens, draft)) if pair[0] != pair[1]), STEPS)
+        return at < STEPS - 1 and tokens[at] not in model.end_ids
+
+    seen, layers = record_passes(model, monkeypatch)
     found = answers.answer(model, prompts, windowed.contexts, STEPS)
     assert [answer.tokens for answer in found] == drafts
     shares = windowed.window == 512
-    assert [kind for kind, _ in passes[:3]] == (["whole", "whole", "step"] if shares else ["whole", "step", "step"])
+    assert [kind for kind, _ in seen[:3]] == (["whole", "whole", "step"] if shares else ["whole", "step", "step"])
 
     wrong = [[*draft[:2], 7, 8, 9][:STEPS] for draft in drafts]
     for of_rows in (drafts, [[]] * len(prompts), wrong, [*drafts[:2], [], *wrong[3:]]):
-        del passes[:]
+        del seen[:]
         layers.clear()
         assert answer_masked(model, windowed, of_rows, masks) == expected
-        kinds = collections.Counter(kind for kind, _ in passes)
+        kinds = collections.Counter(kind for kind, _ in seen)
         width = max(len(prompt) + max(0, len(draft) - 1) for prompt, draft in zip(prompts, of_rows))
         again = kinds["whole"] - (0 if boundary else len(masks))  # answers that go on with a window start afresh
         if of_rows is drafts:
-            assert again == (0 if shares else sum(any(a != b for a, b in zip(of, drafts)) for of in expected))
+            assert again == (0 if shares else sum(any(map(differs_early, of_mask, drafts)) for of_mask in expected))
         if boundary is None:
-            assert not kinds["below"] and not kinds["above"] and passes[0] == ("whole", (len(prompts), width))
+            assert not kinds["below"] and not kinds["above"] and seen[0] == ("whole", (len(prompts), width))
         elif shares:
-            (_, prefix), (_, rest), *_ = passes
-            assert [kind for kind, _ in passes[:3]] == ["below", "below", "above"] and kinds["below"] == 2
-            assert prefix[0] == 2 and prefix[1] > 10 and rest == (len(prompts), rest[1]) and rest[1] < 20
+            (_, prefix), (_, rest), *_ = seen
+            assert [kind for kind, _ in seen[:3]] == ["below", "below", "above"] and kinds["below"] == 2
+            assert prefix[0] == 2 and prefix[1] > 10 and rest == (len(prompts), rest[1]) and rest[1] < 0.6 * width
         else:
-            assert passes[0] == ("below", (len(prompts), width)) and kinds["below"] == 1
+            assert seen[0] == ("below", (len(prompts), width)) and kinds["below"] == 1
         assert kinds["above"] == (len(masks) if boundary else 0)
         whole = kinds["whole"] + kinds["step"]
         for number in range(3):

@@ -1,30 +1,50 @@
-"""Rounds that are killed, interrupted, run twice at a time or out of disk: nothing is lost, nothing is mixed.
+"""Rounds that are killed, interrupted, run twice at a time, out of disk or out of memory: nothing is lost or mixed.
 
-The default run kills each round at one of the 20 moments; `python -m pytest -m kills` at the others.
+The default run kills each round at one of 20 moments; `python -m pytest -m kills` at the others.
 """
 
-import contextlib
 import json
 import os
+import pathlib
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, run_script
 
-ARGUMENTS = ["--demo", "--limit", "100", "--batch-tokens", "1600"]
-JOURNALS = {
-    "baseline": "predictions_baseline.jsonl",
-    "baseline_after_false": "predictions_false.jsonl",
-    "baseline_after_true": "predictions_true.jsonl",
+import common
+from experiment import answers, passes
+
+ARGUMENTS = ["--demo", "--limit", "30", "--batch-tokens", "500"]  # six batches
+TWO = ["--ranking", "baseline", "gradsae"]
+CASES = {  # script, more arguments, the case whose files it finds in its folder
+    "round 1": ("baseline", [], None),
+    "round 2": ("baseline_after_false", [], "round 1"),
+    "round 3": ("baseline_after_true", [], "round 2"),
+    "round 1, two rankings": ("baseline", TWO, None),
+    "round 2, four masks": ("baseline_after_false", [*TWO, "--k", "10", "50%"], "round 1, two rankings"),
 }
-ROUNDS = list(JOURNALS)
+SEVERAL = [case for case in CASES if "," in case]
 MOMENTS = range(20)
-USUAL = {11}  # the moment of the default run
+USUAL = 5  # the moment of the default run: in the middle of a batch's lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts as processes
+
+
+@dataclass
+class Done:
+    code: int | tuple  # of several processes a tuple, where they differ
+    out: str  # the output folder's name left out
+    err: str
+    events: list[dict]
 
 
 class Scripts:
@@ -32,39 +52,44 @@ class Scripts:
 
     def __init__(self, folder):
         self.folder = folder
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, ROOT / "tests" / "zygote.py"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        assert self.process.stdout.readline() == "ready\n"
 
-    def start(self, script, arguments, limit=None, processes=1):
-        """Returns the ids of the processes."""
-        out, err = self.folder / "stdout", self.folder / "stderr"
+    def start(self, script, arguments, processes=1, limits=None, stops=None):
+        """Returns the ids of the processes. limits, stops: see the zygote."""
+        if not self.folder.joinpath("stdout").exists():
+            assert self.process.stdout.readline() == "ready\n"
         self.output_dir = str(arguments[arguments.index("--output-dir") + 1])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        job = {"script": script, "arguments": [*map(str, arguments)], "limit": limit, "processes": processes}
-        self.process.stdin.write(json.dumps(job | {"port": port, "stdout": str(out), "stderr": str(err)}) + "\n")
+        job = {"script": script, "arguments": [*map(str, arguments)], "processes": processes, "port": port}
+        job |= {"limits": limits or {}, "stops": stops or {}}
+        job |= {name: str(self.folder / name) for name in ("stdout", "stderr", "trace")}
+        self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         return [int(number) for number in self.process.stdout.readline().split()]
 
     def wait(self):
-        """Exit code, standard output and standard error of what was started (of several processes the code that they
-        share); its folder's name left out."""
-        (code,) = {int(number) for number in self.process.stdout.readline().split()}
-        out, err = ((self.folder / name).read_text() for name in ("stdout", "stderr"))
-        return code, out.replace(self.output_dir, ""), err
+        codes = tuple(map(int, self.process.stdout.readline().split()))
+        out, err, trace = ((self.folder / name).read_text() for name in ("stdout", "stderr", "trace"))
+        events = [json.loads(line) for line in trace.splitlines()]
+        return Done(codes[0] if len({*codes}) == 1 else codes, out.replace(self.output_dir, ""), err, events)
 
-    def run(self, script, arguments, limit=None, processes=1):
-        self.start(script, arguments, limit, processes)
+    def run(self, script, arguments, processes=1, limits=None, stops=None):
+        self.start(script, arguments, processes, limits, stops)
         return self.wait()
+
+
+def stop(kind, number, when="after", cut=0, signal=signal.SIGKILL):
+    return {"kind": kind, "number": number, "when": when, "cut": cut, "signal": signal}
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +99,32 @@ def scripts(tmp_path_factory):
     found.process.kill()
 
 
+@dataclass
+class Whole:
+    """An uninterrupted round: the folder's files before and after it, what it printed, and what it did."""
+
+    before: dict[str, bytes]
+    after: dict[str, bytes]
+    out: str
+    events: list[dict]
+
+
 @pytest.fixture(scope="module")
 def whole(scripts, tmp_path_factory):
-    """Each round uninterrupted: the folder's files before and after it, and how long it took."""
-    folder, found = tmp_path_factory.mktemp("whole"), {}
-    for script in ROUNDS:
-        before, start = contents(folder), time.perf_counter()
-        code, out, err = scripts.run(script, [*ARGUMENTS, "--output-dir", folder])
-        assert code == 0, err
-        found[script] = (before, contents(folder), time.perf_counter() - start, out)
-    return found
+    """The Whole of a case, made when it is first asked for."""
+    known = {}
+
+    def make(case):
+        if case not in known:
+            script, more, earlier = CASES[case]
+            before = make(earlier).after if earlier else {}
+            folder = lay_out(tmp_path_factory.mktemp("whole") / "out", before)
+            done = scripts.run(script, [*ARGUMENTS, *more, "--output-dir", folder])
+            assert done.code == 0, done.err
+            known[case] = Whole(before, contents(folder), done.out, done.events)
+        return known[case]
+
+    return make
 
 
 def contents(folder):
@@ -95,122 +136,424 @@ def lay_out(folder, files):
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
+    return folder
 
 
-@pytest.mark.parametrize("moment", [pytest.param(m, marks=() if m in USUAL else pytest.mark.kills) for m in MOMENTS])
-@pytest.mark.parametrize("script", ROUNDS)
-def test_killed_and_resumed(scripts, whole, tmp_path, script, moment):
-    before, after, seconds, table = whole[script]
-    lay_out(tmp_path / "out", before)
-    arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
-    (process,) = scripts.start(script, arguments)
-    time.sleep(seconds * (moment + 0.5) / len(MOMENTS))
-    with contextlib.suppress(ProcessLookupError):  # it was faster this time
-        os.kill(process, signal.SIGKILL)
-    code, _, _ = scripts.wait()
-    assert code in (-signal.SIGKILL, 0)
-    left = {name for name in contents(tmp_path / "out") if name.endswith(".part")}
-    code, out, err = scripts.run(script, arguments)
-    assert (code, out) == (0, table), err
-    found = {name: content for name, content in contents(tmp_path / "out").items() if name not in left}
-    assert found == after
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed, and started again
 
 
-@pytest.mark.parametrize("script", ROUNDS)
-def test_two_processes(scripts, whole, tmp_path, script):
-    """The files of one, also when they are killed half-way and one goes on. test_processes.py: under real launchers."""
-    before, after, _, table = whole[script]
-    lay_out(tmp_path / "out", before)
-    arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
-    code, out, err = scripts.run(script, arguments, processes=2)
-    assert (code, out) == (0, table) and "process 1 of 2" in err
-    assert contents(tmp_path / "out") == after
+def choose_stop(events, moment):
+    """Where a round is killed at a moment, and what it has done by then: a stop, events, and the bytes cut off.
 
-    lay_out(tmp_path / "out", before)
-    processes = scripts.start(script, arguments, processes=2)
-    while sum(path.read_bytes().count(b"\n") > 1 for path in (tmp_path / "out").glob("*.process*.jsonl")) < 2:
-        time.sleep(0.002)
-    for process in processes:
-        os.kill(process, signal.SIGKILL)
-    assert scripts.wait()[0] == -signal.SIGKILL
-    assert len(list((tmp_path / "out").glob("*.process*.jsonl"))) == 2
-    code, out, err = scripts.run(script, arguments)
-    assert (code, out) == (0, table) and "questions are in" in err
-    assert contents(tmp_path / "out") == after
-
-
-@pytest.mark.parametrize("script", ROUNDS[:2])
-def test_ctrl_c(scripts, whole, tmp_path, script):
-    before, after, _, table = whole[script]
-    lay_out(tmp_path / "out", before)
-    arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
-    (process,) = scripts.start(script, arguments)
-    while not (tmp_path / "out" / JOURNALS[script]).exists():  # the first batch is done
-        time.sleep(0.002)
-    os.kill(process, signal.SIGINT)
-    code, out, err = scripts.wait()
-    assert code == 130 and "the same command goes on" in err and "Traceback" not in err
-    code, out, err = scripts.run(script, arguments)
-    assert (code, out) == (0, table)
-    assert contents(tmp_path / "out") == after
+    Moment 0 is the first forward pass. The others lie evenly among all that comes to disk, up to the last file of
+    results: before it does, after it, or in the middle of it.
+    """
+    if moment == 0:
+        return stop("pass", 0, "before"), []
+    writes = [number for number, event in enumerate(events) if event["kind"] != "pass"]
+    place = writes[(moment - 1) * (len(writes) - 1) // (len(MOMENTS) - 2)]
+    event, earlier = events[place], events[:place]
+    how = ("after", "before", "cut")[moment % 3]
+    cut = 0
+    if event["kind"] == "sync" and how == "cut":
+        written = [other["size"] for other in earlier if other.get("name") == event["name"]]
+        cut = (event["size"] - (written[-1] if written else 0)) // 2
+    number = sum(other["kind"] == event["kind"] for other in earlier)
+    if event["kind"] == "sync" or how == "after":  # what a process has written is there once it is killed
+        earlier = [*earlier, event | {"size": event["size"] - cut}]
+    return stop(event["kind"], number, "after" if how == "after" else "before", cut), earlier
 
 
-def test_two_writers(scripts, whole, tmp_path):
-    """A round is refused while another process lives that writes in its folder, and not when that one was killed."""
-    before, after, _, table = whole["baseline"]
-    lay_out(tmp_path / "out", before)
-    hold = "import sys, time, filelock\nlock = filelock.FileLock(sys.argv[1])\n"
-    hold += "lock.acquire()\nprint(flush=True)\ntime.sleep(99)"
-    lock = tmp_path / "out" / ".lock"
-    with subprocess.Popen([sys.executable, "-c", hold, lock], stdout=subprocess.PIPE) as holder:
-        holder.stdout.readline()
-        code, out, err = scripts.run("baseline", [*ARGUMENTS, "--output-dir", tmp_path / "out"])
-        holder.kill()
-    assert (code, out, len(err.splitlines())) == (2, "", 1) and "another round is writing here" in err
-    assert contents(tmp_path / "out") == before
-    code, out, err = scripts.run("baseline", [*ARGUMENTS, "--output-dir", tmp_path / "out"])
-    assert (code, out) == (0, table)
-    assert contents(tmp_path / "out") == after
+def sizes_after(before, events):
+    """The sizes of the files in a folder after these events."""
+    sizes = {name: len(content) for name, content in before.items()}
+    for event in events:
+        if event["kind"] == "sync":
+            sizes[event["name"]] = event["size"]
+        elif event["kind"] == "move":
+            sizes[event["name"]] = sizes.pop(event["name"] + ".part")
+    return sizes
 
 
-@pytest.mark.parametrize("script", ROUNDS)
-def test_full_disk(scripts, whole, tmp_path, script):
-    """No file may grow beyond a part of the journal's size: one line, and the rest is there when there is room."""
-    before, after, _, table = whole[script]
-    lay_out(tmp_path / "out", before)
-    arguments = [*ARGUMENTS, "--output-dir", tmp_path / "out"]
-    size = len(after[JOURNALS[script]])
-    code, out, err = scripts.run(script, arguments, limit=size * 2 // 3)
-    assert code == 2 and "cannot be written" in err and "Traceback" not in err
-    kept = (tmp_path / "out" / JOURNALS[script]).read_bytes()
-    assert size // 4 < len(kept) < size and after[JOURNALS[script]].startswith(kept)
-    code, out, err = scripts.run(script, arguments)
-    assert (code, out) == (0, table)
-    assert contents(tmp_path / "out") == after
+def count_passes(events):
+    return sum(event["kind"] == "pass" for event in events)
 
 
-def test_interrupted_overwrite_keeps_the_old_files(scripts, whole, tmp_path):
-    _, after, seconds, table = whole["baseline"]
-    lay_out(tmp_path / "out", after)
-    arguments = [*ARGUMENTS, "--max-new-tokens", "12", "--overwrite", "--output-dir", tmp_path / "out"]
-    (process,) = scripts.start("baseline", arguments)
-    time.sleep(0.05)
+def find_batch(events, finished):
+    """The first event of the batch that a round is in after so many events: a forward pass that follows a write."""
+    begins = (n for n in range(finished + 1) if [e["kind"] == "pass" for e in events[max(0, n - 1) : n + 1]] == [0, 1])
+    return max(begins, default=0)
+
+
+@pytest.mark.parametrize("moment", [pytest.param(m, marks=() if m == USUAL else pytest.mark.kills) for m in MOMENTS])
+@pytest.mark.parametrize("case", CASES)
+def test_killed_and_resumed(scripts, whole, tmp_path, case, moment):
+    script, more, _ = CASES[case]
+    expected = whole(case)
+    where, done_by_then = choose_stop(expected.events, moment)
+    folder = lay_out(tmp_path / "out", expected.before)
+    arguments = [*ARGUMENTS, *more, "--output-dir", folder]
+    killed = scripts.run(script, arguments, stops={0: where})
+    assert killed.code == -signal.SIGKILL, killed.err
+    left = contents(folder)
+    assert {name: len(content) for name, content in left.items()} == sizes_after(expected.before, done_by_then)
+    if moment == USUAL:  # in the middle of the round, and of a line
+        (name,) = [name for name, content in left.items() if not content.endswith(b"\n") and name.endswith(".jsonl")]
+        assert 4 < left[name].count(b"\n") < expected.after[name].count(b"\n") - 4
+    resumed = scripts.run(script, arguments)
+    assert (resumed.code, resumed.out) == (0, expected.out), resumed.err
+    assert contents(folder) == expected.after
+    finished = len(done_by_then) - bool(where["cut"])
+    assert count_passes(resumed.events) <= count_passes(expected.events[find_batch(expected.events, finished) :])
+
+
+def test_another_ranking_later(scripts, whole, tmp_path):
+    """Round 1 with two rankings where it had been finished with one: the files of both at once, without a step."""
+    expected, first = whole("round 1, two rankings"), whole("round 1")
+    folder = lay_out(tmp_path / "out", first.after)
+    done = scripts.run("baseline", [*ARGUMENTS, *TWO, "--output-dir", folder])
+    assert (done.code, done.out) == (0, expected.out), done.err
+    assert contents(folder) == expected.after
+    assert count_passes(done.events) == count_passes(expected.events) - count_passes(first.events) + 12  # of 6 batches
+
+
+SHORTER = ["--max-new-tokens", "12"]
+
+
+def test_interrupted_overwrite(scripts, whole, tmp_path):
+    """Until the first batch is done the old files stay; from then on the new run goes on, without --overwrite."""
+    old = whole("round 3")
+    arguments = [*ARGUMENTS, *SHORTER, "--output-dir", tmp_path / "out"]
+    lay_out(tmp_path / "out", old.after)
+    done = scripts.run("baseline", [*arguments, "--overwrite"])
+    new = contents(tmp_path / "out")
+    assert done.code == 0 and new.keys() == old.after.keys(), done.err
+    changed = {name for name in new if new[name] != old.after[name]}
+    assert changed >= {"predictions_baseline.jsonl", "activations_baseline.json", "results.json", "results.csv"}
+
+    folder = lay_out(tmp_path / "out", old.after)
+    killed = scripts.run("baseline", [*arguments, "--overwrite"], stops={0: stop("move", 0, "before")})
+    left = contents(folder)
+    assert killed.code == -signal.SIGKILL and len(left.pop("predictions_baseline.jsonl.part")) > 1000
+    assert left == old.after
+    again = scripts.run("baseline", [*ARGUMENTS, "--output-dir", folder])
+    assert again.code == 0 and "is finished" in again.err and not count_passes(again.events)
+
+    folder = lay_out(tmp_path / "out", old.after)
+    killed = scripts.run("baseline", [*arguments, "--overwrite"], stops={0: stop("sync", 2)})
+    left = contents(folder)
+    assert killed.code == -signal.SIGKILL
+    assert {name for name in left if left[name] != old.after[name]} == {"predictions_baseline.jsonl"}
+    refused = scripts.run("baseline", [*ARGUMENTS, "--output-dir", folder])  # the old options
+    assert refused.code == 2 and "is of another run (max_new_tokens 12, now 50)" in refused.err
+    assert contents(folder) == left
+    resumed = scripts.run("baseline", arguments)
+    assert (resumed.code, resumed.out) == (0, done.out), resumed.err
+    assert contents(folder) == new
+    assert count_passes(resumed.events) == count_passes(done.events) - count_passes(killed.events)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_two_processes(scripts, whole, tmp_path, case):
+    """The files of one process. test_processes.py: under real launchers."""
+    script, more, _ = CASES[case]
+    expected = whole(case)
+    folder = lay_out(tmp_path / "out", expected.before)
+    done = scripts.run(script, [*ARGUMENTS, *more, "--output-dir", folder], processes=2)
+    assert (done.code, done.out) == (0, expected.out) and "process 1 of 2" in done.err, done.err
+    assert contents(folder) == expected.after
+    shares = [count_passes(event for event in done.events if event["process"] == process) for process in range(2)]
+    assert sum(shares) == count_passes(expected.events) and min(shares) > 0.3 * sum(shares)
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+def test_two_processes_killed(scripts, whole, tmp_path, case):
+    """Gone on with by one, and by three, from a part of each, a line of both torn."""
+    script, more, _ = CASES[case]
+    expected, journals = whole(case), 2 if case == SEVERAL[0] else 4
+    folder = lay_out(tmp_path / "out", expected.before)
+    arguments = [*ARGUMENTS, *more, "--output-dir", folder]
+    # Of the second batch's journals the first one is torn; of the third's, the last.
+    stops = {0: stop("sync", journals, "before", cut=20), 1: stop("sync", 3 * journals - 1, "before", cut=20)}
+    killed = scripts.run(script, arguments, processes=2, stops=stops)
+    assert killed.code == -signal.SIGKILL, killed.err
+    left = contents(folder)
+    torn = [name for name, content in left.items() if not content.endswith(b"\n") and ".jsonl" in name]
+    assert len(torn) == 2 and sum(".part1." in name for name in torn) == 1
+    parts = {name for name in left if ".part1." in name}
+    assert len(parts) == journals and parts.isdisjoint(expected.after)
+    for processes in (1, 3):
+        lay_out(folder, left)
+        resumed = scripts.run(script, arguments, processes=processes)
+        assert (resumed.code, resumed.out) == (0, expected.out), resumed.err
+        assert resumed.err.count("its last line was cut off") == 2
+        assert contents(folder) == expected.after
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_while_parts_are_joined(scripts, whole, tmp_path, when):
+    case = SEVERAL[0]
+    script, more, _ = CASES[case]
+    expected = whole(case)
+    folder = lay_out(tmp_path / "out", expected.before)
+    arguments = [*ARGUMENTS, *more, "--output-dir", folder]
+    killed = scripts.run(script, arguments, processes=2, stops={0: stop("move", 2, when)})
+    assert killed.code == (-signal.SIGKILL, 1)  # where no launcher ends it, the other one finds itself alone
+    left = contents(folder)
+    assert {"predictions_baseline.part1.jsonl", "predictions_gradsae.part1.jsonl"} <= left.keys()
+    assert (left["predictions_baseline.jsonl"] == expected.after["predictions_baseline.jsonl"]) == (when == "after")
+    resumed = scripts.run(script, arguments)
+    assert (resumed.code, resumed.out) == (0, expected.out) and not count_passes(resumed.events), resumed.err
+    assert contents(folder) == expected.after
+
+
+def test_full_disk_in_one_of_two_processes(scripts, whole, tmp_path):
+    """The one that cannot write says so; what the other one did is kept."""
+    case = "round 1"
+    expected = whole(case)
+    arguments = [*ARGUMENTS, "--output-dir", lay_out(tmp_path / "out", {})]
+    size = len(expected.after["predictions_baseline.jsonl"])
+    done = scripts.run("baseline", arguments, processes=2, limits={1: size // 4})
+    assert done.code == (1, 2) and done.err.count("process 2: ") == 1 and "cannot be written" in done.err
+    kept = (tmp_path / "out" / "predictions_baseline.jsonl").read_bytes()
+    assert len(kept) > size // 3
+    resumed = scripts.run("baseline", arguments)
+    assert (resumed.code, resumed.out) == (0, expected.out), resumed.err
+    assert contents(tmp_path / "out") == expected.after
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ctrl-C, two writers, no room
+
+
+@pytest.mark.parametrize(
+    "case, where",
+    [
+        ("round 1", stop("pass", 20, "before", signal=signal.SIGINT)),  # in the middle of an answer
+        ("round 2", stop("sync", 2, "after", signal=signal.SIGINT)),  # in the middle of a journal's
+        ("round 3", stop("sync", 7, "before", signal=signal.SIGINT)),  # of results.json
+    ],
+)
+def test_ctrl_c(scripts, whole, tmp_path, case, where):
+    script, _, _ = CASES[case]
+    expected = whole(case)
+    folder = lay_out(tmp_path / "out", expected.before)
+    arguments = [*ARGUMENTS, "--output-dir", folder]
+    done = scripts.run(script, arguments, stops={0: where})
+    assert done.code == 130 and "the same command goes on" in done.err and "Traceback" not in done.err
+    assert contents(folder).keys() <= expected.after.keys()  # nothing half written beside them
+    assert 0 < count_passes(done.events)
+    done = scripts.run(script, arguments)
+    assert (done.code, done.out) == (0, expected.out)
+    assert contents(folder) == expected.after
+
+
+def test_two_writers(scripts, whole, tmp_path, monkeypatch, capsys):
+    """A round is refused while another one lives in its folder, and not when that one was killed."""
+    expected = whole("round 1")
+    arguments = [*ARGUMENTS, "--output-dir", lay_out(tmp_path / "out", {})]
+    (process,) = scripts.start("baseline", arguments, stops={0: stop("sync", 1, signal=signal.SIGSTOP)})
+    wait_until_stopped(process)
+    before = contents(tmp_path / "out")
+    for script in ("baseline", "baseline_after_false"):
+        code, out, err = run_script(script, [*arguments, "--overwrite"], monkeypatch, capsys)
+        if script == "baseline":
+            assert (code, out, len(err.splitlines())) == (2, "", 1) and "another round is writing here" in err
+        else:  # has nothing to read yet
+            assert code == 2
+        assert contents(tmp_path / "out") == before
     os.kill(process, signal.SIGKILL)
-    scripts.wait()
-    assert contents(tmp_path / "out") == after
-    code, out, err = scripts.run("baseline", [*ARGUMENTS, "--output-dir", tmp_path / "out"])
-    assert (code, out) == (0, table) and "is finished" in err
+    assert scripts.wait().code == -signal.SIGKILL
+    done = scripts.run("baseline", arguments)
+    assert (done.code, done.out) == (0, expected.out)
+    assert contents(tmp_path / "out") == expected.after
 
 
-def test_read_only_folder(scripts, tmp_path):
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
-    (tmp_path / "out").mkdir(mode=0o500)
-    code, out, err = scripts.run("baseline", [*ARGUMENTS, "--output-dir", tmp_path / "out"])
-    assert code == 2 and "cannot be" in err
+def wait_until_stopped(process):
+    while pathlib.Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
+        time.sleep(0.01)
 
 
-def test_output_dir_is_a_file(scripts, tmp_path):
-    (tmp_path / "out").write_text("")
-    code, out, err = scripts.run("baseline", [*ARGUMENTS, "--output-dir", tmp_path / "out"])
-    assert code == 2 and "--output-dir" in err and len(err.splitlines()) == 1
+@pytest.mark.parametrize("case", SEVERAL)
+def test_full_disk(scripts, whole, tmp_path, case):
+    """No file may grow beyond a part of the journal's size: one line, and the rest is there when there is room."""
+    script, more, _ = CASES[case]
+    expected = whole(case)
+    folder = lay_out(tmp_path / "out", expected.before)
+    arguments = [*ARGUMENTS, *more, "--output-dir", folder]
+    name = max((name for name in expected.after.keys() - expected.before.keys() if name.endswith(".jsonl")), key=str)
+    size = len(expected.after[name])
+    done = scripts.run(script, arguments, limits={0: size * 2 // 3})
+    assert done.code == 2 and "cannot be written" in done.err and "Traceback" not in done.err
+    lines = (folder / name).read_bytes().split(b"\n")[:-1]
+    assert len(lines) > 5 and {*lines} < {*expected.after[name].split(b"\n")}
+    done = scripts.run(script, arguments)
+    assert (done.code, done.out) == (0, expected.out)
+    assert contents(folder) == expected.after
+
+
+def test_no_folder_to_write_in(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    for folder, says in ((tmp_path / "file", "cannot be made"), ("/sys", "cannot be written")):
+        code, out, err = run_script("baseline", [*ARGUMENTS, "--output-dir", folder], monkeypatch, capsys)
+        assert (code, out, len(err.splitlines())) == (2, "", 1) and f"{folder}: {says}" in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out of memory
+
+ERRORS = {
+    "PyTorch": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+}
+WIDE = ["--demo", "--limit", "60", "--batch-tokens", "2600"]  # three batches of 25 or so, 2 a gradient
+
+
+class Memory:
+    """A device on which passes of one kind with more than `most` rows do not fit.
+
+    kinds: "prompt" and "step" of unmasked answers, "gradient", and of masked answers "below", "above" and "step".
+    Keeps every pass as (kind, rows), and all that was answered, masked or ranked, as (what, prompts, whether it fit).
+    """
+
+    def __init__(self, monkeypatch, kind=None, most=0, error=None):
+        self.kind, self.most, self.error = kind, most, error
+        self.passed, self.work = [], []
+        run = passes.SplicedModel.run
+
+        def watched(model, ids, attention, cache=None, mask=None, outputs=None, start=None, replacement=None):
+            kind = "below" if replacement is passes._Reached else "step" if ids.shape[1] == 1 else "prompt"
+            if start is not None:
+                kind = "gradient" if torch.is_grad_enabled() else "above"
+            self.passed.append((kind, len(ids)))
+            arguments = model, ids, attention, cache, mask, outputs, start, replacement
+            if kind != self.kind or len(ids) <= self.most:
+                return run(*arguments)
+            # In the middle of the pass: hooks are in place, a part of the cache is written.
+            layer = model.lm.get_decoder().layers[0 if kind == "below" else -1]
+            with layer.register_forward_pre_hook(self.fail):
+                return run(*arguments)
+
+        monkeypatch.setattr(passes.SplicedModel, "run", watched)
+        for what in ("answer", "answer_masked", "gradients"):
+            self.watch(monkeypatch, what)
+
+    def fail(self, module, arguments):
+        raise self.error
+
+    def watch(self, monkeypatch, what):
+        original = getattr(answers, what)
+
+        def watched(model, prompts, *arguments):
+            keys = [tuple(prompt) for prompt in prompts]
+            entry = [what, keys, False]
+            self.work.append(entry)
+            found = original(model, prompts, *arguments)
+            found = list(found) if what == "answer_masked" else found
+            entry[2] = True
+            return found
+
+        monkeypatch.setattr(answers, what, watched)
+
+    def sizes(self, what):
+        return [(len(prompts), fits) for name, prompts, fits in self.work if name == what]
+
+    def answered(self, what):
+        """All that fit, one after the other."""
+        return [prompt for name, prompts, fits in self.work if fits and name == what for prompt in prompts]
+
+
+def halve(size, fits):
+    """The sizes that a batch is tried in, and whether each fits."""
+    return [(size, True)] if fits(size) else [(size, False), *halve(size // 2, fits), *halve(size - size // 2, fits)]
+
+
+@pytest.fixture(scope="module")
+def roomy(demo, tmp_path_factory):
+    """Rounds 1 and 2 with memory enough, two rankings each: the folder after each, what was printed, and the Memory."""
+    found, folder = {}, tmp_path_factory.mktemp("roomy")
+    for script in ("baseline", "baseline_after_false"):
+        with pytest.MonkeyPatch.context() as patch:
+            memory, before = Memory(patch), contents(folder)
+            patch.setattr(common, "load", lambda options, tokenizer: demo[0])
+            patch.setattr(sys, "argv", [script, *WIDE, *TWO, "--output-dir", str(folder)])
+            __import__(script).main()
+            found[script] = before, contents(folder), memory
+    return found
+
+
+@pytest.mark.parametrize(
+    "script, kind, most, what, error",
+    [
+        ("baseline", "prompt", 7, "answer", "PyTorch"),
+        ("baseline", "step", 7, "answer", "cuBLAS"),
+        ("baseline", "gradient", 1, "gradients", "PyTorch"),
+        ("baseline_after_false", "below", 7, "answer_masked", "cuBLAS"),
+        ("baseline_after_false", "above", 7, "answer_masked", "PyTorch"),
+        ("baseline_after_false", "step", 1, "answer_masked", "PyTorch"),
+    ],
+)
+def test_out_of_memory(roomy, demo, tmp_path, monkeypatch, capsys, script, kind, most, what, error):
+    """A batch that does not fit is split in two, and again; the next one begins whole; nothing else is run twice."""
+    before, after, enough = roomy[script]
+    folder = lay_out(tmp_path / "out", before)
+    monkeypatch.setattr(common, "load", lambda options, tokenizer: demo[0])
+    memory = Memory(monkeypatch, kind, most, ERRORS[error])
+    code, _, err = run_script(script, [*WIDE, *TWO, "--output-dir", folder], monkeypatch, capsys)
+    assert code == 0, err
+    assert contents(folder) == after
+    failed = [entry for entry in memory.work if not entry[2]]
+    assert len(failed) >= 3 and err.count("this one is split in two") == len(failed)
+    for other in ("answer", "answer_masked", "gradients"):
+        assert memory.answered(other) == enough.answered(other)  # each once, in the same order
+        if other != what:
+            assert memory.sizes(other) == enough.sizes(other)
+    # Each batch is tried whole, and then in halves.
+    outcome = iter(memory.sizes(what))
+    for size, _ in enough.sizes(what):
+        expected = halve(size, lambda n: next(outcome) == (n, True))
+        assert expected[0][0] == size
+    assert next(outcome, None) is None
+    if kind in ("prompt", "below", "above", "gradient"):
+        assert all(fits == (size <= most) for size, fits in memory.sizes(what))
+    limits = [rows for name, rows in memory.passed if name == kind]
+    assert sum(rows > most for rows in limits) == len(failed)  # a batch ends where it fails
+
+
+@pytest.mark.parametrize("error, most", [(RuntimeError("shapes cannot be multiplied"), 7), (ERRORS["PyTorch"], 0)])
+def test_other_errors_are_raised(roomy, demo, tmp_path, monkeypatch, error, most):
+    """One that is not about memory at once; one that is, when a batch of one does not fit. Nothing is lost by it."""
+    before, after, enough = roomy["baseline_after_false"]
+    folder = lay_out(tmp_path / "out", before)
+    monkeypatch.setattr(common, "load", lambda options, tokenizer: demo[0])
+    memory = Memory(monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["baseline_after_false", *WIDE, *TWO, "--output-dir", str(folder)])
+    script = __import__("baseline_after_false")
+
+    def fail_from_the_second_batch(model, prompts, *arguments, then=answers.answer_masked):
+        if memory.work:
+            memory.kind, memory.most, memory.error = "above", most, error
+        return then(model, prompts, *arguments)
+
+    monkeypatch.setattr(answers, "answer_masked", fail_from_the_second_batch)
+    with pytest.raises(RuntimeError) as caught:
+        script.main()
+    assert caught.value is error
+    first, *rest = memory.sizes("answer_masked")
+    whole_size = enough.sizes("answer_masked")[1][0]
+    tried = [whole_size]
+    while most == 0 and tried[-1] > 1:
+        tried.append(tried[-1] // 2)
+    assert first == (enough.sizes("answer_masked")[0][0], True) and rest == [(size, False) for size in tried]
+    lines = (folder / "predictions_gradsae_false.jsonl").read_bytes().splitlines()
+    assert len(lines) == 1 + first[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(common, "load", lambda options, tokenizer: demo[0])
+    monkeypatch.setattr(sys, "argv", ["baseline_after_false", *WIDE, *TWO, "--output-dir", str(folder)])
+    script.main()
+    assert contents(folder) == after

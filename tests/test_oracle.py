@@ -9,7 +9,7 @@ import torch
 from conftest import load, options
 
 import common
-from experiment import answers, questions, rankings, splice
+from experiment import answers, passes, prompts, questions, rankings, splice
 from experiment.estimates import shared_percent
 
 COUNT = 60
@@ -59,8 +59,8 @@ def sequences(demo, ranked):
             case["question"].id,
             case["prompt"],
             answer.tokens,
-            common.find_bracket(tokenizer, answer.tokens),
-            common.find_answer(tokenizer, answer.tokens),
+            prompts.find_bracket(tokenizer, answer.tokens),
+            prompts.find_answer(tokenizer, answer.tokens),
             answer.latents,
         )
         for case, answer in zip(ranked, found)
@@ -105,7 +105,7 @@ def test_answers_and_rankings(demo, asked, size, share):
         found = answers.answer(model, [case["prompt"] for case in batch], contexts, 50)
         assert [answer.tokens for answer in found] == [case["generated"] for case in batch]
         for case, answer in zip(batch, found):
-            theirs, cut = case["ranking"], common.find_bracket(tokenizer, answer.tokens)
+            theirs, cut = case["ranking"], prompts.find_bracket(tokenizer, answer.tokens)
             assert (cut is None) == (theirs is None)
             if theirs is None:
                 continue
@@ -328,11 +328,11 @@ def test_layers_are_back_after_every_pass(demo, asked):
 )
 def test_prefixes_are_prefixes(demo, prompts, contexts):
     """Of every prompt its own, one token at least being left; the batch is no wider than it was; and none is wrong."""
-    prefixes, owners = answers.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], contexts)
+    prefixes, owners = passes.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], contexts)
     for prompt, owner in zip(prompts, owners):
         prefix = prefixes[owner]
         assert 1 <= len(prefix) < len(prompt) and prompt[: len(prefix)] == prefix
-    layout = answers.Layout(prompts, 0, "cpu", prefixes, owners)
+    layout = passes.Layout(prompts, 0, "cpu", prefixes, owners)
     for row, prompt in enumerate(prompts):
         assert layout.ids[row][layout.attention[row].bool()].tolist() == prompt
     model, _ = demo
@@ -542,10 +542,10 @@ def test_tokens_of_the_answer(demo, ranked):
     """Decoded, they are what stands inside the brackets, perhaps with the space before it."""
     _, tokenizer = demo
     for case in ranked:
-        inside = common.find_answer(tokenizer, case["generated"])
+        inside = prompts.find_answer(tokenizer, case["generated"])
         text = tokenizer.decode([case["generated"][place] for place in inside])
         assert text.strip() == common.parse_answer(tokenizer.decode(case["generated"], skip_special_tokens=True))
-    assert common.find_answer(tokenizer, tokenizer("Result = Oslo", add_special_tokens=False)["input_ids"]) == []
+    assert prompts.find_answer(tokenizer, tokenizer("Result = Oslo", add_special_tokens=False)["input_ids"]) == []
 
 
 def test_error_term_kept_and_nothing_masked_is_the_model_itself(demo, asked):

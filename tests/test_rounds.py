@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, read_journal, run_script
 
 import common
-from experiment import rankings, results
+from experiment import prompts, rankings, results
 
 ROUNDS = [("baseline", "baseline"), ("baseline_after_false", "false"), ("baseline_after_true", "true")]
 METRICS = ("em", "f1", "accuracy", "named")
@@ -89,7 +89,7 @@ def test_drops_in_log_probability(full, demo):
     drops = {"answer_log_prob": [], "format_log_prob": []}
     for question_id, record in found["false"].items():
         unmasked = found["baseline"][question_id]
-        inside = common.find_answer(tokenizer, unmasked["tokens"])
+        inside = prompts.find_answer(tokenizer, unmasked["tokens"])
         change = [before - after for before, after in zip(unmasked["log_probs"], record["log_probs"], strict=True)]
         for name, places in (
             ("answer_log_prob", inside),
@@ -203,13 +203,13 @@ def test_published_format(full, demo, demo_questions, tmp_path, monkeypatch, cap
     folder, found = full
     _, tokenizer = demo
     template = common.choose_template("auto", tokenizer)
-    prompts = {q.id: common.build_prompt(template, q.context, q.question) for q in demo_questions}
+    texts = {q.id: common.build_prompt(template, q.context, q.question) for q in demo_questions}
     samples = json.loads((folder / "activations_baseline.json").read_text())["samples"][:60]
     theirs = [{}]
     for sample in samples:
         half = len(sample["active"]) // 2
         lists = {"have_gradient": sample["topk"][:half], "no_gradient": sample["bottomk"][:half]}
-        theirs.append({prompts[sample["id"]]: {"original": sample["active"], **lists}})
+        theirs.append({texts[sample["id"]]: {"original": sample["active"], **lists}})
     theirs.append({"a prompt of another data set": {"original": [1], "have_gradient": [1], "no_gradient": [1]}})
     (tmp_path / "theirs.json").write_text(json.dumps(theirs))
     given = ["--demo", "--activations", tmp_path / "theirs.json", "--output-dir", tmp_path]
@@ -363,7 +363,7 @@ def test_a_ranking_of_ones_own(tmp_path, monkeypatch, capsys, demo, demo_questio
     for sample in samples[:4]:
         question = next(q for q in demo_questions if q.id == sample["id"])
         prompt = oracle.encode_prompt(demo[1], question.context, question.question)
-        end = common.find_bracket(demo[1], sample["tokens"])
+        end = prompts.find_bracket(demo[1], sample["tokens"])
         seen = []
         with torch.no_grad(), model.model.hooks(fwd_hooks=[(model.hook_name, lambda x, hook: seen.append(x))]):
             model.model(torch.tensor([prompt + sample["tokens"][:end]]))
@@ -386,7 +386,7 @@ def test_nothing_kept(tmp_path, monkeypatch, capsys):
 
 def test_nothing_in_the_brackets(tmp_path, monkeypatch, capsys, demo):
     """gradsae-answer has no score then: the question stays, its lists are empty, and the table says for how many."""
-    monkeypatch.setattr(common, "find_answer", lambda tokenizer, tokens: [])
+    monkeypatch.setattr(prompts, "find_answer", lambda tokenizer, tokens: [])
     given = ["--demo", "--limit", 10, "--output-dir", tmp_path, "--ranking", "gradsae-answer"]
     assert run_script("baseline", given, monkeypatch, capsys)[0] == 0
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)

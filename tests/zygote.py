@@ -30,7 +30,7 @@ import sae_lens  # noqa: E402, F401
 import transformer_lens.model_bridge  # noqa: E402, F401
 
 import common  # noqa: E402, F401
-from experiment import answers, guard  # noqa: E402
+from experiment import guard, passes  # noqa: E402
 
 
 class Watch:
@@ -40,7 +40,7 @@ class Watch:
         self.folder = pathlib.Path(job["arguments"][job["arguments"].index("--output-dir") + 1]).resolve()
         self.trace, self.process, self.stop = job["trace"], process, job["stops"].get(str(process))
         self.counts = {"pass": 0, "sync": 0, "move": 0}
-        self.watch("pass", answers.SplicedModel, "run", lambda *_: None)
+        self.watch("pass", passes.SplicedModel, "run", lambda *_: None)
         self.watch("sync", os, "fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
         self.watch("move", os, "replace", lambda beside, path: os.path.realpath(path))
 
