@@ -16,7 +16,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from experiment import UserError, answers, catalogue, estimates, passes, questions, results, rounds, say
+from experiment import UserError, answers, catalogue, estimates, passes, questions, rankings, results, rounds, say
 from experiment.hub import hub_errors, prepare_libraries
 from experiment.options import bundled
 from experiment.prompts import BRACKETS, build_prompt, find_answer, find_special_ids, tokenize
@@ -85,7 +85,7 @@ def score(tokenizer, question, answer):
     text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
     record = {"id": question.id, "text": tokenizer.decode(answer.tokens), "answer": parse_answer(text)}
     record |= questions.score(record["answer"], text, question.truths)
-    return record | {"log_probs": [round(p, 6) for p in answer.log_probs]}
+    return record | {"log_probs": [round(p, 4) for p in answer.log_probs]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,14 +315,11 @@ def masked_round(options, which):
 
 
 def pick_latents(found, question, k):
-    """The latents that a question has masked: the first K of its list.
-
-    For the matched ranking as many as remove what the baseline's first K remove: see rankings.rank_matched.
-    """
+    """The latents that a question has masked: the first K of its list; of the matched ranking as many as it takes to
+    remove as much as the baseline's first K."""
     sample = found.samples[question.id]
-    wanted = count_masked(k, len(sample["active"]))
-    if found.targets is None or not wanted:
-        return sample[found.which][:wanted]
-    removed, targets = sample[f"removed_{found.which}"], found.targets[question.id]
-    target = targets[min(wanted, len(targets)) - 1] if targets else 0
-    return sample[found.which][: sum(value < target for value in removed) + 1]
+    count = count_masked(k, len(sample["active"]))
+    if found.targets is not None and count:
+        targets = found.targets[question.id][:count]
+        count = rankings.count_to_reach(sample[f"removed_{found.which}"], targets[-1] if targets else 0)
+    return sample[found.which][:count]

@@ -27,9 +27,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import workloads  # first: it finds the project's modules, and readies PyTorch's memory
+
+# isort: split
 import torch
 import transformers
-import workloads  # finds the project's modules
 from accelerate.utils.memory import release_memory
 
 import common
@@ -39,17 +41,12 @@ from experiment.splice import Splice
 
 SQUAD_QUESTIONS = 10_570
 FURTHER_K = ("20", "10")  # beside 50%
-# Questions, those of the naive loop, and tokens in a batch, where not asked for.
-SIZES = {
-    None: (640, 24, 16384),
+SIZES = {  # questions, those of the naive loop, and tokens in a batch, where not asked for
+    None: (640, 24, 16384),  # the demo
     "gemma-2-9b-it": (640, 8, 32768),
     "gemma-3-270m": (32, 4, 4096),
     "tiny": (12, 2, 1024),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How it is measured
 
 
 @dataclass(frozen=True)
@@ -69,14 +66,14 @@ class Stopwatch:
     """Adds up the seconds of its calls, what they leave in a CUDA device's queue included."""
 
     def __init__(self, device):
-        self.wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-        self.seconds = 0.0
+        self.device, self.seconds = device, 0.0
 
-    def call(self, function, *args, **kwargs):
-        self.wait()
+    def call(self, function, *args):
+        wait = functools.partial(torch.cuda.synchronize, self.device) if on_cuda(self.device) else lambda: None
+        wait()
         start = time.perf_counter()
-        result = function(*args, **kwargs)
-        self.wait()
+        result = function(*args)
+        wait()
         self.seconds += time.perf_counter() - start
         return result
 
@@ -89,10 +86,10 @@ def measure(function, device, repeats, splice=None):
         watch = Stopwatch(device)
         watch.call(function)
         seconds.append(watch.seconds)
-    peak = peak_gb(device)
-    return Figures(
-        statistics.median(seconds), time_splice(function, device, splice) if splice else math.nan, peak
-    ), result
+    figures = Figures(statistics.median(seconds), peak=peak_gb(device))
+    if splice:
+        figures = dataclasses.replace(figures, sae=time_splice(function, device, splice))
+    return figures, result
 
 
 def time_splice(function, device, splice):
@@ -105,12 +102,16 @@ def time_splice(function, device, splice):
     return watch.seconds
 
 
+def on_cuda(device):
+    return torch.device(device).type == "cuda"
+
+
 def peak_gb(device, reset=False):
     """Peak memory: of the tensors on a CUDA device, or of the whole process, which Linux alone tells."""
-    if torch.device(device).type == "cuda":
+    if on_cuda(device):
         if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated() / 1e9
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 1e9
     process = Path("/proc/self")
     if not process.exists():
         return math.nan
@@ -128,6 +129,7 @@ def read_options(args, sae_dtype=None):
 def measure_plain(args):
     """The Figures of plain Transformers, in a process of its own."""
     chosen = read_options(args)
+    prepare_libraries(chosen)
     tokenizer, dtype = common.load_tokenizer(chosen), getattr(torch, chosen.dtype)
     if args.demo:
         auto, folder = transformers.AutoModelForCausalLM, options.bundled(chosen.model)
@@ -154,7 +156,7 @@ def load(args):
 
 
 def measure_ours(args):
-    """{row: Figures} of all but plain Transformers, and lines to print with them."""
+    """How many questions there are, {row: Figures} of all but plain Transformers, and lines to print with them."""
     work, rows = load(args), {}
     lengths = [len(prompt) for prompt in work.prompts]
 
@@ -165,73 +167,66 @@ def measure_ours(args):
 
     first = answers.plan_batches(lengths, args.batch_tokens, work.contexts)
     found = row("round 1, ranked", workloads.round_1, first)
-    with_drafts = [length + len(found[i].tokens) for i, length in enumerate(lengths)]
+    with_drafts = [length + len(f.tokens) for length, f in zip(lengths, found)]
     batches = answers.plan_batches(with_drafts, args.batch_tokens, work.contexts)
-    top = row("TopK masked, K = 50%", workloads.masked_round, batches, found, "topk")
-    bottom = row("BottomK masked, K = 50%", workloads.masked_round, batches, found, "bottomk")
+    (top,) = row("TopK masked, K = 50%", workloads.masked_round, batches, found, "topk")
+    (bottom,) = row("BottomK masked, K = 50%", workloads.masked_round, batches, found, "bottomk")
     further, by_gradient = f"each further K ({', '.join(FURTHER_K)})", "GradSAE's ranking"
     row(further, workloads.masked_round, batches, found, "topk", ("50%", *FURTHER_K))
     row(by_gradient, workloads.round_1, first, ("baseline", "gradsae"))
     rows[further] = rows[further].beyond(rows["TopK masked, K = 50%"], len(FURTHER_K))
     rows[by_gradient] = rows[by_gradient].beyond(rows["round 1, ranked"])
-    few = min(args.naive_questions, len(lengths))
-    naive, same = measure_naive(args.device, work, few, found, top)
-    rows = {f"naive loop ({few} questions)": naive} | rows
-    same_as_draft = [agreement(masked, {i: [f.tokens] for i, f in found.items()}) for masked in (top, bottom)]
+    naive, same = measure_naive(args, work, found, top)
     lines = [
         f"{len(lengths)} questions of {statistics.mean(lengths):.0f} prompt tokens; {len(first)} batches in round 1, "
         f"{len(batches)} in a masked round, of at most {args.batch_tokens} tokens",
         f"{name_device(args.device)}; {args.dtype}, SAE in {args.sae_dtype}: {work.model.splice.d_sae} latents, "
-        f"{statistics.mean(f.active for f in found.values()):.0f} active at the last position",
-        "masked answers that are the unmasked one: TopK {:.1f}%, BottomK {:.1f}%".format(*same_as_draft),
-        f"TopK's answers that are the naive loop's: {same} of {few}",
+        f"{statistics.mean(f.active for f in found):.0f} active at the last position",
+        f"masked answers that are the unmasked one: TopK {agreement(found, top)}, BottomK {agreement(found, bottom)}",
+        f"TopK's answers that are the naive loop's: {same} of {args.naive_questions}",
     ]
-    return rows, lines + [compare(args, dtype, work, first, batches, found, top) for dtype in args.compare_sae_dtypes]
+    lines += [compare(args, dtype, work, first, batches, found, top) for dtype in args.compare_sae_dtypes]
+    return len(lengths), naive | rows, lines
 
 
-def measure_naive(device, work, few, found, masked):
-    """The Figures that the naive loop would have for all questions, and how many of a few, of all lengths, agree."""
-    numbers = random.Random(3).sample(range(len(found)), few)
-    latents, watch = [found[i].latents("topk", "50%") for i in numbers], Stopwatch(device)
+def measure_naive(args, work, found, top):
+    """The row of the naive loop: what it would be for all questions. And how many of its answers `top` has."""
+    numbers = random.Random(3).sample(range(len(found)), args.naive_questions)  # of all lengths
+    latents, watch = [found[i].latents("topk", "50%") for i in numbers], Stopwatch(args.device)
     workloads.naive_loop(dataclasses.replace(work, new_tokens=1), numbers[:1], latents)  # warm-up
-    peak_gb(device, reset=True)
+    peak_gb(args.device, reset=True)
     generated = watch.call(workloads.naive_loop, work, numbers, latents)
-    same = sum(tokens == masked[i][0] for i, tokens in zip(numbers, generated))
-    return Figures(watch.seconds * len(found) / few, peak=peak_gb(device)), same
+    figures = Figures(watch.seconds * len(found) / len(numbers), peak=peak_gb(args.device))
+    same = sum(tokens == top[i].tokens for i, tokens in zip(numbers, generated))
+    return {f"naive loop ({len(numbers)} questions)": figures}, same
 
 
 def compare(args, sae_dtype, work, first, batches, found, top):
-    """What changes with the SAE in another precision than float32, in a line. found, top: what is right."""
+    """What changes with the SAE in another precision than float32, in a line. found, top: what float32 gives."""
     prepare_libraries(read_options(args, sae_dtype))
     sae = copy.deepcopy(work.model.splice.sae).to(dtype=getattr(torch, sae_dtype.replace("tf32", "float32")))
     model = passes.SplicedModel(work.model.model, Splice(sae))
     model.end_ids = work.model.end_ids
     other = dataclasses.replace(work, model=model)
-    theirs, their_top = workloads.round_1(other, first), workloads.masked_round(other, batches, found, "topk")
+    theirs, (their_top,) = workloads.round_1(other, first), workloads.masked_round(other, batches, found, "topk")
     prepare_libraries(read_options(args))
-    unmasked = [{i: [f.tokens] for i, f in of_one.items()} for of_one in (found, theirs)]
-    shared = {
-        which: statistics.mean(
-            len(set(ours) & set(theirs[i].latents(which, "50%"))) / max(1, len(ours))
-            for i, ours in ((i, f.latents(which, "50%")) for i, f in found.items())
-        )
-        for which in ("topk", "bottomk")
-    }
+    shared = []
+    for which in ("topk", "bottomk"):
+        pairs = [(set(f.latents(which, "50%")), set(theirs[i].latents(which, "50%"))) for i, f in enumerate(found)]
+        shared.append(sum(len(ours & others) for ours, others in pairs) / max(1, sum(len(ours) for ours, _ in pairs)))
     return (
-        f"SAE in {sae_dtype}, the same as in float32: answers {agreement(*unmasked):.1f}%, with TopK masked "
-        f"{agreement(top, their_top):.1f}%; TopK latents {100 * shared['topk']:.1f}%, BottomK latents "
-        f"{100 * shared['bottomk']:.1f}%"
+        f"SAE in {sae_dtype}, the same as in float32: answers {agreement(found, theirs)}, with TopK masked "
+        f"{agreement(top, their_top)}; TopK latents {shared[0]:.1%}, BottomK latents {shared[1]:.1%}"
     )
 
 
 def agreement(some, others):
-    """The share of questions, in percent, whose answers (those of the first K) are the same."""
-    return 100 * statistics.mean(some[i][0] == others[i][0] for i in others)
+    """The share of questions whose answers are the same."""
+    return f"{statistics.mean(a.tokens == b.tokens for a, b in zip(some, others)):.1%}"
 
 
 def name_device(device):
-    on_cuda = torch.device(device).type == "cuda"
-    return torch.cuda.get_device_name(device) if on_cuda else f"{torch.get_num_threads()} CPU threads"
+    return torch.cuda.get_device_name(device) if on_cuda(device) else f"{torch.get_num_threads()} CPU threads"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,13 +252,13 @@ def parse_arguments():
     args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
     for name, size in zip(("questions", "naive_questions", "batch_tokens"), SIZES[args.shape]):
         setattr(args, name, getattr(args, name) or size)
+    args.naive_questions = min(args.naive_questions, args.questions)
     for dtype in (args.sae_dtype, *args.compare_sae_dtypes):
         read_options(args, dtype)  # refuses tf32 where there is none
     return args
 
 
-def print_table(args, rows, lines):
-    n = int(re.match("[0-9]+", lines[0])[0])
+def print_table(args, n, rows, lines):
     naive, plain, *_ = (figures.seconds for figures in rows.values())
     print("\n".join(lines[:2]), f"\n\n{'':28}  questions/s   / naive  time / plain  seconds in SAE  peak GB")
     for name, found in rows.items():
@@ -279,16 +274,16 @@ def print_table(args, rows, lines):
 
 def main():
     args = parse_arguments()
-    # Started afresh, not forked: it shall find a CUDA device and PyTorch's threads as it would by itself.
-    apart = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=apart) as other:
-        before = other.submit(measure_plain, args).result()
-        ours, lines = measure_ours(args)
-        release_memory()  # of the device
-        after = other.submit(measure_plain, args).result()
-    naive, *rest = ours.items()
+    # A fresh process and not a fork of this one, so that it finds PyTorch's threads and CUDA untouched.
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+        before = apart.submit(measure_plain, args).result()
+        apart.submit(release_memory).result()  # of the device, for ours
+        n, ours, lines = measure_ours(args)
+        release_memory()
+        after = apart.submit(measure_plain, args).result()
     plain = Figures(statistics.mean([before.seconds, after.seconds]), peak=before.peak)
-    print_table(args, dict([naive, ("plain generate, no SAE", plain), *rest]), lines)
+    naive, *rest = ours.items()
+    print_table(args, n, dict([naive, ("plain generate, no SAE", plain), *rest]), lines)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ what they are compared with."""
 import dataclasses
 import functools
 import math
+import os
 import random
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as guard does before PyTorch is imported
 
 import torch  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM  # noqa: E402
@@ -27,9 +29,9 @@ BRACKET = 2  # the place of the [ in such an answer
 
 @dataclass(frozen=True)
 class Shape:
-    """A random Gemma 2 with a random JumpReLU SAE of width d_sae after one of its layers, about `active` latents active.
+    """A random Gemma 2 with a random JumpReLU SAE after one of its layers.
 
-    saved: it is small enough to be saved to a folder, and loaded from there.
+    active: about how many of its d_sae latents are.  saved: small enough to be saved to a folder and loaded from there.
     """
 
     config: dict
@@ -204,7 +206,7 @@ class Found:
 
 
 def round_1(work, batches, names=("baseline",)):
-    """{number: Found}. As in baseline.py, but wrong answers' latents are ranked too. names: rankings, baseline first."""
+    """[Found]. As baseline.py, but it ranks wrong answers' latents too. names: rankings, the baseline first."""
     found = {}
 
     def answer(batch):
@@ -219,11 +221,11 @@ def round_1(work, batches, names=("baseline",)):
         first, *_ = [list(rankings.rank(work.model, name, sequences, seed=0)) for name in names]
         for sequence, lists in zip(sequences, first):
             found[sequence.id] = Found(sequence.generated, len(sequence.ranked.active_at_the_end()), lists)
-    return found
+    return [found[i] for i in range(len(found))]
 
 
 def masked_round(work, batches, found, which, ks=("50%",)):
-    """{number: [tokens for each K]}. As common.masked_round; found: what round_1 gave, its answers are the drafts."""
+    """[K][Answer]. As common.masked_round; found: what round_1 gave, whose answers are the drafts."""
 
     def answer(batch):
         prompts, contexts = [work.prompts[i] for i in batch], [work.contexts[i] for i in batch]
@@ -231,8 +233,5 @@ def masked_round(work, batches, found, which, ks=("50%",)):
         drafts = [found[i].tokens for i in batch]
         return list(zip(*answers.answer_masked(work.model, prompts, contexts, drafts, masks, work.new_tokens)))
 
-    return {
-        i: [given.tokens for given in of_question]
-        for batch in batches
-        for i, of_question in zip(batch, answers.in_halves(answer, batch))
-    }
+    given = {i: of_question for batch in batches for i, of_question in zip(batch, answers.in_halves(answer, batch))}
+    return list(zip(*(given[i] for i in range(len(given)))))

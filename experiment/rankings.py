@@ -119,13 +119,19 @@ def rank(model, name, sequences, seed, baseline=None):
         length = LONGEST if name == "matched" else max(100, len(sequence.ranked.active_at_the_end()) // 2)
         lists = dict(zip(("topk", "bottomk"), ([], []) if scores is None else top_and_bottom(scores, length)))
         for which in ("topk", "bottomk"):
-            removed = [round(value, 6) for value in model.splice.removed(sequence.ranked, lists[which]).tolist()]
+            removed = model.splice.removed(sequence.ranked, lists[which]).tolist()
+            removed = [float(f"{value:.4g}") for value in removed]  # files of a readable size
             if name == "matched":
                 target = max(baseline[sequence.id][f"removed_{which}"], default=0)
-                enough = sum(value < target for value in removed) + 1
+                enough = count_to_reach(removed, target)
                 removed, lists[which] = removed[:enough], lists[which][:enough]
             lists[f"removed_{which}"] = removed
         yield lists
+
+
+def count_to_reach(removed, target):
+    """The smallest number of a list's latents that remove as much as `target`; all where none do."""
+    return next((n for n, value in enumerate(removed, 1) if value >= target), len(removed))
 
 
 def top_and_bottom(scores, k):

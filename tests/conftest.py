@@ -50,6 +50,8 @@ os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hub-")
 os.environ.pop("HF_HUB_OFFLINE", None)
 os.environ.pop("HF_TOKEN", None)
+if "PYTEST_XDIST_WORKER" in os.environ:  # a thread each: two workers with two threads each take twice as long
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import common  # noqa: E402
 from experiment import guard, questions  # noqa: E402

@@ -1,5 +1,5 @@
 """Tiny random models of each family, with SAEs of several architectures: all three rounds against the naive oracle,
-every place an SAE may stand at against hooks on Transformers' own modules, and masked answers by every way they take."""
+every place an SAE may stand at against hooks on Transformers' own modules, masked answers by every way they take."""
 
 import collections
 import json
@@ -17,7 +17,7 @@ from conftest import load, options, read_journal, run_script
 from sae_lens.saes.sae import SAEMetadata
 
 import common
-from experiment import answers, passes, rankings, splice
+from experiment import answers, passes, rankings, report, splice
 
 TOKENS = 8
 HEAD = "Answer the following question based on the context.\nContext:\n{context}\n\nQuestion:\n{question}\n\n"
@@ -78,7 +78,7 @@ FAMILIES = {
 
 CONTEXTS = [
     f"the {a} met the {b} near the {c}" for a in ("fox", "owl") for b in ("hare", "toad") for c in ("mill", "lake")
-][:6]
+][:4]
 QUESTIONS = ["who met the hare", "where"]
 
 
@@ -135,6 +135,7 @@ def make_sae(sae_class, sae_config, more, d_in, hook_name):
 def test_three_rounds(name, tmp_path, monkeypatch, capsys):
     installed = []  # TransformerLens would install torchvision for Gemma 3's processor
     monkeypatch.setattr(subprocess, "check_call", lambda *arguments, **_: installed.append(arguments))
+    monkeypatch.setattr(report, "draw", lambda *_: None)  # takes a second, and says nothing of a family
     model_folder, sae_folder = make_family(name, tmp_path)
     _, _, (bos, eos, _, end_of_turn, _), prompt_text, (*_, hook_name) = FAMILIES[name]
     names = ["--model", model_folder, "--sae-release", sae_folder, "--max-new-tokens", TOKENS]
@@ -290,8 +291,8 @@ def test_places(name, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Masked answers, by every way they take
 
-STEPS = 6  # of the answers here
-ROWS = [(context, question) for context in CONTEXTS[:2] for question in (*QUESTIONS, "the owl")]
+STEPS = 5  # of the answers here
+ROWS = [(context, question) for context in CONTEXTS[:2] for question in QUESTIONS]
 
 
 @pytest.fixture(scope="module", params=[32, 512], ids=lambda window: f"window {window}")
@@ -398,7 +399,7 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
     assert [kind for kind, _ in seen[:3]] == (["whole", "whole", "step"] if shares else ["whole", "step", "step"])
 
     wrong = [[*draft[:2], 7, 8, 9][:STEPS] for draft in drafts]
-    for of_rows in (drafts, [[]] * len(prompts), wrong, [*drafts[:2], [], *wrong[3:]]):
+    for of_rows in (drafts, [[]] * len(prompts), wrong, [*drafts[:1], [], *wrong[2:]]):
         del seen[:]
         layers.clear()
         assert answer_masked(model, windowed, of_rows, masks) == expected

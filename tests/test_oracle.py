@@ -472,7 +472,11 @@ def test_matched_ranking(demo, sequences):
         for which in ("topk", "bottomk"):
             assert not {*lists[which]} & {*theirs["topk"][:half], *theirs["bottomk"][:half]}
             removed, target = lists[f"removed_{which}"], max(theirs[f"removed_{which}"])
-            assert len(removed) == len(lists[which]) > 0 and all(value < target for value in removed[:-1])
+            assert (
+                len(removed) == len(lists[which]) > 0
+                and all(value < target for value in removed[:-1])
+                and rankings.count_to_reach(removed, target) == len(removed)
+            )
 
 
 def test_stored_lists_hold_100_latents(demo, sequences):
