@@ -37,6 +37,7 @@ def main():
                 for name in names
             )
 
+        model = None
         if is_done(asked):
             say("Round 1 is finished; --overwrite starts it again.")
         else:
@@ -53,7 +54,10 @@ def main():
                     journals[name].append(kept + wrong if name == "baseline" else kept)
 
         # 5. Write the activations, count, print
-        rounds.finish_round_1(round_, entries, journals, KEEP_F1)
+        kept = rounds.finish_round_1(round_, entries, journals, KEEP_F1)
+        if chosen.ablation == "mean" and round_.state.is_main_process:
+            tokens = [journals["baseline"][question.id]["tokens"] for question in kept]
+            common.store_means(round_, model or common.load_for(round_, []), kept, tokens)
 
 
 def answer(round_, model, batch, answered):

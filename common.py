@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import json
 import re
 from pathlib import Path
 from unittest import mock
@@ -252,9 +253,27 @@ def load_for(round_, journals, ranked=None):
     return model
 
 
-def count_masked(k, active):
-    """K for one question: the number asked for, or that percentage (rounded down) of its `active` latents."""
-    return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)
+def store_means(round_, model, kept, tokens):
+    """For --ablation mean: each latent's mean activation over all positions of the kept questions and answers.
+
+    tokens: of the unmasked answers. Goes to means.json, which rounds 2 and 3 read.
+    """
+    total, positions = torch.zeros(model.splice.d_sae, dtype=torch.float64, device=model.splice.device), 0
+    prompts = [round_.prompt_ids(question) for question in kept]
+    lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, tokens)]
+
+    def observe(part):
+        known = [tokens[i] for i in part]
+        return answers.answer(model, [prompts[i] for i in part], [kept[i].context for i in part], 0, known)
+
+    for batch in answers.plan_batches(lengths, round_.options.batch_tokens, [question.context for question in kept]):
+        for found in answers.in_halves(observe, batch):
+            count = int(found.latents.spliced.sum())
+            total += found.latents.mean(model.splice.d_sae) * count
+            positions += count
+    means = (total / max(1, positions)).float().tolist()
+    with results.write_whole(round_.options.output_dir / "means.json") as file:
+        json.dump({"run": round_.run, "positions": positions, "means": means}, file)
 
 
 def masked_round(options, which):
@@ -263,13 +282,13 @@ def masked_round(options, which):
     round_ = prepare(options)
     ranked = {ranking: rounds.read_ranked(round_, ranking, which) for ranking in options.ranking}
     asked = rounds.find_asked(round_, ranked)
-    first = ranked[options.ranking[0]].samples
-    drafts = [first[question.id].get("tokens", []) for question in asked]
+    unmasked = next(iter(ranked.values())).samples
+    drafts = [unmasked[question.id].get("tokens", []) for question in asked]
 
     with rounds.writing(round_) as entries:
         # 2. What an earlier run left
         journals = {
-            (ranking, k): round_.journal(rounds.name_journal(ranking, which, k), found.run | {"k": k})
+            (ranking, k): round_.journal(rounds.name_journal(found.run, which, k), found.run | {"k": k})
             for ranking, found in ranked.items()
             for k in options.k
         }
@@ -277,21 +296,22 @@ def masked_round(options, which):
         def missing(batch):
             return [key for key, journal in journals.items() if any(q.id not in journal for q in batch)]
 
-        # 3. The model, with the SAE's reconstruction in its residual stream
         if missing(asked):
+            # 3. The model, with the SAE's reconstruction in its residual stream
             model = load_for(round_, journals.values(), ranked)
-            # 4. Answer with the latents masked, and score; below the SAE once for all rankings and K
+            means = rounds.read_means(round_, model) if options.ablation == "mean" else None
+            # 4. Answer with the latents masked, and score; what lies below the SAE runs once for all rankings and K
             label = f"{estimates.MASKS[which]} masked, {len(journals)} x"
             for batch in rounds.share_batches(round_, model, asked, drafts, lambda batch: not missing(batch), label):
                 keys = missing(batch)
 
                 def answer(part, keys=keys):
                     masks = (
-                        model.splice.mask([pick_latents(ranked[ranking], question, k) for question in part])
+                        model.splice.mask([pick_latents(ranked[ranking], q, k)[0] for q in part], means)
                         for ranking, k in keys
                     )
                     prompts, contexts = [round_.prompt_ids(q) for q in part], [q.context for q in part]
-                    known = [first[q.id].get("tokens", []) for q in part]
+                    known = [unmasked[q.id].get("tokens", []) for q in part]
                     found = answers.answer_masked(model, prompts, contexts, known, masks, options.max_new_tokens)
                     return list(zip(*found))  # [question][ranking and K]
 
@@ -304,22 +324,25 @@ def masked_round(options, which):
         fresh, find = [], functools.partial(find_answer, round_.tokenizer)
         for (ranking, k), journal in journals.items():
             records = rounds.finish_journal(round_, journal, asked)
-            masked = [pick_latents(ranked[ranking], question, k) for question in asked]
-            entry = rounds.compare(ranked[ranking], asked, records, masked, find)
-            wanted = [count_masked(k, len(first[question.id]["active"])) for question in asked]
-            fewer = sum(len(latents) < n for latents, n in zip(masked, wanted))
-            if fewer:
-                say(f"{fewer} of {len(asked)} questions have fewer than {k} ranked latents: all they have are masked.")
-            fresh.append(entry | {"run": journal.run, "round": rounds.WORDS[which], "k": k, "fewer_than_k": fewer})
+            picked = [pick_latents(ranked[ranking], question, k) for question in asked]
+            fresh.append(rounds.compare(ranked[ranking], k, journal.run, asked, records, picked, find))
         rounds.write_results(round_, entries, fresh)
 
 
 def pick_latents(found, question, k):
-    """The latents that a question has masked: the first K of its list; of the matched ranking as many as it takes to
-    remove as much as the baseline's first K."""
+    """The latents that a question has masked, and whether its list has as many as K asks for.
+
+    K is a number, or a percentage (rounded down) of the latents active at the last position. Of the matched ranking
+    as many are masked as it takes to remove as much as the baseline's first K.
+    """
     sample = found.samples[question.id]
-    count = count_masked(k, len(sample["active"]))
-    if found.targets is not None and count:
-        targets = found.targets[question.id][:count]
-        count = rankings.count_to_reach(sample[f"removed_{found.which}"], targets[-1] if targets else 0)
-    return sample[found.which][:count]
+    count, latents = count_masked(k, len(sample["active"])), sample[found.which]
+    if found.targets is None or not count:
+        return latents[:count], len(latents) >= count
+    target = max(found.targets[question.id][:count][-1:], default=0)
+    removed = sample[f"removed_{found.which}"]
+    return latents[: rankings.count_to_reach(removed, target)], max(removed, default=0) >= target
+
+
+def count_masked(k, active):
+    return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)

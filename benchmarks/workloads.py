@@ -20,6 +20,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM  # noqa: E402
 
 import common  # noqa: E402
 from experiment import answers, options, passes, questions, rankings  # noqa: E402
+from experiment.prompts import build_prompt, find_bracket, tokenize  # noqa: E402
 from experiment.splice import Splice  # noqa: E402
 
 QUESTIONS_A_CONTEXT = 5  # SQuAD's validation set has 10,570 questions on 2,067 contexts
@@ -54,7 +55,8 @@ SHAPES = {
     ),
     "tiny": Shape(  # for tests
         dict(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-             num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16),
+             num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
+             tie_word_embeddings=False, initializer_range=0.3),  # so that its answers are not one word again and again
         layer=1, d_sae=1024, active=30,
     ),
 }  # fmt: skip
@@ -74,7 +76,7 @@ class Workload:
 def load_demo(chosen):
     """The bundled model and SAE, and prompts of its questions."""
     tokenizer = common.load_tokenizer(chosen)
-    bracket = functools.partial(common.find_bracket, tokenizer)
+    bracket = functools.partial(find_bracket, tokenizer)
     return Workload(common.load(chosen, tokenizer), *demo_prompts(chosen, tokenizer), chosen.max_new_tokens, bracket)
 
 
@@ -82,7 +84,7 @@ def demo_prompts(chosen, tokenizer):
     found, *_ = questions.load(options.bundled(chosen.dataset), chosen.split)
     found = questions.select(found, chosen.limit, chosen.sample, chosen.seed)
     template = common.choose_template(chosen.prompt_template, tokenizer)
-    prompts = [common.tokenize(tokenizer, common.build_prompt(template, q.context, q.question)) for q in found]
+    prompts = [tokenize(tokenizer, build_prompt(template, q.context, q.question)) for q in found]
     return prompts, [q.context for q in found]
 
 

@@ -71,6 +71,12 @@ class Options:
         "drop: the paper's",
         choices=("drop", "keep"),
     )
+    ablation: str = option(
+        "zero",
+        "what masked latents are set to: zero, the paper's; or mean, their mean activation over the kept questions, "
+        "which round 1 has to store (give it there too)",
+        choices=("zero", "mean"),
+    )
     ranking: tuple[str, ...] = option(("baseline",), "what to rank latents by, one or more", nargs="+", metavar="NAME")
     activations: Path | None = option(
         None, "written by round 1, read by 2 and 3 (default: activations_RANKING.json in --output-dir)", type=Path

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
@@ -103,7 +104,7 @@ def write_results(round_, entries, fresh):
     """Puts fresh entries in the place of those of the same round, ranking and K, and writes and prints the table."""
 
     def key(entry):
-        return entry["round"], entry["run"]["ranking"], entry["k"]
+        return entry["round"], entry["run"]["ranking"], entry["k"], entry["run"].get("ablation", "zero")
 
     entries = [old for old in entries if key(old) not in [key(new) for new in fresh]] + fresh
     if round_.state.is_main_process:
@@ -134,7 +135,10 @@ def check_old_activations(round_, names):
 
 
 def finish_round_1(round_, entries, journals, keep_f1):
-    """Writes each ranking's activations, the results and the table. keep_f1: from which F1 on an answer is right."""
+    """Writes each ranking's activations, the results and the table. keep_f1: from which F1 on an answer is right.
+
+    Returns the kept questions.
+    """
     options, asked = round_.options, round_.asked
     records = finish_journal(round_, journals["baseline"], asked)
     kept = [question for question, record in zip(asked, records) if "latents" in record]
@@ -168,6 +172,7 @@ def finish_round_1(round_, entries, journals, keep_f1):
             f"({100 * counts['kept'] / counts['asked']:.1f}%), {counts['wrong']} answered wrong, "
             f"{counts['unranked']} right but without any [ to rank at. All files: {options.output_dir}"
         )
+    return kept
 
 
 def make_sample(record, name):
@@ -228,7 +233,8 @@ def read_ranked(round_, ranking, which):
     if not any(question.id in by_id for question in round_.asked):
         raise UserError(f"{path}: none of its questions is among the {len(round_.asked)} selected ones")
     lists = ({"id": question_id, which: sample[which]} for question_id, sample in by_id.items())
-    run = round_.run_of(ranking, masked=which, activations=results.digest(lists, "id", which))
+    more = {"masked": which, "ablation": round_.options.ablation}
+    run = round_.run_of(ranking, activations=results.digest(lists, "id", which), **more)
     # Of what made the file, not of what was asked for now:
     run |= {name: made[name] for name in ("ranking_seed", "hook_name", "d_sae") if made and name in made}
     targets = read_targets(round_, path, which) if ranking == "matched" else None
@@ -282,16 +288,17 @@ def check_latents(ranked, d_sae):
                 raise UserError(f"{found.path}: question {question_id} names latent {latent}, but the SAE has {d_sae}")
 
 
-def name_journal(ranking, which, k):
-    prefix = "" if ranking == "baseline" else f"{ranking}_"
-    suffix = "" if k == "50%" else f"_k{k.replace('%', 'pct')}"
-    return f"{prefix}{WORDS[which]}{suffix}"
+def name_journal(run, which, k):
+    names = [] if run["ranking"] == "baseline" else [run["ranking"]]
+    names += [WORDS[which]] + ([] if run["ablation"] == "zero" else [run["ablation"]])
+    return "_".join(names + ([] if k == "50%" else [f"k{k.replace('%', 'pct')}"]))
 
 
-def compare(found, asked, records, masked, find_answer):
-    """The figures of one ranking and K: means, their drops from the unmasked answers to the same questions, intervals.
+def compare(found, k, run, asked, records, picked, find_answer):
+    """The entry of results.json of one ranking and K: means, drops from the unmasked answers to the same questions.
 
-    records: of the masked answers; masked: the latents of each.  find_answer(tokens): places of the answer's tokens.
+    records: of the masked answers; picked: the latents of each, and whether they were enough.
+    find_answer(tokens): places of the answer's tokens.
     """
     samples, contexts = [found.samples[question.id] for question in asked], [question.context for question in asked]
     after = estimates.collect_columns(records, samples, find_answer)
@@ -303,18 +310,38 @@ def compare(found, asked, records, masked, find_answer):
         figures = estimates.compare(estimates.collect_columns(before, samples, find_answer), after, contexts)
     else:
         figures = estimates.summarize(after, contexts) | {"clean": None, "drop": None}
-    removed = [
-        sample[f"removed_{found.which}"][len(latents) - 1] if latents else 0.0
-        for sample, latents in zip(samples, masked)
-        if f"removed_{found.which}" in sample
-    ]
+    name, masked = f"removed_{found.which}", [latents for latents, _ in picked]
+    removed = [s[name][len(latents) - 1] if latents else 0.0 for s, latents in zip(samples, masked) if name in s]
+    fewer = sum(not enough for _, enough in picked)
+    if fewer:
+        say(f"{fewer} of {len(asked)} questions have fewer than {k} ranked latents: all they have are masked.")
     return figures | {
+        "round": WORDS[found.which],
         "masked": found.which,
+        "k": k,
+        "run": run,
         "mean_k": sum(map(len, masked)) / len(masked),
+        "fewer_than_k": fewer,
         "removed": 100 * sum(removed) / len(removed) if removed else None,
         "missing": found.missing,
         "population": name_population(asked),
     }
+
+
+def read_means(round_, model):
+    """The mean activations that round 1 stored with --ablation mean, [d_sae] on the SAE's device."""
+    path = round_.options.output_dir / "means.json"
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file: run baseline.py with --ablation mean first")
+    content = results.load_json(path)
+    try:
+        made, means = content["run"], torch.tensor(content["means"], dtype=torch.float32)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is damaged ({error!r}): move it away") from None
+    results.refuse_other_run(path, made, round_.run, (*results.COMPARED, *results.SELECTED))
+    if means.shape != (model.splice.d_sae,):
+        raise UserError(f"{path}: is of another SAE: move it away")
+    return means.to(model.splice.device)
 
 
 def name_population(asked):

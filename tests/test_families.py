@@ -83,9 +83,9 @@ QUESTIONS = ["who met the hare", "where"]
 
 
 def make_tokenizer(bos, eos, pad, end_of_turn, others):
-    """Whole words, so that a random model's answers have brackets in them: every third of its words has one."""
+    """Whole words, so that a random model's answers have brackets in them: every other of its words has one."""
     words = sorted(set(" ".join([HEAD, *CONTEXTS, *QUESTIONS, "user assistant"]).split()))
-    words += [f"[w{n}" if n % 3 == 0 else f"w{n}]" if n % 3 == 1 else f"w{n}" for n in range(90)]
+    words += [("[w{}", "w{}]", "[w{}", "w{}")[n % 4].format(n) for n in range(90)]
     special = list(dict.fromkeys(token for token in (pad, eos, bos, *others, end_of_turn) if token))
     vocabulary = {token: number for number, token in enumerate(["<unk>", *special, *words])}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -154,7 +154,7 @@ def test_three_rounds(name, tmp_path, monkeypatch, capsys):
             assert prompt.count(tokenizer.bos_token_id) == (bos is not None)
             ids = oracle.generate(bridge, sae, tokenizer, prompt, (), TOKENS, end_of_turn)
             text = oracle.parse(tokenizer.decode(ids, skip_special_tokens=True))
-            truth = text if (c + q) % 4 else "something else"
+            truth = "something else" if c == q == 1 else text
             asked.append({"id": f"{c}-{q}", "context": context, "question": question, "answers": {"text": [truth]}})
             expected[f"{c}-{q}"] = (prompt, ids)
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
@@ -362,13 +362,11 @@ def record_passes(model, monkeypatch):
     ("hook_name", "boundary"),
     [
         ("blocks.0.hook_resid_pre", None),
-        ("blocks.0.attn.hook_z", None),
         ("blocks.0.hook_resid_post", 1),
-        ("blocks.1.hook_resid_pre", 1),
+        ("blocks.2.hook_resid_pre", 2),
         ("blocks.1.hook_mlp_out", 1),
         ("blocks.1.attn.hook_z", 1),
         ("blocks.1.hook_attn_out", 1),
-        ("blocks.2.hook_mlp_out", 2),
         ("blocks.2.hook_resid_post", None),
     ],
 )
@@ -423,6 +421,7 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
 
 
 @pytest.mark.parametrize("hook_name", ["blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"])
+@pytest.mark.parametrize("windowed", [512], indirect=True)
 def test_masked_answers_with_the_error_term(hook_name, windowed):
     """Against a loop over Transformers' own model, the whole sequence again for every token."""
     model, masks = splice_into(windowed, hook_name, "keep"), draw_masks(96)
@@ -446,6 +445,7 @@ def test_masked_answers_with_the_error_term(hook_name, windowed):
 
 @pytest.mark.parametrize("hook_name", ["blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"])
 @pytest.mark.parametrize("error_term", ["drop", "keep"])
+@pytest.mark.parametrize("windowed", [512], indirect=True)
 def test_where_nothing_is_sparse(hook_name, error_term, windowed, monkeypatch):
     """Activations of which too many are not zero are encoded and decoded whole; nothing else changes."""
     bypass = [windowed.tokenizer.bos_token_id]
@@ -475,6 +475,7 @@ def test_where_nothing_is_sparse(hook_name, error_term, windowed, monkeypatch):
 
 
 @pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_post", "blocks.1.hook_attn_out"])
+@pytest.mark.parametrize("windowed", [512], indirect=True)
 def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
     """Its decoding is no sum of rows, so it is always decoded whole: answers, rankings and masks are the oracle's."""
     model, prompts = splice_into(windowed, hook_name, kind=4), windowed.prompts

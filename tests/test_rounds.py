@@ -426,3 +426,46 @@ def test_activations_of_different_questions(full, tmp_path, monkeypatch, capsys)
     given = ["--demo", "--output-dir", tmp_path, "--ranking", "baseline", "gradsae"]
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
     assert code == 2 and "of different questions" in err and len(err.splitlines()) == 1
+
+
+def test_mean_ablation(full, demo, demo_questions, tmp_path, monkeypatch, capsys):
+    """Masked latents stand at their mean over the kept questions' positions, also where they were not active."""
+    given = ["--demo", "--limit", 20, "--output-dir", tmp_path, "--ablation", "mean"]
+    code, _, err = run_script("baseline_after_false", [*given, "--activations", full[0] / "activations_baseline.json"],
+                              monkeypatch, capsys)  # fmt: skip
+    assert code == 2 and "run baseline.py with --ablation mean first" in err
+    for script, _ in ROUNDS[:2]:
+        assert run_script(script, given, monkeypatch, capsys)[0] == 0
+    (model, tokenizer), by_id = demo, {question.id: question for question in demo_questions}
+    sae, samples = model.splice.sae, json.loads((tmp_path / "activations_baseline.json").read_text())["samples"]
+    prompts_of = [
+        oracle.encode_prompt(tokenizer, by_id[s["id"]].context, by_id[s["id"]].question) for s in samples
+    ]
+    acts = []
+
+    def keep(residual, hook):
+        acts.append(sae.encode(residual)[0])
+
+    with torch.no_grad(), model.model.hooks(fwd_hooks=[(model.hook_name, keep)]):
+        for sample, prompt in zip(samples, prompts_of):
+            model.model(torch.tensor([prompt + sample["tokens"][:-1]]))
+    means = torch.cat(acts).mean(0)
+    stored = torch.tensor(json.loads((tmp_path / "means.json").read_text())["means"])
+    torch.testing.assert_close(stored, means, rtol=1e-4, atol=1e-5)
+    run, found = read_journal(tmp_path / "predictions_false_mean.jsonl")
+    assert run["ablation"] == "mean" and len(found) == len(samples)
+    zeroed = full[1]["false"]
+    for sample, prompt in zip(samples[:8], prompts_of):
+        latents = sample["topk"][: len(sample["active"]) // 2]
+
+        def replace(residual, hook, latents=latents):
+            values = sae.encode(residual).clone()
+            values[:, :, latents] = means[latents]
+            return sae.decode(values)
+
+        generated = []
+        while len(generated) < 50 and not (generated and generated[-1] in model.end_ids):
+            with torch.no_grad(), model.model.hooks(fwd_hooks=[(model.hook_name, replace)]):
+                generated.append(int(model.model(torch.tensor([prompt + generated]))[0, -1].argmax()))
+        assert found[sample["id"]]["text"] == tokenizer.decode(generated)
+    assert any(found[i]["log_probs"] != zeroed[i]["log_probs"] for i in found)
