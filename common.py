@@ -246,6 +246,8 @@ def load_for(round_, journals, ranked=None):
     """The model with its SAE; what only the SAE says goes into the journals' runs, and is held against them."""
     model = load(round_.options, round_.tokenizer)
     late = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
+    for found in (ranked or {}).values():
+        results.refuse_other_run(found.path, found.run, late, late)
     for journal in journals:
         results.refuse_other_run(journal.path, journal.run, late, late)
         journal.run |= late

@@ -11,6 +11,7 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub import errors
+from safetensors import SafetensorError
 
 from experiment import UserError
 from experiment.options import ROOT
@@ -18,16 +19,19 @@ from experiment.options import ROOT
 
 @contextlib.contextmanager
 def hub_errors(name):
-    """Turns what the Hub's libraries raise about `name` into one line that says what to do."""
+    """Turns what libraries raise while they load `name` into one line that says what to do."""
     try:
         yield
-    except (OSError, ValueError) as error:  # OSError: the Hub's own errors, ConnectionError, a file that is not there
+    except Exception as error:
+        # OSError: the Hub's own errors, ConnectionError, a file that is not there. RuntimeError: too little memory.
+        kinds = (OSError, ValueError, RuntimeError, SafetensorError)
+        folders = {Path(frame.f_code.co_filename).parent for frame, _ in traceback.walk_tb(error.__traceback__)}
+        expected = isinstance(error, kinds) or type(error).__module__.startswith("datasets")
+        if not expected or folders <= {ROOT, ROOT / "experiment"}:  # no library has a part in it
+            raise  # a bug of ours
         chain = [error]
         while cause := chain[-1].__cause__ or chain[-1].__context__:
             chain.append(cause)
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if Path(frame.f_code.co_filename).parent in (ROOT, ROOT / "experiment"):
-            raise  # not a library's error but a bug of ours
         raise UserError(f"{name}: {_advise(chain)}") from error
 
 
@@ -52,7 +56,8 @@ def _advise(chain):
         return "there is no such repository on the Hub, or it is private and the token is not allowed in"
     if broken or among(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
         return "is not on this machine and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE)"
-    return str(chain[0]).strip().split("\n")[0]
+    wrapped = type(chain[0]).__name__ == "DatasetGenerationError"  # which says nothing itself
+    return str(chain[1 if wrapped else 0]).strip().split("\n")[0]
 
 
 def prepare_libraries(options):

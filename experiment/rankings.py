@@ -28,14 +28,17 @@ class Sequence:
 
     def until(self, place):
         """The Latents over the prompt and what was generated before this place."""
-        import torch
-
-        return self.latents.take(torch.arange(len(self.prompt) + place, device=self.latents.spliced.device))
+        return self.latents.first(len(self.prompt) + place)
 
     @functools.cached_property
     def ranked(self):
         """The Latents that the paper ranks: up to the last [, without it."""
         return self.until(self.bracket)
+
+    @functools.cached_property
+    def active(self):
+        """The latents active at the last position that is ranked, ascending."""
+        return self.ranked.active_at_the_end()
 
 
 def rank_by_mean_activation(model, sequences, seed, baseline):
@@ -93,7 +96,7 @@ def rank_matched(model, sequences, seed, baseline):
     """The fair control: as at random, but none of those that the baseline masks at K = 50%. Rounds 2 and 3 mask as many
     as remove as much of the residual stream as the baseline's K."""
     for sequence, scores in zip(sequences, rank_at_random(model, sequences, seed, baseline)):
-        half = len(sequence.ranked.active_at_the_end()) // 2
+        half = len(sequence.active) // 2
         lists = baseline[sequence.id]
         scores[lists["topk"][:half] + lists["bottomk"][:half]] = 0
         yield scores
@@ -116,10 +119,9 @@ def rank(model, name, sequences, seed, baseline=None):
     baseline: the baseline's lists by id, for the matched ranking, whose lists go on until they remove as much.
     """
     for sequence, scores in zip(sequences, RANKINGS[name](model, sequences, seed, baseline)):
-        length = LONGEST if name == "matched" else max(100, len(sequence.ranked.active_at_the_end()) // 2)
+        length = LONGEST if name == "matched" else max(100, len(sequence.active) // 2)
         lists = dict(zip(("topk", "bottomk"), ([], []) if scores is None else top_and_bottom(scores, length)))
-        for which in ("topk", "bottomk"):
-            removed = model.splice.removed(sequence.ranked, lists[which]).tolist()
+        for which, removed in zip(("topk", "bottomk"), model.splice.removed(sequence.ranked, *lists.values())):
             removed = [float(f"{value:.4g}") for value in removed]  # files of a readable size
             if name == "matched":
                 target = max(baseline[sequence.id][f"removed_{which}"], default=0)

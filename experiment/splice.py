@@ -47,6 +47,11 @@ class Latents:
         entries = torch.arange(int(counts.sum()), device=counts.device) + shift.repeat_interleave(counts)
         return Latents(residual, spliced, self.ids[entries], self.values[entries], counts)
 
+    def first(self, n):
+        """The Latents at the first n positions. Views: nothing is copied."""
+        entries = int(self.counts[:n].sum())
+        return Latents(self.residual[:n], self.spliced[:n], self.ids[:entries], self.values[:entries], self.counts[:n])
+
     def entry_positions(self):
         """The position of each entry, [entry]."""
         return torch.arange(len(self.counts), device=self.counts.device).repeat_interleave(self.counts)
@@ -62,8 +67,8 @@ class Latents:
 
     def active_at_the_end(self):
         """The latents that are active at the last spliced position, ascending."""
-        last = self.spliced.nonzero()[-1]
-        return self.take(last).ids.sort().values.tolist()
+        upto = self.first(int(self.spliced.nonzero()[-1]) + 1)
+        return upto.ids[len(upto.ids) - int(upto.counts[-1]) :].sort().values.tolist()
 
 
 def join(parts):
@@ -222,21 +227,25 @@ class Splice:
         return torch.cat(slopes)
 
     @torch.no_grad()
-    def removed(self, latents, ids):
-        """What masking the first 1, 2, ... of these latents takes away, over the norm of the residual stream: [list].
+    def removed(self, latents, *lists):
+        """What masking the first 1, 2, ... of each list's latents takes away, over the norm of the residual stream.
 
         The norm of `A_S W_dec[S]` over all positions; the squares of all prefixes S stand on the diagonal of a
-        cumulative sum of (A^T A) * (W W^T).
+        cumulative sum of (A^T A) * (W W^T). Returns a list of numbers for each list of latents.
         """
+        ids = torch.tensor([latent for ids in lists for latent in ids], dtype=torch.long, device=self.device)
+        distinct, column = ids.unique(return_inverse=True)  # column: [in lists], where each latent stands in `distinct`
         places = torch.full((self.d_sae,), -1, device=self.device)
-        places[ids] = torch.arange(len(ids), device=self.device)
-        column = places[latents.ids]
-        acts = torch.zeros(len(latents.counts), len(ids), device=self.device)  # [pos, list]
-        found = column >= 0
-        acts[latents.entry_positions()[found], column[found]] = latents.values[found].float()
-        rows = self.sae.W_dec[ids].float()
-        squares = ((acts.T @ acts) * (rows @ rows.T)).cumsum(0).cumsum(1).diagonal().clamp(min=0)
-        return squares.sqrt() / self.read(latents.residual)[latents.spliced].float().norm()
+        places[distinct] = torch.arange(len(distinct), device=self.device)
+        places = places[latents.ids]
+        acts = torch.zeros(len(latents.counts), len(distinct), device=self.device)  # [pos, distinct]
+        acts[latents.entry_positions()[places >= 0], places[places >= 0]] = latents.values[places >= 0].float()
+        rows, norm = self.sae.W_dec[distinct].float(), self.read(latents.residual)[latents.spliced].float().norm()
+        products, found = (acts.T @ acts) * (rows @ rows.T), []
+        for part in column.split([len(ids) for ids in lists]):
+            squares = products[part][:, part].cumsum(0).cumsum(1).diagonal()
+            found.append((squares.clamp(min=0).sqrt() / norm).tolist())
+        return found
 
 
 @contextlib.contextmanager

@@ -229,16 +229,16 @@ SAES = [
 ]
 
 
-def splice_by_hand(layer, place, gemma, sae, masked, error_term="drop"):
-    """Replaces what a module of a Transformers layer reads or gives by the SAE's reconstruction, `masked` zeroed; or,
-    with the error term, takes away what the masked latents wrote."""
+def splice_by_hand(layer, place, gemma, sae, masked, error_term="drop", means=None):
+    """Replaces what a module of a Transformers layer reads or gives by the SAE's reconstruction, `masked` set to zero
+    or to their means; or, with the error term, takes away what that takes away from the reconstruction."""
     of_gemma, of_others, direction = PLACES[place]
     module = layer.get_submodule(of_gemma if gemma else of_others)
 
     def replace(x):
         whole = sae.decode(sae.encode(x))
         acts = sae.encode(x)  # again: decoding may use up what encoding noted
-        acts[..., masked] = 0
+        acts[..., masked] = 0.0 if means is None else means[masked]
         without = sae.decode(acts)
         return without if error_term == "drop" else x - (whole - without)
 
@@ -271,21 +271,23 @@ def test_places(name, tmp_path):
     for number, place in enumerate(PLACES):
         d_in = heads if place == "attn.hook_z" else 32
         sae = make_sae(*SAES[(number + list(FAMILIES).index(name)) % len(SAES)], d_in, f"blocks.1.{place}")
-        for error_term in ("drop", "keep"):
+        half, means = list(range(0, 3 * d_in, 2)), torch.rand(3 * d_in)
+        for error_term, masked, set_to in [
+            (error_term, *mask) for error_term in ("drop", "keep") for mask in (([], None), (half, None), (half, means))
+        ]:
             model = passes.SplicedModel(bridge, splice.Splice(sae, error_term))
-            for masked in ([], list(range(0, 3 * d_in, 2))):
-                mask = model.splice.mask([masked] * 2)
-                handle = splice_by_hand(layers[1], place, name.startswith("gemma"), sae, masked, error_term)
-                with torch.no_grad(), model.ready():
-                    expected = plain(ids).logits
-                    found = model.run(ids, torch.ones_like(ids), mask=mask, outputs=everywhere)
-                    if not masked:
-                        unmasked = model.run(ids, torch.ones_like(ids), outputs=everywhere)
-                        torch.testing.assert_close(found, unmasked, rtol=1e-4, atol=1e-4)
-                handle.remove()
-                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # logits of 1 to 10
-                changes = bool(masked) or error_term == "drop"
-                assert torch.allclose(expected, unspliced, atol=1e-3) != changes
+            mask = model.splice.mask([masked] * 2, set_to)
+            handle = splice_by_hand(layers[1], place, name.startswith("gemma"), sae, masked, error_term, set_to)
+            with torch.no_grad(), model.ready():
+                expected = plain(ids).logits
+                found = model.run(ids, torch.ones_like(ids), mask=mask, outputs=everywhere)
+                if not masked:
+                    unmasked = model.run(ids, torch.ones_like(ids), outputs=everywhere)
+                    torch.testing.assert_close(found, unmasked, rtol=1e-4, atol=1e-4)
+            handle.remove()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # logits of 1 to 10
+            changes = bool(masked) or error_term == "drop"
+            assert torch.allclose(expected, unspliced, atol=1e-3) != changes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

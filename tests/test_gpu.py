@@ -1,51 +1,73 @@
-"""The default path on a CUDA device: `python -m pytest tests/test_gpu.py -s`. Without one, a small shape on the CPU."""
+"""The default path on a CUDA device: `python -m pytest tests/test_gpu.py -s`. Without one, a tiny shape on the CPU."""
 
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, options
 from test_rounds import run_rounds
+
+from experiment import answers
+from experiment.hub import prepare_libraries
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import throughput  # noqa: E402
-
-from experiment import generation, latents  # noqa: E402
+import workloads  # noqa: E402
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+SEVERAL_K = ("50%", "10", "1")
 
 
 @needs_cuda
-def test_demo_rounds_in_float16_on_cuda(tmp_path):
-    found = run_rounds(tmp_path, "--device", "cuda", "--dtype", "float16")
-    kept = sum("topk" in record for record in found["baseline"].values())
+def test_demo_rounds_in_float16_on_cuda(tmp_path, monkeypatch, capsys):
+    _, found = run_rounds(tmp_path, monkeypatch, capsys, "--device", "cuda", "--dtype", "float16")
+    kept = sum("latents" in record for record in found["baseline"].values())
     assert kept >= 0.8 * len(found["baseline"])
     assert len(found["false"]) == len(found["true"]) == kept
 
 
 @pytest.mark.parametrize(
-    ("scale", "device", "dtype"),
-    [(32, "cpu", "float32"), (32, "cpu", "float16"), pytest.param(1, "cuda", "float16", marks=needs_cuda)],
+    ("shape", "count", "batch_tokens", "device", "dtype"),
+    [
+        ("tiny", 10, 1024, "cpu", "float32"),
+        ("tiny", 10, 1024, "cpu", "float16"),
+        pytest.param("gemma-2-9b-it", 200, 32768, "cuda", "float16", marks=needs_cuda),
+    ],
 )
-def test_gemma_shape(scale, device, dtype):
-    """gemma-2-9b-it's shape (on the CPU: the same, smaller), random weights: generation, both rankings and masking."""
-    config = throughput.shape_config(scale)
-    model, sae, prompts, contexts, new_tokens = throughput.load_shape(config, device, dtype, 10, 131072 // scale)
-    outputs, residuals = generation.answer(model, sae, prompts, new_tokens, contexts=contexts, keep_residuals=True)
-    assert [len(output) for output in outputs] == [new_tokens] * len(prompts)
-    assert residuals[0].dtype == getattr(torch, dtype) and sae.dtype == torch.float32
-    rankings = [latents.rank(sae, residual) for residual in residuals]
-    for ranking in rankings:
-        assert 10 <= len(ranking["active"]) <= 2000
-        assert len(ranking["topk"]) == len(ranking["bottomk"]) == len(ranking["active"]) // 2
-    # GradSAE's ranking, a question at a time, as the scripts come down to where memory is short.
-    for prompt, output in zip(prompts[:3], outputs):
-        scores = latents.gradient_scores(model, sae, [prompt + output[:-1]], output[-1:])
-        assert scores.isfinite().all() and (scores > 0).sum() > 10
-    masked, _ = generation.answer(model, sae, prompts, new_tokens, [ranking["topk"] for ranking in rankings])
-    assert masked != outputs
+def test_rounds_of_a_random_model(shape, count, batch_tokens, device, dtype, capsys):
+    """Round 1 with both rankings, TopK and BottomK masked with several K, more than one full batch; on the CPU in
+    float32 some of the answers against the naive loop's."""
+    chosen = options("--device", device, "--dtype", dtype)
+    prepare_libraries(chosen)
+    work = workloads.load_shape(workloads.SHAPES[shape], chosen, count)
+    assert work.model.lm.dtype == getattr(torch, dtype) and work.model.splice.sae.dtype == torch.float32
+    batches = answers.plan_batches([len(prompt) for prompt in work.prompts], batch_tokens, work.contexts)
+    assert len(batches) > 1
+    found = workloads.round_1(work, batches)
+    assert_answered(work, found)
+    for ranked in (found, workloads.round_1(work, batches, ("gradsae",))):
+        for question in ranked:
+            assert 2 <= question.active <= 2000
+            for which in ("topk", "bottomk"):
+                length = len(question.lists[which])
+                assert 20 <= length <= max(100, question.active // 2)
+                assert all(0 < removed < 100 for removed in question.lists[f"removed_{which}"])
+    for which in ("topk", "bottomk"):
+        for k, masked in zip(SEVERAL_K, workloads.masked_round(work, batches, found, which, SEVERAL_K), strict=True):
+            assert_answered(work, masked, [question.latents(which, k) for question in found])
+            assert which == "bottomk" or [a.tokens for a in masked] != [question.tokens for question in found]
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 1e9
-        print(f"\npeak memory of the gemma-2-9b-it shape: {peak:.1f} GB on {torch.cuda.get_device_name()}")
-        assert peak < 80
+        out, err = capsys.readouterr()
+        with capsys.disabled():
+            print(f"\npeak memory of {shape}: {peak:.1f} GB on {torch.cuda.get_device_name()}")
+        assert peak < 80 and "Out of memory" not in err
+
+
+def assert_answered(work, given, masked=None):
+    """Answers of the length that all have; in float32 some of them are made again by the naive loop."""
+    assert [len(answer.tokens) for answer in given] == [work.new_tokens] * len(work.prompts)
+    if work.model.lm.dtype == torch.float32:
+        numbers = range(0, len(given), 4)
+        latents = [masked[i] if masked else [] for i in numbers]
+        assert [given[i].tokens for i in numbers] == workloads.naive_loop(work, numbers, latents)

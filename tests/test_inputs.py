@@ -1,14 +1,13 @@
-"""Bad inputs: each is refused with exit code 2 and one line that names it, and no file is changed. No input file makes
-a reader raise anything but our own error."""
+"""Bad inputs to the scripts: each is refused with exit code 2 and one line that names it, and no file is changed.
+
+What a reader of files refuses, and that no file makes it raise anything else, is in test_files.py; mistakes on the
+command line are in test_options.py, and in loading in test_loading.py.
+"""
 
 import json
 
 import pytest
 from conftest import ROOT, run_script
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-from experiment import UserError, questions, records
 
 ROW = {"id": "1", "context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}}
 DATA = {  # name: (file name, content, what the line says)
@@ -30,9 +29,16 @@ DATA = {  # name: (file name, content, what the line says)
     "json: empty list": ("d.json", "[]", "no question"),
     "json: deep": ("d.json", "[" * 100_000, "is not JSON"),
     "json: qas a number": ("d.json", '{"data": [{"paragraphs": [{"context": "c", "qas": 3}]}]}', "neither a list"),
+    "overlong": (
+        "d.jsonl",
+        json.dumps(ROW | {"id": "the long one", "context": "The harp. " * 300}),
+        "question the long one: its prompt of 942 tokens and an answer of 50 do not fit",
+    ),
 }
 SAMPLE = {"id": "questions-000-0", "answer": "a", "em": 1.0, "f1": 1.0, "active": [1, 2], "topk": [1], "bottomk": [2]}
 RUN = json.loads((ROOT / "activations_baseline.json").read_text())["run"]
+THEIRS = {"original": [1], "have_gradient": [1], "no_gradient": [1]}
+RECORD = {"id": "questions-000-0", "text": "t", "answer": "a", "em": 1.0, "f1": 1.0, "accuracy": 1.0, "named": 1.0}
 
 
 def activations(run=None, **changed):
@@ -41,53 +47,52 @@ def activations(run=None, **changed):
 
 ACTIVATIONS = {
     "no json": ("{", "is not JSON"),
-    "a number": ("3", "it is not round 1's file"),
-    "an empty object": ("{}", "it is not round 1's file"),
     "no run": (json.dumps({"samples": [SAMPLE]}), "names no run"),
-    "run a number": (json.dumps({"samples": [SAMPLE], "run": 3}), "names no run"),
-    "no samples": (json.dumps({"run": RUN, "samples": []}), "holds no sample"),
-    "sample a number": (json.dumps({"run": RUN, "samples": [1]}), "sample 1: lacks id"),
-    "no answer": (json.dumps({"run": RUN, "samples": [{"id": "x"}]}), "lacks id or answer"),
-    "topk a text": (activations(topk="12"), "topk is not a list"),
-    "topk with a float": (activations(topk=[1.5]), "topk is not a list"),
-    "topk negative": (activations(topk=[-1]), "topk is not a list"),
-    "bottomk missing": (activations(bottomk=None), "bottomk is not a list"),
-    "active with true": (activations(active=[True]), "active is not a list"),
-    "id twice": (json.dumps({"run": RUN, "samples": [SAMPLE, SAMPLE]}), "sample 2: the id"),
+    "topk negative": (activations(topk=[-1]), "sample 1: topk is not a list of latents"),
     "another model": (activations({"model": "gemma-2-9b-it"}), 'model "gemma-2-9b-it", now "demo/model"'),
     "another SAE": (activations({"sae_id": "layer_20"}), 'sae_id "layer_20"'),
+    "another ranking": (activations({"ranking": "gradsae"}), 'ranking "gradsae", now "baseline"'),
+    "another way to splice": (activations({"error_term": "keep"}), 'error_term "keep", now "drop"'),
     "other questions": (activations({"questions": "0" * 64}), "questions"),
     "another dtype": (activations({"dtype": "float16"}), 'dtype "float16"'),
     "another prompt": (activations({"prompt_template": "{context}{question}"}), "prompt_template"),
-    "another width": (activations({"d_sae": 7}), "d_sae 7"),
-    "latent outside the SAE": (activations(topk=[10**9]), "names latent 1000000000"),
     "none of these questions": (activations(id="of another data set"), "none of its questions"),
-    "theirs: a list of numbers": ("[1]", "entry 1: is not of the authors'"),
-    "theirs: a list of lists": ('[{"prompt": [1]}]', "entry 1: is not of the authors'"),
-    "theirs: no lists": ('[{"prompt": {}}]', "active is not a list"),
-    "theirs: all empty": ("[{}, {}]", "holds no sample"),
-    "theirs: other prompts": (
-        '[{"prompt": {"original": [1], "have_gradient": [1], "no_gradient": [1]}}]',
-        "none of its questions",
+    "theirs: no lists": ('[{"prompt": {}}]', "sample 1: active is not a list"),
+    "theirs: other prompts": (json.dumps([{"prompt": THEIRS}]), "none of its questions"),
+}
+OF_THE_SAE = {  # these show once the SAE is loaded
+    "another width": (activations({"d_sae": 7}), "d_sae 7, now 512"),
+    "another place": (activations({"hook_name": "blocks.2.hook_resid_post"}), 'hook_name "blocks.2.hook_resid_post"'),
+    "latent outside the SAE": (activations(topk=[512]), "question questions-000-0 names latent 512, but the SAE has"),
+}
+OF_THE_ROUND = {  # what stands in round 1's way: file name, content, what the line says
+    "journal damaged": ("predictions_baseline.jsonl", '{"run": {}}\nnonsense\n', "line 2: is damaged"),
+    "journal empty": ("predictions_baseline.jsonl", "", "line 1: names no run"),
+    "journal of another run": (
+        "predictions_baseline.jsonl",
+        json.dumps({"run": RUN | {"model": "other"}}) + "\n" + json.dumps(RECORD) + "\n",
+        'model "other", now "demo/model"',
     ),
-}
-RECORD = {"id": "questions-000-0", "text": "t", "answer": "a", "em": 1.0, "f1": 1.0, "accuracy": 1.0}
-JOURNALS = {
-    "empty": ("", "line 1: names no run"),
-    "no run": ("{}\n", "line 1: is damaged"),
-    "damaged in the middle": ('{"run": {}}\nnonsense\n' + json.dumps(RECORD) + "\n", "line 2: is damaged"),
-    "a list": ('{"run": {}}\n[]\n', "line 2: is damaged"),
-    "no scores": ('{"run": {}}\n{"id": "1", "text": "", "answer": ""}\n', "line 2: is damaged"),
-    "score of 7": ('{"run": {}}\n' + json.dumps(RECORD | {"em": 7.0}) + "\n", "line 2: is damaged"),
-    "id twice": ('{"run": {}}\n' + 2 * (json.dumps(RECORD) + "\n"), "line 3: is damaged"),
-    "another run's": (json.dumps({"run": RUN | {"demo": False, "model": "other"}}) + "\n", 'model "other"'),
-    "not utf-8": (b'{"run": {}}\n\xff\n', "line 2: is damaged"),
-}
-RESULTS = {
-    "no json": ("[", "is not JSON"),
-    "an object": ("{}", "is not a file of results"),
-    "a list of numbers": ("[1]", "is not a file of results"),
-    "another run's": (json.dumps([{"run": {"model": "other"}, "round": "false", "k": "50%"}]), 'model "other"'),
+    "part of another run": (
+        "predictions_baseline.part1.jsonl",
+        json.dumps({"run": RUN | {"limit": 7}}) + "\n",
+        "limit 7, now null",
+    ),
+    "results no json": ("results.json", "[", "is not JSON"),
+    "results an object": ("results.json", "{}", "is not a file of results"),
+    "results of another run": (
+        "results.json",
+        json.dumps([{"run": {"model": "other"}, "round": "false", "k": "50%"}]),
+        'model "other"',
+    ),
+    "activations of another run": (
+        "activations_baseline.json",
+        activations({"dtype": "float16"}),
+        'dtype "float16", now "float32"',
+    ),
+    "activations of another limit": ("activations_baseline.json", activations({"limit": 7}), "limit 7, now null"),
+    "the authors' activations": ("activations_baseline.json", json.dumps([{"p": THEIRS}]), "the authors' published"),
+    "something else": ("activations_baseline.json", "my notes", "is not JSON"),
 }
 TEMPLATES = {
     "no context": ("{question}", "{context} exactly once"),
@@ -98,116 +103,97 @@ TEMPLATES = {
 
 
 def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def assert_refused(script, arguments, says, tmp_path, monkeypatch, capsys):
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    arguments = ["--demo", "--output-dir", tmp_path, *arguments]
-    code, out, err = run_script(script, arguments, monkeypatch, capsys)
-    news = ("Loading ", "Round 1: ", str(tmp_path))  # what is going on, what was found; the error is the last line
-    lines = [line for line in err.splitlines() if line and not line.startswith(news)]
-    assert (code, out, len(lines)) == (2, "", 1), err
-    assert says in lines[0] and lines[0].startswith(f"{script}.py: "), err
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
-    assert before == after
+def read_all(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused(script, arguments, says): the script stops with one line beside its news, and touches no file."""
+
+    def check(script, arguments, says):
+        before = read_all(tmp_path)
+        arguments = ["--demo", "--output-dir", tmp_path, *arguments]
+        code, out, err = run_script(script, arguments, monkeypatch, capsys)
+        news = ("Loading ", "Round 1: ", str(tmp_path))  # what is being done, and what was found in a file
+        lines = [line for line in err.splitlines() if line and not line.startswith(news)]
+        assert (code, out, len(lines)) == (2, "", 1), err
+        assert lines[0].startswith(f"{script}.py: ") and says in lines[0], err
+        assert read_all(tmp_path) == before
+        return lines[0]
+
+    return check
 
 
 @pytest.mark.parametrize("case", DATA)
-def test_data_sets(case, tmp_path, monkeypatch, capsys):
+def test_data_sets(case, refused, tmp_path):
     name, content, says = DATA[case]
     write(tmp_path / name, content)
-    assert_refused("baseline", ["--dataset", tmp_path / name], says, tmp_path, monkeypatch, capsys)
+    assert str(tmp_path / name) in refused("baseline", ["--dataset", tmp_path / name], says) or case == "overlong"
 
 
-@pytest.mark.parametrize("case", ACTIVATIONS)
-def test_activations(case, tmp_path, monkeypatch, capsys):
-    content, says = ACTIVATIONS[case]
+@pytest.mark.parametrize("case", ACTIVATIONS | OF_THE_SAE)
+def test_activations(case, refused, tmp_path, monkeypatch):
+    """What can be said before the model is loaded is."""
+    content, says = (ACTIVATIONS | OF_THE_SAE)[case]
+    if case in ACTIVATIONS:
+        monkeypatch.setattr("common.load", None)
     write(tmp_path / "activations_baseline.json", content)
-    assert_refused("baseline_after_false", [], says, tmp_path, monkeypatch, capsys)
+    assert str(tmp_path / "activations_baseline.json") in refused("baseline_after_false", [], says)
 
 
-@pytest.mark.parametrize("case", JOURNALS)
-def test_journals(case, tmp_path, monkeypatch, capsys):
-    content, says = JOURNALS[case]
-    write(tmp_path / "predictions_baseline.jsonl", content)
-    assert_refused("baseline", [], says, tmp_path, monkeypatch, capsys)
-
-
-@pytest.mark.parametrize("case", RESULTS)
-def test_results(case, tmp_path, monkeypatch, capsys):
-    content, says = RESULTS[case]
-    write(tmp_path / "results.json", content)
-    assert_refused("baseline", [], says, tmp_path, monkeypatch, capsys)
+@pytest.mark.parametrize("case", OF_THE_ROUND)
+def test_files_of_another_round(case, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.load", None)
+    name, content, says = OF_THE_ROUND[case]
+    write(tmp_path / name, content)
+    assert str(tmp_path / name) in refused("baseline", [], says)
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
-def test_templates(case, tmp_path, monkeypatch, capsys):
+def test_templates(case, refused, tmp_path):
     content, says = TEMPLATES[case]
     write(tmp_path / "template.txt", content)
-    arguments = ["--prompt-template", tmp_path / "template.txt"]
-    assert_refused("baseline", arguments, says, tmp_path, monkeypatch, capsys)
+    refused("baseline", ["--prompt-template", tmp_path / "template.txt"], says)
 
 
-@pytest.mark.parametrize("k", ["0", "0%", "51%", "-1", "1.5", "ten", "", "50 %"])
-def test_k(k, tmp_path, monkeypatch, capsys):
-    assert_refused("baseline_after_false", [f"--k={k}"], "--k", tmp_path, monkeypatch, capsys)
+@pytest.mark.parametrize("k", ["0%", "51%", "-1", "1.5", "ten", "", "50 %"])
+def test_k(k, refused):
+    refused("baseline_after_false", ["--k", "0", f"--k={k}"], "--k")
 
 
-def test_no_activations(tmp_path, monkeypatch, capsys):
-    assert_refused("baseline_after_true", [], "run baseline.py first", tmp_path, monkeypatch, capsys)
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--ranking", "gradsae"], "activations_gradsae.json"),
+        (["--ranking", "baseline", "gradsae"], "activations_gradsae.json"),
+        (["--activations", "none.json"], "none.json"),
+        (["--dtype", "float16"], "activations_baseline.json"),  # the file that ships is of another run
+    ],
+)
+def test_no_activations(arguments, named, refused, tmp_path):
+    line = refused("baseline_after_true", arguments, f"{named}: there is no such file: run baseline.py first")
+    assert named == "none.json" or str(tmp_path / named) in line
 
 
-def test_overlong_prompt(tmp_path, monkeypatch, capsys):
-    write(tmp_path / "long.jsonl", json.dumps(ROW | {"id": "the long one", "context": "The harp. " * 300}))
-    arguments = ["--dataset", tmp_path / "long.jsonl"]
-    assert_refused("baseline", arguments, "question the long one: its prompt of", tmp_path, monkeypatch, capsys)
+def test_rankings_of_different_questions(refused, tmp_path):
+    write(tmp_path / "activations_baseline.json", activations())
+    write(tmp_path / "activations_gradsae.json", activations({"ranking": "gradsae"}, id="questions-000-1"))
+    arguments = ["--ranking", "baseline", "gradsae"]
+    refused("baseline_after_false", arguments, "the activations files are of different questions")
 
 
-def test_logits_that_are_not_finite(demo, tmp_path, monkeypatch, capsys):
+def test_output_folder_that_is_a_file(refused, tmp_path):
+    write(tmp_path / "file", "")
+    refused("baseline", ["--output-dir", tmp_path / "file"], "--output-dir")
+
+
+def test_logits_that_are_not_finite(refused, tmp_path):
     """An SAE that overflows: the round stops with one line, and writes no answer."""
     from test_loading import save_sae
 
     save_sae(tmp_path / "sae", bias=float("inf"))
-    arguments = ["--sae-release", tmp_path / "sae", "--limit", "5"]
-    assert_refused("baseline", arguments, "not finite", tmp_path, monkeypatch, capsys)
-
-
-# --- any file at all --------------------------------------------------------------------------------------------------
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
-)
-KEYS = ["id", "context", "question", "answers", "text", "data", "paragraphs", "qas", "is_impossible", "run", "samples"]
-KEYS += ["answer", "em", "f1", "accuracy", "active", "topk", "bottomk", "original", "have_gradient", "no_gradient"]
-KEYS += ["put_off", "round", "k", "demo", "model"]
-NEAR = st.recursive(  # JSON made of the very names that the readers look for
-    JSON,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=8),
-    max_leaves=20,
-)
-CONTENT = (
-    st.binary(max_size=200)
-    | NEAR.map(lambda value: json.dumps(value).encode())
-    | st.lists(NEAR, max_size=4).map(lambda values: b"\n".join(json.dumps(value).encode() for value in values) + b"\n")
-)
-READERS = {
-    "d.json": lambda path: questions.load(str(path), ""),
-    "d.jsonl": lambda path: questions.load(str(path), ""),
-    "activations.json": lambda path: records.read_activations(path),
-    "journal.jsonl": lambda path: records.Journal(path, {"model": "m"}, notify=lambda text: None),
-    "results.json": lambda path: records.read_results(path, {"model": "m"}, False, lambda text: None),
-}
-
-
-@pytest.mark.parametrize("name", READERS)
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=CONTENT)
-def test_readers_raise_nothing_else(name, content, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    try:
-        READERS[name](tmp_path / name)
-    except UserError as error:
-        assert str(tmp_path / name) in str(error)
+    refused("baseline", ["--sae-release", tmp_path / "sae", "--limit", "5"], "not finite")

@@ -456,10 +456,13 @@ def test_what_masks_remove(demo, sequences):
         latents, residual = sequence.ranked, sequence.ranked.residual
         ids = rankings.top_and_bottom(latents.mean(model.splice.d_sae), 30)[0]
         acts = sae.encode(residual)
-        for n, found in enumerate(model.splice.removed(latents, ids).tolist(), 1):
+        other = [ids[0], *rankings.top_and_bottom(latents.mean(model.splice.d_sae), 9)[1]]  # lists may share latents
+        ours, theirs = model.splice.removed(latents, ids, other)
+        assert theirs[0] == ours[0] and len(theirs) == 10
+        for n, found in enumerate(ours, 1):
             expected = (acts[:, ids[:n]] @ sae.W_dec[ids[:n]]).norm() / residual.norm()
             assert found == pytest.approx(expected.item(), rel=1e-4)
-        assert model.splice.removed(latents, []).tolist() == []
+        assert model.splice.removed(latents, [], ids)[0] == []
 
 
 def test_matched_ranking(demo, sequences):

@@ -1,0 +1,100 @@
+"""README's benchmark commands at a tiny size: every row and column of the table is there, with figures that can be."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from experiment import UserError
+
+COMMANDS = {
+    "demo": ("--demo", "--questions", "16", "--naive-questions", "2", "--repeats", "1"),
+    "shape": ("--shape", "tiny", "--questions", "6", "--naive-questions", "2", "--repeats", "1", "--width", "512")
+    + ("--compare-sae-dtypes", "float16"),
+}
+ROWS = [
+    "naive loop (2 questions)",
+    "plain generate, no SAE",
+    "round 1, ranked",
+    "TopK masked, K = 50%",
+    "BottomK masked, K = 50%",
+    "each further K (20, 10)",
+    "GradSAE's ranking",
+]
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """What the commands print, run side by side: most of it is the time that imports take."""
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, "benchmarks/throughput.py", *arguments],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # two threads each would wait for each other's processors
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, arguments in COMMANDS.items()
+    }
+    found = {name: (*process.communicate(), process.returncode) for name, process in processes.items()}
+    for _, err, code in found.values():
+        assert code == 0, err
+    return {name: out for name, (out, *_) in found.items()}
+
+
+def read_table(text):
+    """{row: {column: number}}."""
+    head, *lines = text.split("\n\n")[1].splitlines()
+    columns = re.split(r"\s{2,}", head.strip())
+    cells = {line[:28].rstrip(): [float(cell) for cell in line[28:].split()] for line in lines}
+    return {row: dict(zip(columns, values, strict=True)) for row, values in cells.items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_table(printed, name):
+    table = read_table(printed[name])
+    assert list(table) == ROWS
+    naive, plain, *ours = (table[row] for row in ROWS)
+    assert list(naive) == ["questions/s", "/ naive", "time / plain", "seconds in SAE", "peak GB"]
+    assert naive["/ naive"] == plain["time / plain"] == 1
+    for row, found in table.items():
+        assert math.isnan(found["seconds in SAE"]) == (found in (naive, plain))
+        assert 0.1 < found["peak GB"] < 5
+        if row not in ROWS[-2:]:  # those are differences: another process's work may be in them
+            assert 0.1 < found["questions/s"] < 1000
+            assert found["/ naive"] == pytest.approx(found["questions/s"] / naive["questions/s"], rel=0.1, abs=0.1)
+            assert found["time / plain"] == pytest.approx(plain["questions/s"] / found["questions/s"], rel=0.1, abs=0.1)
+    questions = {"demo": 16, "shape": 6}[name]
+    for found in ours[:3]:
+        assert 0 <= found["seconds in SAE"] < 2 * questions / found["questions/s"]
+
+
+def test_what_stands_around_the_table(printed):
+    demo, shape = printed["demo"], printed["shape"]
+    assert re.search(r"^16 questions of 9[0-9] prompt tokens; 1 batches in round 1, 1 in a masked round", demo)
+    assert re.search(r"^6 questions of 1[0-9]{2} prompt tokens; .* of at most 1024 tokens", shape)
+    for text, width in ((demo, 512), (shape, 512)):
+        assert f"1 CPU threads; float32, SAE in float32: {width} latents" in text
+        assert "TopK's answers that are the naive loop's: 2 of 2" in text
+    assert re.search(r"that are the unmasked one: TopK [0-9.]+%, BottomK 100.0%", demo)
+    assert re.search(r"SAE in float16, the same as in float32: answers ([0-9.]+%.*){4}", shape)
+    assert [line.split(",", 1)[1].split(":")[0].strip() for line in shape.splitlines() if "SQuAD" in line] == [
+        row.replace(": ", " ") for row in ROWS[2:]
+    ]
+    assert "SQuAD" not in demo
+
+
+def test_what_is_refused(monkeypatch):
+    """TF32 where there is none, before anything is measured."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import throughput
+
+    for option in ("--sae-dtype", "--compare-sae-dtypes"):
+        monkeypatch.setattr(sys, "argv", ["throughput.py", "--demo", option, "tf32"])
+        with pytest.raises(UserError, match="only a CUDA device has it"):
+            throughput.parse_arguments()
