@@ -18,7 +18,7 @@ KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this 
 def main():
     chosen = options.parse(None, __doc__, masks=False)
     import common  # brings in PyTorch: only once the options are known to be good
-    from experiment import rounds
+    from experiment import activations, rounds
 
     # 1. The questions
     round_ = common.prepare(chosen)
@@ -57,7 +57,7 @@ def main():
         kept = rounds.finish_round_1(round_, entries, journals, KEEP_F1)
         if chosen.ablation == "mean" and round_.state.is_main_process:
             tokens = [journals["baseline"][question.id]["tokens"] for question in kept]
-            common.store_means(round_, model or common.load_for(round_, []), kept, tokens)
+            activations.store_means(round_, model or common.load_for(round_, []), kept, tokens)
 
 
 def answer(round_, model, batch, answered):

@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import json
 import re
 from pathlib import Path
 from unittest import mock
@@ -17,8 +16,20 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from experiment import UserError, answers, catalogue, estimates, passes, questions, rankings, results, rounds, say
-from experiment.hub import hub_errors, prepare_libraries
+from experiment import (
+    UserError,
+    activations,
+    answers,
+    catalogue,
+    estimates,
+    passes,
+    questions,
+    rankings,
+    results,
+    rounds,
+    say,
+)
+from experiment.hub import check_fit, hub_errors, prepare_libraries
 from experiment.options import bundled
 from experiment.prompts import BRACKETS, build_prompt, find_answer, find_special_ids, tokenize
 from experiment.rounds import Round
@@ -125,29 +136,6 @@ def load_sae(options):
     return sae.eval().requires_grad_(False)
 
 
-def check_fit(options, sae):
-    """Refuses an SAE of another model, before the model's weights are downloaded or loaded."""
-    hook_name, made_for = sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name
-    if made_for in catalogue.aliases() and not catalogue.same_model(bundled(options.model), made_for):
-        raise UserError(
-            f"{options.sae_release}: its cfg.json says that it is for {made_for}, not for {options.model}: if that is "
-            "meant, give the model as a local folder"
-        )
-    with hub_errors(options.model):
-        name = catalogue.official_name(bundled(options.model))
-        config = transformers.AutoConfig.from_pretrained(name).get_text_config()
-    if int(hook_name.split(".")[1]) >= config.num_hidden_layers:
-        layers = config.num_hidden_layers
-        raise UserError(f"{options.sae_release}: is for {hook_name}, but {options.model} has {layers} layers")
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_attention_heads * d_head if hook_name.endswith("attn.hook_z") else config.hidden_size
-    if sae.cfg.d_in != width:
-        raise UserError(
-            f"{options.sae_release}: reads {sae.cfg.d_in} dimensions, but {options.model} has {width}: "
-            "this SAE belongs to another model"
-        )
-
-
 def load_model(options, tokenizer):
     """The model: a TransformerBridge over Transformers' own weights, greedy and nothing else."""
     from transformer_lens.model_bridge import TransformerBridge
@@ -251,39 +239,16 @@ def load_for(round_, journals, ranked=None):
     for journal in journals:
         results.refuse_other_run(journal.path, journal.run, late, late)
         journal.run |= late
-    rounds.check_latents(ranked or {}, model.splice.d_sae)
+    activations.check_latents(ranked or {}, model.splice.d_sae)
     return model
-
-
-def store_means(round_, model, kept, tokens):
-    """For --ablation mean: each latent's mean activation over all positions of the kept questions and answers.
-
-    tokens: of the unmasked answers. Goes to means.json, which rounds 2 and 3 read.
-    """
-    total, positions = torch.zeros(model.splice.d_sae, dtype=torch.float64, device=model.splice.device), 0
-    prompts = [round_.prompt_ids(question) for question in kept]
-    lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, tokens)]
-
-    def observe(part):
-        known = [tokens[i] for i in part]
-        return answers.answer(model, [prompts[i] for i in part], [kept[i].context for i in part], 0, known)
-
-    for batch in answers.plan_batches(lengths, round_.options.batch_tokens, [question.context for question in kept]):
-        for found in answers.in_halves(observe, batch):
-            count = int(found.latents.spliced.sum())
-            total += found.latents.mean(model.splice.d_sae) * count
-            positions += count
-    means = (total / max(1, positions)).float().tolist()
-    with results.write_whole(round_.options.output_dir / "means.json") as file:
-        json.dump({"run": round_.run, "positions": positions, "means": means}, file)
 
 
 def masked_round(options, which):
     """Rounds 2 and 3: the kept questions again, each with its own TopK (`which`: topk) or BottomK (bottomk) masked."""
     # 1. The latents that round 1 ranked, and the questions they are of
     round_ = prepare(options)
-    ranked = {ranking: rounds.read_ranked(round_, ranking, which) for ranking in options.ranking}
-    asked = rounds.find_asked(round_, ranked)
+    ranked = {ranking: activations.read_ranked(round_, ranking, which) for ranking in options.ranking}
+    asked = activations.find_asked(round_, ranked)
     unmasked = next(iter(ranked.values())).samples
     drafts = [unmasked[question.id].get("tokens", []) for question in asked]
 
@@ -301,8 +266,8 @@ def masked_round(options, which):
         if missing(asked):
             # 3. The model, with the SAE's reconstruction in its residual stream
             model = load_for(round_, journals.values(), ranked)
-            means = rounds.read_means(round_, model) if options.ablation == "mean" else None
-            # 4. Answer with the latents masked, and score; what lies below the SAE runs once for all rankings and K
+            means = activations.read_means(round_, model) if options.ablation == "mean" else None
+            # 4. Answer with the latents masked, and score; below the SAE once for all rankings and K
             label = f"{estimates.MASKS[which]} masked, {len(journals)} x"
             for batch in rounds.share_batches(round_, model, asked, drafts, lambda batch: not missing(batch), label):
                 keys = missing(batch)
@@ -325,9 +290,8 @@ def masked_round(options, which):
         # 5. Compare with the unmasked answers to the same questions; write and print
         fresh, find = [], functools.partial(find_answer, round_.tokenizer)
         for (ranking, k), journal in journals.items():
-            records = rounds.finish_journal(round_, journal, asked)
             picked = [pick_latents(ranked[ranking], question, k) for question in asked]
-            fresh.append(rounds.compare(ranked[ranking], k, journal.run, asked, records, picked, find))
+            fresh.append(rounds.compare(round_, ranked[ranking], k, journal, asked, picked, find))
         rounds.write_results(round_, entries, fresh)
 
 

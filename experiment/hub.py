@@ -1,4 +1,4 @@
-"""The Hub and PyTorch made ready, and the Hub's errors in one line each."""
+"""What is asked of libraries before a model is there: devices, tokens, errors in one line, whether an SAE fits."""
 
 import contextlib
 import os
@@ -13,8 +13,8 @@ import transformers
 from huggingface_hub import errors
 from safetensors import SafetensorError
 
-from experiment import UserError
-from experiment.options import ROOT
+from experiment import UserError, catalogue
+from experiment.options import ROOT, bundled
 
 
 @contextlib.contextmanager
@@ -80,3 +80,26 @@ def prepare_libraries(options):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # the line above hides downloads too: those a person waits for
+
+
+def check_fit(options, sae):
+    """Refuses an SAE of another model, before the model's weights are downloaded or loaded."""
+    hook_name, made_for = sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name
+    if made_for in catalogue.aliases() and not catalogue.same_model(bundled(options.model), made_for):
+        raise UserError(
+            f"{options.sae_release}: its cfg.json says that it is for {made_for}, not for {options.model}: if that is "
+            "meant, give the model as a local folder"
+        )
+    with hub_errors(options.model):
+        name = catalogue.official_name(bundled(options.model))
+        config = transformers.AutoConfig.from_pretrained(name).get_text_config()
+    if int(hook_name.split(".")[1]) >= config.num_hidden_layers:
+        layers = config.num_hidden_layers
+        raise UserError(f"{options.sae_release}: is for {hook_name}, but {options.model} has {layers} layers")
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * d_head if hook_name.endswith("attn.hook_z") else config.hidden_size
+    if sae.cfg.d_in != width:
+        raise UserError(
+            f"{options.sae_release}: reads {sae.cfg.d_in} dimensions, but {options.model} has {width}: "
+            "this SAE belongs to another model"
+        )

@@ -1,0 +1,141 @@
+"""What round 1 leaves for rounds 2 and 3: ranked latents and their means. Written and read with the run they are of."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from experiment import UserError, answers, results, say
+from experiment.options import ROOT
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The ranked latents of a file of activations.
+
+    run: of the round that masks them.  path: the file's.  samples: by question id.  which: topk or bottomk.  targets:
+    of the matched ranking, by question id, what the baseline's first 1, 2, ... latents remove.  missing: the questions
+    that the data set lacks.  has_answers: whether the unmasked answers are there (not in the authors' file).
+    """
+
+    run: dict
+    path: Path
+    samples: dict[str, dict]
+    which: str
+    targets: dict[str, list[float]] | None
+    missing: list[str]
+    has_answers: bool
+
+
+def read_ranked(round_, ranking, which):
+    """The Ranked of one ranking, from --activations, the output folder, or the file that ships with the project."""
+    path = find_activations(round_, ranking)
+    made, samples = results.read_activations(path)
+    if made is None:
+        say(f"{path}: the authors' published form: model, SAE, layer and dtype that made it cannot be checked.")
+        by_id, missing = match_prompts(round_, samples)
+    else:
+        if named := results.differences(made, round_.run_of(ranking), results.COMPARED):
+            raise UserError(f"{path}: is of another run ({named}): repeat its options, or run baseline.py again")
+        known = {question.id for question in round_.questions}
+        by_id = {sample["id"]: sample for sample in samples if sample["id"] in known}
+        missing = [sample["id"] for sample in samples if sample["id"] not in known]
+    if missing:
+        named = ", ".join(repr(name[-80:]) for name in missing[:5])
+        say(f"{path}: {len(missing)} of its {len(samples)} questions are not in the data set: {named}")
+    if not any(question.id in by_id for question in round_.asked):
+        raise UserError(f"{path}: none of its questions is among the {len(round_.asked)} selected ones")
+    lists = ({"id": question_id, which: sample[which]} for question_id, sample in by_id.items())
+    more = {"masked": which, "ablation": round_.options.ablation}
+    run = round_.run_of(ranking, activations=results.digest(lists, "id", which), **more)
+    # Of what made the file, not of what was asked for now:
+    run |= {name: made[name] for name in ("ranking_seed", "hook_name", "d_sae") if made and name in made}
+    targets = read_targets(round_, path, which) if ranking == "matched" else None
+    return Ranked(run, path, by_id, which, targets, missing, made is not None)
+
+
+def find_activations(round_, ranking):
+    """The file of a ranking's activations: the one that ships is used where the folder has none of its own."""
+    options = round_.options
+    path = options.activations or options.output_dir / f"activations_{ranking}.json"
+    shipped = ROOT / f"activations_{ranking}.json"
+    if options.activations is None and not path.exists() and shipped.exists():
+        made, _ = results.read_activations(shipped)
+        if not results.differences(made, round_.run_of(ranking), results.COMPARED):
+            say(f"{path} is not there: using {shipped.name}, which ships with the project.")
+            return shipped
+    return path
+
+
+def match_prompts(round_, samples):
+    """Samples of the authors' file by question id, and the prompts that no question has."""
+    by_prompt, by_id, missing = {}, {}, []
+    for question in round_.questions:
+        by_prompt.setdefault(round_.prompt(question), []).append(question.id)
+    for sample in samples:
+        if ids := by_prompt.get(sample["prompt"]):
+            by_id[ids.pop(0)] = sample  # the same prompt twice: the first stands for the first question, and so on
+        else:
+            missing.append(sample["prompt"])
+    return by_id, missing
+
+
+def read_targets(round_, path, which):
+    """What the baseline's lists remove, by question id, from its file beside that of the matched ranking."""
+    _, samples = results.read_activations(path.with_name("activations_baseline.json"))
+    return {sample["id"]: sample.get(f"removed_{which}", []) for sample in samples}
+
+
+def find_asked(round_, ranked):
+    """The questions that are masked: those selected that the files have."""
+    ids = [{question_id for question_id in found.samples} for found in ranked.values()]
+    if any(other != ids[0] for other in ids):
+        raise UserError("the activations files are of different questions: run baseline.py with all these rankings")
+    return [question for question in round_.asked if question.id in ids[0]]
+
+
+def check_latents(ranked, d_sae):
+    for found in ranked.values():
+        for question_id, sample in found.samples.items():
+            if (latent := max(sample[found.which], default=0)) >= d_sae:
+                raise UserError(f"{found.path}: question {question_id} names latent {latent}, but the SAE has {d_sae}")
+
+
+def store_means(round_, model, kept, tokens):
+    """For --ablation mean: each latent's mean activation over all positions of the kept questions and answers.
+
+    tokens: of the unmasked answers. Goes to means.json, which rounds 2 and 3 read.
+    """
+    total, positions = torch.zeros(model.splice.d_sae, dtype=torch.float64, device=model.splice.device), 0
+    prompts = [round_.prompt_ids(question) for question in kept]
+    lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, tokens)]
+
+    def observe(part):
+        known = [tokens[i] for i in part]
+        return answers.answer(model, [prompts[i] for i in part], [kept[i].context for i in part], 0, known)
+
+    for batch in answers.plan_batches(lengths, round_.options.batch_tokens, [question.context for question in kept]):
+        for found in answers.in_halves(observe, batch):
+            count = int(found.latents.spliced.sum())
+            total += found.latents.mean(model.splice.d_sae) * count
+            positions += count
+    means = (total / max(1, positions)).float().tolist()
+    with results.write_whole(round_.options.output_dir / "means.json") as file:
+        json.dump({"run": round_.run, "positions": positions, "means": means}, file)
+
+
+def read_means(round_, model):
+    """The mean activations that round 1 stored with --ablation mean, [d_sae] on the SAE's device."""
+    path = round_.options.output_dir / "means.json"
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file: run baseline.py with --ablation mean first")
+    content = results.load_json(path)
+    try:
+        made, means = content["run"], torch.tensor(content["means"], dtype=torch.float32)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is damaged ({error!r}): move it away") from None
+    results.refuse_other_run(path, made, round_.run, (*results.COMPARED, *results.SELECTED))
+    if means.shape != (model.splice.d_sae,):
+        raise UserError(f"{path}: is of another SAE: move it away")
+    return means.to(model.splice.device)
