@@ -1,5 +1,6 @@
 """The default path on a CUDA device: `python -m pytest tests/test_gpu.py -s`. Without one, a tiny shape on the CPU."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -62,6 +63,18 @@ def test_rounds_of_a_random_model(shape, count, batch_tokens, device, dtype, cap
         with capsys.disabled():
             print(f"\npeak memory of {shape}: {peak:.1f} GB on {torch.cuda.get_device_name()}")
         assert peak < 80 and "Out of memory" not in err
+
+
+def test_made_in_place_is_as_loaded():
+    """gemma-2-9b-it's random weights are not saved and loaded but made on the device: the same as those that are."""
+    chosen, shape = options(), workloads.SHAPES["tiny"]
+    prepare_libraries(chosen)
+    found = []
+    for saved in (True, False):
+        work = workloads.load_shape(dataclasses.replace(shape, saved=saved), chosen, 5)
+        assert not work.model.lm.config.output_attentions and not work.model.lm.generation_config.do_sample
+        found.append(workloads.round_1(work, [range(5)]))
+    assert found[0] == found[1]
 
 
 def assert_answered(work, given, masked=None):

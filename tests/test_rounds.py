@@ -365,7 +365,10 @@ def test_a_ranking_of_ones_own(tmp_path, monkeypatch, capsys, demo, demo_questio
         prompt = oracle.encode_prompt(demo[1], question.context, question.question)
         end = prompts.find_bracket(demo[1], sample["tokens"])
         seen = []
-        with torch.no_grad(), model.model.hooks(fwd_hooks=[(model.hook_name, lambda x, hook: seen.append(x))]):
+        with (
+            torch.no_grad(),
+            model.model.hooks(fwd_hooks=[(model.hook_name, lambda x, hook, seen=seen: seen.append(x))]),
+        ):
             model.model(torch.tensor([prompt + sample["tokens"][:end]]))
         scores = model.splice.sae.encode(seen[0][0, len(prompt) :]).mean(0)
         assert [scores[i].item() for i in sample["topk"][:6]] == pytest.approx(scores.topk(6).values.tolist(), rel=1e-4)
@@ -438,9 +441,7 @@ def test_mean_ablation(full, demo, demo_questions, tmp_path, monkeypatch, capsys
         assert run_script(script, given, monkeypatch, capsys)[0] == 0
     (model, tokenizer), by_id = demo, {question.id: question for question in demo_questions}
     sae, samples = model.splice.sae, json.loads((tmp_path / "activations_baseline.json").read_text())["samples"]
-    prompts_of = [
-        oracle.encode_prompt(tokenizer, by_id[s["id"]].context, by_id[s["id"]].question) for s in samples
-    ]
+    prompts_of = [oracle.encode_prompt(tokenizer, by_id[s["id"]].context, by_id[s["id"]].question) for s in samples]
     acts = []
 
     def keep(residual, hook):

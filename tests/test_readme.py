@@ -1,0 +1,69 @@
+"""Every command that README or a script's docstring shows, at a tiny size; and what README says of files and names."""
+
+import re
+
+import pytest
+from conftest import ROOT, run_script
+
+from experiment import rankings
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = ("baseline", "baseline_after_false", "baseline_after_true")
+
+
+def find_commands():
+    """(script, arguments) of every line that runs one of the scripts, loops written out."""
+    texts = [README, *((ROOT / f"{script}.py").read_text(encoding="utf-8") for script in SCRIPTS)]
+    for text in texts:
+        names = re.search(r'names="(.*)"', text)
+        for line in re.findall(r"^ {4,}(.*python .*)$", text, re.MULTILINE):
+            for command in line.split("#")[0].split(" && "):
+                found = re.search(r"python (baseline\w*)\.py(.*)", command)
+                if found:
+                    arguments = found[2].replace("$names", names[1] if names else "")
+                    for error in ("drop", "keep") if "$error" in arguments else ("",):
+                        yield found[1], tuple(arguments.replace("$error", error).split())
+
+
+COMMANDS = list(dict.fromkeys(find_commands()))
+
+
+def test_all_commands_are_found():
+    assert {script for script, _ in COMMANDS} == {*SCRIPTS} and len(COMMANDS) >= 3 + 6 + 3
+    assert ("baseline_after_false", ("--demo",)) in COMMANDS
+
+
+def test_the_commands_run(tmp_path, monkeypatch, capsys):
+    """One after the other, as a reader would; what needs a CUDA device runs on the demo."""
+    order = sorted(COMMANDS, key=lambda command: SCRIPTS.index(command[0]))
+    for script, arguments in order:
+        demo = [] if "--demo" in arguments else ["--demo"]
+        folder = tmp_path / ("keep" if "keep" in arguments else "drop")
+        given = [*arguments, *demo, "--limit", 6, "--output-dir", folder]
+        code, out, err = run_script(script, given, monkeypatch, capsys)
+        assert code == 0, (script, arguments, err)
+        assert "baseline" in out or "kept" in out
+
+
+def test_the_table_in_readme_has_the_columns_that_are_printed(tmp_path, monkeypatch, capsys):
+    given = ["--demo", "--limit", 6, "--output-dir", tmp_path]
+    for script in SCRIPTS:
+        code, out, err = run_script(script, given, monkeypatch, capsys)
+        assert code == 0, err
+    heads = [line.split() for line in out.splitlines() if line.startswith("ranking")]
+    shown = [line.split() for line in README.splitlines() if line.startswith("    ranking ")]
+    assert heads and all(head in shown for head in heads)
+
+
+def test_readme_names_every_ranking_and_its_own_one_is_the_tests():
+    for name in rankings.RANKINGS:
+        assert f"`{name}`" in README
+    code = re.search(r"```python\n(def rank_by_answer.*?)```", README, re.DOTALL)[1]
+    body = [line.strip() for line in code.splitlines()[1:] if line.strip()]
+    theirs = (ROOT / "tests" / "test_rounds.py").read_text(encoding="utf-8")
+    assert all(line in theirs for line in body)
+
+
+@pytest.mark.parametrize("path", re.findall(r"`((?:experiment/|tests/|demo/|benchmarks/)[\w/.]+)`", README))
+def test_files_that_readme_names_are_there(path):
+    assert (ROOT / path).exists()
