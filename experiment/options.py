@@ -48,6 +48,7 @@ def option(default, help, **settings):
 
 
 NUMBER = {"type": positive, "metavar": "N"}
+KS = {"type": latents_to_mask, "nargs": "+"}  # of rounds 2 and 3
 
 
 @dataclass(frozen=True)
@@ -65,31 +66,14 @@ class Options:
     seed: int = option(42, "seed of --sample, and in round 1 of random rankings", type=int, metavar="N")
     prompt_template: str = option("auto", "auto, gemma, llama-3, chatml, or a text file with {context} and {question}")
     exclude_special_tokens: bool = option(False, "BOS and other special tokens bypass the SAE and count in no score")
-    error_term: str = option(
-        "drop",
-        "keep: the residual minus what the masked latents wrote, so that what the SAE does not explain stays; "
-        "drop: the paper's",
-        choices=("drop", "keep"),
-    )
+    error_term: str = option("drop", "keep: what the SAE does not explain stays", choices=("drop", "keep"))
     ablation: str = option(
-        "zero",
-        "what masked latents are set to: zero, the paper's; or mean, their mean activation over the kept questions, "
-        "which round 1 has to store (give it there too)",
-        choices=("zero", "mean"),
+        "zero", "mean: masked latents get their mean (give it in round 1 too)", choices=("zero", "mean")
     )
     ranking: tuple[str, ...] = option(("baseline",), "what to rank latents by, one or more", nargs="+", metavar="NAME")
-    activations: Path | None = option(
-        None, "written by round 1, read by 2 and 3 (default: activations_RANKING.json in --output-dir)", type=Path
-    )
-    k: tuple[str, ...] = option(  # of rounds 2 and 3
-        ("50%",),
-        "latents to mask: numbers, or percentages of those active at the last position; 0: none",
-        type=latents_to_mask,
-        nargs="+",
-    )
-    output_dir: Path | None = option(
-        None, "for all that a round writes (default: runs/demo, or runs/MODEL/RELEASE/ID)", type=Path
-    )
+    activations: Path | None = option(None, "round 1's file (default: activations_RANKING.json)", type=Path)
+    k: tuple[str, ...] = option(("50%",), "latents to mask: numbers, or percentages of the active ones; 0: none", **KS)
+    output_dir: Path | None = option(None, "for all files (default: runs/demo, or runs/MODEL/RELEASE/ID)", type=Path)
     device: str = option("cuda", "torch device")
     device_map: str | None = option(None, "auto: spread a model over all GPUs (default: off)", choices=("auto",))
     dtype: str = option("float16", "of the model", choices=FLOATS)
@@ -118,17 +102,13 @@ def parse(argv, doc, masks):
     if "list_saes" in given:
         print(catalogue.list_saes(given["list_saes"]))
         sys.exit(0)
-    options = Options(**(defaults | given))
-    _check(options)
-    options = dataclasses.replace(options, **_settle_names(given, defaults))
-    token_file = ROOT / "token.txt"
-    return dataclasses.replace(
-        options,
-        ranking=tuple(dict.fromkeys(options.ranking)),  # each once
-        k=tuple(dict.fromkeys(options.k)),
-        output_dir=options.output_dir or _name_output_dir(options),
-        token_file=options.token_file or (token_file if token_file.is_file() else None),
-    )
+    chosen = defaults | given
+    chosen |= {name: tuple(dict.fromkeys(chosen[name])) for name in ("ranking", "k")}  # each once
+    _check(Options(**chosen))
+    options = Options(**(chosen | _settle_names(given, defaults)))
+    token_file = ROOT / "token.txt" if (ROOT / "token.txt").is_file() else None
+    folder = options.output_dir or _name_output_dir(options)
+    return dataclasses.replace(options, output_dir=folder, token_file=options.token_file or token_file)
 
 
 def _build_parser(doc, masks, defaults):
@@ -159,7 +139,7 @@ def _check(options):
             raise UserError(f"--{name.replace('_', '-')}: is empty")
     if options.limit is not None and options.sample is not None:
         raise UserError("--limit and --sample cannot be combined: leave one out")
-    if options.activations and len(set(options.ranking)) > 1:
+    if options.activations and len(options.ranking) > 1:
         raise UserError("--activations: such a file holds one ranking: leave it out, or give one --ranking")
     if options.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--device-map auto: spreads one process over all GPUs: start it without a launcher")

@@ -9,101 +9,90 @@ from pathlib import Path
 
 from experiment.estimates import DROP_ONLY, MASKS, METRICS
 
-RANKINGS = ("baseline", "gradsae", "gradsae-answer", "matched", "random")  # their order; others follow by name
 SETTINGS = {"error_term": "drop", "ablation": "zero"}  # and the paper's choice, which runs that lack one made too
+TEXTS = ["ranking", "masked", "questions", "k", *SETTINGS, "population"]  # which together no two rows share
 BOUNDS = ("", "_low", "_high")
 LEVELS = [f"{metric}{bound}" for metric in METRICS if metric not in DROP_ONLY for bound in BOUNDS]
 DROPS = [f"{metric}_drop{bound}" for metric in METRICS for bound in BOUNDS]
 NUMBERS = ["mean_k", "fewer_than_k", "removed", "n", *LEVELS, *DROPS, "paper_em", "paper_f1"]
 PAPER = Path(__file__).with_name("paper.json")
 
-WIDTH = 100  # of the terminal's table
-ROW_NAMES = ("ranking", "masked", "K")  # cells that say which row it is
-LEFT = ("ranking", "masked", "EM", "F1", "named")  # words, and what has an interval; other cells end at the right
+ROW = ["ranking", "masked", "K", "set"]  # of the table as a reader sees it: what says which row it is
+SCORES = {"EM": "em", "EM drop": "em_drop", "F1": "f1", "F1 drop": "f1_drop"}
+OTHERS = {"named": "named", "named drop": "named_drop"}
+OTHERS |= {"answer": "answer_log_prob_drop", "format": "format_log_prob_drop"}
 NOTES = {
     "n": "[ ]: 95% interval over resampled contexts. drop: unmasked minus masked. Both in percent.",
-    "questions": "questions: which of the sets of kept questions, by the beginning of its hash.",
+    "set": "set: which of the sets of kept questions, by the beginning of its hash.",
     "named": "named: a right answer stands somewhere in the text, in percent.",
+    "answer": "answer, format: drop in log probability (nats a token) of the unmasked text in, around its [[ ]].",
+    "removed": "removed: what the mask takes away, in percent of the residual stream's norm.",
     "mean K": "mean K: latents masked a question.",
     "fewer": "fewer: questions that have fewer than K latents to mask.",
-    "removed": "removed: what the mask takes away, in percent of the residual stream's norm.",
-    "answer": "answer, format: drop in log probability (nats a token) of the unmasked text in, around its [[ ]].",
     "paper": "paper: EM / F1 in GradSAE, arXiv 2505.08080.",
 }
-LINES, MARKERS = 6, "os^Dv*"  # of the figure: a marker a line
+PANELS = {"em": "EM (%)", "f1": "F1 (%)", "answer_log_prob_drop": "answer's log prob.,\ndrop (nats a token)"}
+MARKERS = "os^Dv*"  # of the figure: a marker a line
+STYLE = {"font.size": 7, "legend.frameon": False, "lines.linewidth": 1, "lines.markersize": 4, "errorbar.capsize": 2}
+# TrueType, for publishers refuse Matplotlib's Type 3 fonts; a salt in place of the random ids of an SVG.
+STYLE |= {"pdf.fonttype": 42, "svg.hashsalt": "results"}
 
 
 def frame(entries):
     """The entries of results.json as one DataFrame: texts, then numbers, in percent or nats, NaN where there is none.
 
     Rows: the questions unmasked (all asked, then kept), one a population, which its hash tells apart, for two can have
-    equal n; then one a ranking, mask and K. SETTINGS are columns where rows differ in them.
+    equal n; then one a ranking, mask and K.
     """
     import pandas
 
-    masked = [entry for entry in entries if "masked" in entry]
-    rows = _unmasked_rows([entry for entry in entries if "masked" not in entry], masked)
-    rows += [_masked_row(entry) for entry in sorted(masked, key=_place)]
-    settings = [name for name in SETTINGS if len({row[name] for row in rows}) > 1]
-    table = pandas.DataFrame(rows, columns=["ranking", "masked", "questions", "k", *settings, *NUMBERS, "population"])
+    unmasked = [entry for entry in entries if "masked" not in entry]
+    masked = sorted((entry for entry in entries if "masked" in entry), key=_place)
+    rows = [_row(entry, entry["all"], "all asked", entry["population_all"]) for entry in unmasked]
+    rows += [_row(entry, entry, "kept", entry["population"]) for entry in unmasked]
+    rows += [_row(entry, entry["clean"], "kept", entry["population"]) for entry in masked if entry["clean"]]
+    for entry in masked:
+        row = _row(entry, entry, "kept", entry["population"]) | _numbers(entry["drop"] or {}, "_drop")
+        row |= {name: entry.get(name) for name in ("k", "mean_k", "fewer_than_k", "removed")}
+        row |= dict(zip(("paper_em", "paper_f1"), find_published(entry) or ()))
+        row |= {name: entry["run"].get(name, default) for name, default in SETTINGS.items()}
+        others = [row[name] for name, default in SETTINGS.items() if row[name] != default]
+        masks = " ".join([MASKS[entry["masked"]], *others])
+        rows.append(row | {"ranking": entry["run"]["ranking"], "masked": masks})
+    table = pandas.DataFrame(rows, columns=TEXTS + NUMBERS).drop_duplicates(TEXTS, ignore_index=True)
     return table.astype(dict.fromkeys(NUMBERS, float) | {"n": "Int64", "fewer_than_k": "Int64"})
 
 
-def _settings(entry):
-    return {name: entry["run"].get(name, default) for name, default in SETTINGS.items()}
-
-
 def _place(entry):
-    """The sorting key of a masked round's entry."""
-    ranking = entry["run"]["ranking"]
-    known = RANKINGS.index(ranking) if ranking in RANKINGS else len(RANKINGS)
-    settings = [(value != SETTINGS[name], value) for name, value in _settings(entry).items()]
-    return known, ranking, list(MASKS).index(entry["masked"]), settings, entry["mean_k"], _order_k(entry["k"])
+    """The sorting key of a masked round's entry. Of K that mask equally many, numbers stand before percentages."""
+    run, k = SETTINGS | entry["run"], entry["k"]
+    settings = [run[name] != SETTINGS[name] for name in SETTINGS]
+    order_k = entry["mean_k"], k.endswith("%"), float(k.removesuffix("%"))
+    return run["ranking"], list(MASKS).index(entry["masked"]), settings, order_k
 
 
-def _order_k(k):
-    """The sorting key of two K that mask equally many latents: numbers stand before percentages."""
-    return k.endswith("%"), float(k.removesuffix("%"))
-
-
-def _unmasked_rows(unmasked, masked):
-    """A row for each population and setting, from round 1 where it is there, else from what it left to later rounds."""
-    estimates = [(entry, "all asked", entry["population_all"], entry["all"]) for entry in unmasked]
-    estimates += [(entry, "kept", entry["population"], entry) for entry in unmasked]
-    estimates += [(entry, "kept", entry["population"], entry["clean"]) for entry in masked if entry["clean"]]
-    rows = {}
-    for entry, questions, population, figures in estimates:
-        row = {"ranking": "", "masked": "none", "questions": questions, "k": "", "population": population}
-        row |= _settings(entry) | {"n": figures["n"]} | _numbers(figures, "")
-        rows.setdefault((questions, population, *_settings(entry).values()), row)
-    return list(rows.values())
-
-
-def _masked_row(entry):
-    row = {name: entry.get(name) for name in ("k", "mean_k", "fewer_than_k", "removed", "n", "population")}
-    row |= {"ranking": entry["run"]["ranking"], "masked": MASKS[entry["masked"]], "questions": "kept"}
-    row |= _settings(entry) | _numbers(entry, "") | _numbers(entry["drop"] or {}, "_drop")
-    return row | dict(zip(("paper_em", "paper_f1"), find_published(entry) or ()))
+def _row(entry, figures, questions, population):
+    """An unmasked row. figures: those of `entry` itself, or of a part of it."""
+    row = {"ranking": "", "masked": "none", "questions": questions, "k": "", "population": population}
+    row |= {"error_term": entry["run"].get("error_term", "drop"), "ablation": "", "n": figures["n"]}
+    return row | _numbers(figures, "")
 
 
 def _numbers(figures, suffix):
     """{column: mean, low or high} of each metric that is in `figures`."""
-    numbers = {}
-    for metric in METRICS:
-        if figures.get(metric) is not None:
-            values = figures[metric], *figures["intervals"][metric]
-            numbers |= {f"{metric}{suffix}{bound}": value for bound, value in zip(BOUNDS, values)}
-    return numbers
+    return {
+        f"{metric}{suffix}{bound}": value
+        for metric in METRICS
+        if figures.get(metric) is not None
+        for bound, value in zip(BOUNDS, (figures[metric], *figures["intervals"][metric]))
+    }
 
 
 def find_published(entry):
     """The paper's [EM, F1] for a masked round's entry, or None: paper.json has them, for the paper's own setting."""
     paper, run = json.loads(PAPER.read_text(encoding="utf-8")), SETTINGS | entry["run"]
-    if any(run.get(name) != value for name, value in paper["setting"].items()):
-        return None
-    published = paper["published"].get(run["model"].split("/")[-1], {"sae_release": None})
-    same_sae, template = published["sae_release"] == run["sae_release"], published.get("prompt_template")
-    if not same_sae or template not in (None, run["prompt_template"]):
+    published = paper["published"].get(run["model"].split("/")[-1], {"sae_ids": {}, "setting": {}})
+    if any(run.get(name) != value for name, value in (paper["setting"] | published["setting"]).items()):
         return None
     figures = published["sae_ids"].get(run["sae_id"], {}).get(run["ranking"], {})
     return figures.get(entry["masked"], {}).get(entry["k"])
@@ -115,95 +104,52 @@ def to_csv(table):
 
 
 def to_latex(table):
-    """`frame`'s table as a booktabs tabular: with the drops' intervals, and the paper's figures beside ours."""
-    cells = _write_cells(table, drop_bounds=True)
-    aligned = "".join("l" if name in (*ROW_NAMES, *SETTINGS) else "r" for name in cells)
+    """`frame`'s table as a booktabs tabular: all intervals, and the paper's figures beside ours."""
+    cells, notes = _write_cells(table)
+    aligned = "".join("l" if name in ROW else "r" for name in cells)
     tabular = cells.to_latex(index=False, escape=True, column_format=aligned)
     tabular = re.sub(r"(?<=[ \[])-(?=\d)", "$-$", tabular)  # a minus, not a hyphen
-    return "".join(f"% {note}\n" for note in ("Needs \\usepackage{booktabs}.", *_notes(cells))) + tabular
+    return "".join(f"% {note}\n" for note in ("Needs \\usepackage{booktabs}.", *notes)) + tabular
 
 
 def terminal(table):
-    """`frame`'s table for 100 columns: a part for each combination of settings, in as many blocks as it takes."""
-    settings = [name for name in SETTINGS if name in table]
-    parts, shown = [], {}
-    for values, rows in table.groupby(settings, sort=False) if settings else [((), table)]:
-        cells = _write_cells(rows.drop(columns=settings))
-        heading = ", ".join(f"{name} {value}" for name, value in zip(settings, values))
-        parts += [heading] * bool(heading) + _lay_out(cells)
-        shown |= dict.fromkeys(cells)
-    return "\n\n".join([*parts, "\n".join(_notes(shown))])
+    """`frame`'s table for 100 columns, in two halves: EM and F1 with their intervals, then the rest."""
+    cells, notes = _write_cells(table)
+    cells = cells.drop(columns="named drop", errors="ignore")
+    without = cells.columns.drop(["EM", "F1"])
+    cells[without] = cells[without].replace(r" \[.*", "", regex=True)
+    cells = cells.apply(lambda column: column.str.ljust(column.str.len().max()))
+    texts = []
+    for names in ([*ROW, "n", *SCORES], cells.columns.drop(["n", *SCORES], errors="ignore")):
+        half = cells[[name for name in names if name in cells]]
+        heads = [re.sub(".* drop", "drop", name) for name in half]
+        texts.append(half.to_string(index=False, header=heads, justify="left"))
+    return re.sub(" +$", "", "\n\n".join([*texts, "\n".join(notes)]), flags=re.MULTILINE)
 
 
-def _notes(cells):
-    return [note for name, note in NOTES.items() if name in cells]
-
-
-def _write_cells(table, drop_bounds=False):
-    """The table as a reader sees it: a DataFrame of texts, without the columns that are empty.
-
-    drop_bounds: with an interval for each drop, which the terminal has no room for.
-    """
+def _write_cells(table):
+    """The table as a reader sees it, a DataFrame of texts without the columns that are empty, and notes on them."""
     import pandas
 
-    masked = table.masked != "none"
-    cells = {"ranking": table.ranking.where(masked, table.questions), "masked": table.masked, "K": table.k}
-    cells |= {name: table[name] for name in SETTINGS if name in table}
+    names = table.ranking.where(table.masked != "none", table.questions)
+    cells = {"ranking": names, "masked": table.masked, "K": table.k.str.rjust(4)}
     if table.population[table.questions == "kept"].nunique() > 1:
-        cells["questions"] = table.population.str[:6]
-    cells["n"] = table.n.astype(str)
-    for metric, heading in (("em", "EM"), ("f1", "F1"), ("named", "named")):
-        cells[heading] = _write_numbers(table, metric, 2, bounds=1)
-        cells[f"{heading} drop"] = _write_numbers(table, f"{metric}_drop", 2, bounds=drop_bounds and 1)
-    cells["mean K"] = _write_numbers(table, "mean_k", 1)
-    cells["fewer"] = [str(count) if count else "" for count in table.fewer_than_k.fillna(0)]
-    cells["removed"] = _write_numbers(table, "removed", 1)
-    for heading in ("answer", "format"):
-        cells[heading] = _write_numbers(table, f"{heading}_log_prob_drop", 3, bounds=drop_bounds and 3)
-    paper = (_write_numbers(table, name, 2) for name in ("paper_em", "paper_f1"))
-    cells["paper"] = [f"{em} / {f1}" if em else "" for em, f1 in zip(*paper)]
-    return pandas.DataFrame({name: list(texts) for name, texts in cells.items() if any(texts)})
+        cells["set"] = table.population.str[:6]
+    cells["n"] = _write("{:5}", table.n)
+    for name, column in (SCORES | OTHERS).items():
+        form = "{:z6.3f} [{:z.3f}, {:z.3f}]" if "log_prob" in column else "{:z6.2f} [{:z.1f}, {:z.1f}]"  # z: no -0.00
+        cells[name] = _write(form, *(table[f"{column}{bound}"] for bound in BOUNDS))
+    cells |= {"removed": _write("{:7.1f}", table.removed), "mean K": _write("{:6.1f}", table.mean_k)}
+    cells["fewer"] = _write("{:5}", table.fewer_than_k.replace(0, pandas.NA))
+    cells["paper"] = _write("{:6.2f} / {:6.2f}", table.paper_em, table.paper_f1)
+    cells = {name: list(texts) for name, texts in cells.items() if any(map(str.strip, texts))}
+    return pandas.DataFrame(cells), [note for name, note in NOTES.items() if name in cells]
 
 
-def _write_numbers(table, name, digits, bounds=0):
-    """A column as texts, decimal points one below the other; with [low, high], where `bounds` says their digits."""
-
-    def write(values, digits):  # zero is added to make 0.00 of what rounds to -0.00
-        return ["" if value != value else f"{round(value, digits) + 0.0:.{digits}f}" for value in values]
-
-    means = write(table[name], digits)
-    means = [mean and mean.rjust(max(map(len, means))) for mean in means]
-    if not bounds:
-        return means
-    low, high = (write(table[f"{name}_{bound}"], bounds) for bound in ("low", "high"))
-    return [mean and f"{mean} [{low}, {high}]" for mean, low, high in zip(means, low, high)]
-
-
-def _lay_out(cells):
-    """The cells as blocks of text, of as many columns as WIDTH allows, each beginning with what says which row it is.
-
-    A drop stands beside its level, and is headed "drop" there.
-    """
-    heads = {name: "drop" if name.endswith(" drop") else name for name in cells}
-    widths = {name: max(map(len, [heads[name], *cells[name]])) for name in cells}
-    named = [name for name in ROW_NAMES if name in cells]
-    blocks = []
-    for name in cells.columns.drop(named):
-        if heads[name] != "drop":
-            group = [n for n in (name, f"{name} drop") if n in cells]
-            if not blocks or sum(widths[n] + 2 for n in (*named, *blocks[-1], *group)) - 2 > WIDTH:
-                blocks.append([])
-            blocks[-1] += group
-
-    def align(text, name):
-        return text.ljust(widths[name]) if name in LEFT else text.rjust(widths[name])
-
-    texts = []
-    for block in blocks:
-        rows = [heads, *(row for row in cells.to_dict("records") if any(row[name] for name in block))]
-        lines = ("  ".join(align(row[name], name) for name in named + block).rstrip() for row in rows)
-        texts.append("\n".join(lines))
-    return texts
+def _write(form, *columns):
+    """Columns as one of texts, empty where there is no number."""
+    there = columns[0].notna()
+    return [form.format(*numbers) if is_there else "" for is_there, *numbers in zip(there, *columns)]
 
 
 def describe(statistics, ranking):
@@ -232,89 +178,56 @@ def draw(file, entries, format):
     import matplotlib
 
     dates = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    # TrueType, for publishers refuse Matplotlib's Type 3 fonts; a salt in place of the random ids of an SVG.
-    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "results"}):
+    with matplotlib.rc_context(STYLE):
         make_figure(entries).savefig(file, format=format, dpi=300, metadata=dates[format])
 
 
 def make_figure(entries):
     """EM and F1 against K with their intervals, and the drop in the answer's log probability where there is one.
 
-    As wide as a paper's column (3.3 inches). entries: of masked rounds at least one.
+    As wide as a paper's column (3.3 inches), of at most six lines, the paper's settings and TopK first. entries: of
+    masked rounds at least one.
     """
-    import pandas
     from matplotlib.figure import Figure
 
     table = frame(entries)
-    lines, left_out = _pick_lines(table)
-    places = _place_ks(list(lines.values()))
-    panels = {"em": "EM (%)", "f1": "F1 (%)"}
-    if table.answer_log_prob_drop.notna().any():
-        panels["answer_log_prob_drop"] = "answer's log prob.,\ndrop (nats a token)"
+    masked = table[table.masked != "none"]
+    masked = masked.assign(line=masked.ranking + " " + masked.masked)
+    lines = sorted(masked.line.unique(), key=lambda line: (line.count(" "), "BottomK" in line))
+    more, lines = len(lines[len(MARKERS) :]), lines[: len(MARKERS)]
+    shown = masked[masked.line.isin(lines)]
+    unmasked = table[(table.masked == "none") & (table.questions == "kept") & table.population.isin(shown.population)]
+    # K that mask the same latents in every line share a place, as 10 and 50% do where the lists end before 10.
+    order = shown.groupby("k", sort=False).mean_k.min().sort_values(kind="stable").index
+    same = shown.pivot_table(index="k", columns="line", values=["mean_k", "em", "f1"]).loc[order]
+    places = same.groupby(list(same), dropna=False, sort=False).ngroup()
+    panels = [metric for metric in PANELS if shown[metric].notna().any()]
     figure = Figure(figsize=(3.3, 1 + 1.5 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True)
     axes[1].sharey(axes[0])
-    shown = pandas.concat(lines.values())
-    unmasked = table[(table.masked == "none") & (table.questions == "kept") & table.population.isin(shown.population)]
-    for axis, (metric, title) in zip(axes, panels.items()):
-        _draw_lines(axis, lines, places, metric)
-        if metric in LEVELS and len(unmasked) and not (shown.mean_k == 0).any():
-            axis.axhline(unmasked[metric].iloc[0], color="0", linestyle=":", linewidth=0.9, label="unmasked")
-        axis.set_ylabel(title, fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    labels = [" = ".join(k for k in places if places[k] == place) for place in sorted({*places.values()})]
-    axes[-1].set_xticks(range(len(labels)), labels)
-    axes[-1].set_xlabel("K, latents masked a question", fontsize=8)
+    for axis, metric in zip(axes, panels):
+        for number, line in enumerate(lines):
+            # Beside each other, or one line's intervals would hide another's.
+            beside = places + 0.07 * (number - (len(lines) - 1) / 2)
+            _draw_line(axis, shown[shown.line == line], metric, beside, number)
+        for level in unmasked[metric].dropna().head(1):
+            axis.axhline(level, color="0", linestyle=":", linewidth=0.9, label="unmasked")
+        axis.set_ylabel(PANELS[metric])
+    ticks = range(places.max() + 1)
+    axes[-1].set_xticks(ticks, [" = ".join(places.index[places == tick]) for tick in ticks])
+    axes[-1].set_xlabel("K, latents masked a question")
     handles, labels = axes[0].get_legend_handles_labels()
-    look = {"ncols": 2 if max(map(len, labels)) <= 22 else 1, "fontsize": 7, "title_fontsize": 7, "frameon": False}
-    title = f"{left_out} more lines: see results.csv" if left_out else None
-    figure.legend(handles, labels, loc="outside lower center", title=title, **look)
+    title = f"{more} more lines: see results.csv" if more else None
+    columns = 2 if max(map(len, labels)) <= 22 else 1
+    figure.legend(handles, labels, loc="outside lower center", title=title, ncols=columns)
     return figure
 
 
-def _pick_lines(table):
-    """{label: rows} of at most six lines, the paper's settings and TopK first; and how many are left out.
-
-    K = 0 masks nothing, whatever the ranking: a line without it takes another's of the same questions and settings.
-    """
-    import pandas
-
-    settings = [name for name in SETTINGS if name in table]
-    masked, lines = table[table.masked != "none"], []
-    for (ranking, mask, *values), rows in masked.groupby(["ranking", "masked", *settings], sort=False):
-        others = [f"{name} {value}" for name, value in zip(settings, values) if value != SETTINGS[name]]
-        alike = (masked[[*settings, "population"]] == rows[[*settings, "population"]].iloc[0]).all(axis=1)
-        if not (rows.mean_k == 0).any():
-            rows = pandas.concat([masked[alike & (masked.mean_k == 0)].head(1), rows])
-        lines.append((len(others), mask != "TopK", ", ".join([f"{ranking} {mask}", *others]), rows))
-    lines.sort(key=lambda line: line[:2])
-    return {label: rows for *_, label, rows in lines[:LINES]}, max(0, len(lines) - LINES)
-
-
-def _place_ks(lines):
-    """{K: its place on the axis}, ascending. Neighbours that mask the same latents in every line share a place.
-
-    Lists that end before K make one mask of K = 10 and 50%: equal mean K, equal figures. lines: the rows of each.
-    """
-    lines = [rows.drop_duplicates("k").set_index("k")[["mean_k", "em", "f1"]] for rows in lines]
-    mean_k = {k: min(rows.mean_k[k] for rows in lines if k in rows.index) for rows in lines for k in rows.index}
-    places, last = {}, None
-    for k in sorted(mean_k, key=lambda k: (mean_k[k], _order_k(k))):
-        both = [rows.loc[k].equals(rows.loc[last]) for rows in lines if {k, last} <= {*rows.index}]
-        places[k] = places[last] if both and all(both) else len({*places.values()})
-        last = k
-    return places
-
-
-def _draw_lines(axis, lines, places, metric):
-    """Each line with its intervals, a marker of its own, TopK solid, BottomK dashed and hollow: no need of colour."""
-    for number, (label, rows) in enumerate(lines.items()):
-        rows = rows.assign(place=rows.k.map(places)).drop_duplicates("place").dropna(subset=metric)
-        # Beside each other, or one line's intervals would hide another's.
-        x = rows.place + 0.07 * (number - (len(lines) - 1) / 2)
-        spread = [(rows[metric] - rows[f"{metric}_low"]).clip(0), (rows[f"{metric}_high"] - rows[metric]).clip(0)]
-        grey, topk = str(0.12 * number), "TopK" in label
-        look = {"color": grey, "marker": MARKERS[number], "markerfacecolor": grey if topk else "white"}
-        look |= {"linestyle": "-" if topk else "--", "linewidth": 1.1, "markersize": 4, "elinewidth": 0.8, "capsize": 2}
-        axis.errorbar(x, rows[metric], spread, label=label, **look)
+def _draw_line(axis, rows, metric, places, number):
+    """A line with its intervals, a marker of its own, TopK solid, BottomK dashed and hollow: no need of colour."""
+    rows = rows.assign(x=rows.k.map(places)).drop_duplicates("x").dropna(subset=metric)
+    spread = [rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]]
+    grey, solid = str(0.12 * number), "TopK" in rows.line.iloc[0]
+    look = {"color": grey, "marker": MARKERS[number], "markerfacecolor": grey if solid else "white"}
+    look |= {"label": rows.line.iloc[0], "linestyle": "-" if solid else "--"}
+    axis.errorbar(rows.x, rows[metric], spread, **look)

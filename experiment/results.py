@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import filelock
@@ -22,8 +23,6 @@ COMPARED = (
 SELECTED = ("limit", "sample", "seed", "ranking_seed", "masked", "k", "activations")
 WHERE_BOTH = ("hook_name", "d_sae", "ranking_seed")  # compared where both runs have them; two come with the SAE
 DEFAULTS = {"error_term": "drop"}  # of files older than the field
-
-METRICS = ("em", "f1", "accuracy")  # every results entry has these, with intervals
 
 
 def differences(found, wanted, fields):
@@ -81,49 +80,51 @@ def write_whole(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-        raise
 
 
 def load_json(path):
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(content, ensure_ascii=False).encode()  # half a character (\ud800) could not be written again
-        return content
+        return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _is_score(value):
-    return type(value) is float and 0 <= value <= 1
+# What the files hold: {field: (a test of its value, what it is a test for)}. A field with a ? may be missing.
+TEXT = (lambda x: isinstance(x, str) and not re.search("[\ud800-\udfff]", x), "a text")  # nor half a character
+SCORE = (lambda x: type(x) is float and 0 <= x <= 1, "a number from 0.0 to 1.0")
+MEAN = (lambda x: x is None or type(x) in (int, float), "a number")  # None: no question counts
+OBJECT = (lambda x: isinstance(x, dict), "an object")
+LATENTS = (lambda x: isinstance(x, list) and all(type(i) is int and 0 <= i < 2**63 for i in x), "a list of latents")
+TOKENS = (LATENTS[0], "a list of tokens")
+NUMBERS = (lambda x: isinstance(x, list) and all(type(number) is float for number in x), "a list of numbers")
+RANKED = (lambda x: isinstance(x, dict) and not any(find_problem(lists, LISTS) for lists in x.values()), "lists")
+SCORES = ("em", "f1", "accuracy", "named")
+
+LISTS = {"topk": LATENTS, "bottomk": LATENTS, "removed_topk?": NUMBERS, "removed_bottomk?": NUMBERS}
+SAMPLE = {"id": TEXT, "answer": TEXT, "active": LATENTS, "tokens?": TOKENS, "log_probs?": NUMBERS} | LISTS
+SAMPLE |= {f"{name}?": SCORE for name in SCORES}
+PUBLISHED = {"prompt": TEXT, "active": LATENTS, "topk": LATENTS, "bottomk": LATENTS}  # a sample of the authors' file
+RECORD = dict.fromkeys(("id", "text", "answer"), TEXT) | dict.fromkeys(SCORES, SCORE) | {"log_probs?": NUMBERS}
+RECORD |= {"tokens?": TOKENS, "active?": LATENTS, "latents?": RANKED}  # in round 1, those of kept questions
+RUN = (lambda x: not find_problem(x, {"ranking": TEXT}), "an object with a ranking")
+ENTRY = {"round": TEXT, "run": RUN, "population": TEXT, "intervals": OBJECT}  # of results.json
+ENTRY |= dict.fromkeys(("n", "em", "f1", "accuracy"), MEAN)
 
 
-def _are_ids(values):
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def _are_floats(values):
-    return isinstance(values, list) and all(type(value) is float for value in values)
-
-
-FIELDS = {  # of a sample, and of a journal's record
-    **dict.fromkeys(("em", "f1", "accuracy", "named"), (_is_score, "a number from 0.0 to 1.0")),
-    **dict.fromkeys(("active", "topk", "bottomk"), (_are_ids, "a list of latents")),
-    "tokens": (_are_ids, "a list of tokens"),
-    **dict.fromkeys(("log_probs", "removed_topk", "removed_bottomk"), (_are_floats, "a list of numbers")),
-}
-
-
-def find_wrong_field(entry, needed):
-    """Says which of FIELDS is not what it must be in `entry`, or is needed and missing; None if all are right."""
-    for name, (is_right, kind) in FIELDS.items():
-        if (name in entry or name in needed) and not is_right(entry.get(name)):
+def find_problem(value, form):
+    """Says what in a value is not of one of these forms; None if all is. Other fields may stand beside."""
+    if not isinstance(value, dict):
+        return "it is not an object"
+    for field, (is_right, kind) in form.items():
+        name = field.rstrip("?")
+        if (name in value or name == field) and not is_right(value.get(name, ...)):  # ...: none of JSON's values
             return f"{name} is not {kind}"
     return None
 
@@ -131,65 +132,46 @@ def find_wrong_field(entry, needed):
 def write_activations(path, run, samples):
     """One JSON object, a line a sample, so that it can be read by people and diffed; `samples` may be a generator."""
     with write_whole(path) as file:
-        file.write('{"run": ' + json.dumps(run, ensure_ascii=False) + ',\n"samples": [')
-        for number, sample in enumerate(samples):
-            file.write((",\n" if number else "\n") + json.dumps(sample, ensure_ascii=False))
-        file.write("\n]}\n")
+        file.write('{"run": ' + json.dumps(run, ensure_ascii=False) + ',\n"samples": [\n')
+        file.write(",\n".join(json.dumps(sample, ensure_ascii=False) for sample in samples) + "\n]}\n")
 
 
 def read_activations(path):
-    """The run, None in the authors' published form, and the samples: dicts of FIELDS, with id and answer, or (theirs)
-    with the prompt."""
+    """The run, None in the authors' published form, and the samples: each a SAMPLE, or (theirs) a PUBLISHED."""
     if not path.exists():
         raise UserError(f"{path}: there is no such file: run baseline.py first, or give --activations")
     content = load_json(path)
     if isinstance(content, list):
-        run, names, entries = None, ("prompt",), _published_samples(path, content)
-    else:
-        content = content if isinstance(content, dict) else {}
-        run, names, entries = content.get("run"), ("id", "answer"), content.get("samples")
-        if not isinstance(run, dict):
-            raise UserError(f"{path}: names no run: it is not round 1's file")
-    if not isinstance(entries, list) or not entries:
+        content = {"run": None, "samples": _published_samples(path, content)}
+    elif find_problem(content, {"run": OBJECT}):
+        raise UserError(f"{path}: names no run: it is not round 1's file")
+    run, samples, ids = content["run"], content.get("samples"), set()
+    if not isinstance(samples, list) or not samples:
         raise UserError(f"{path}: holds no sample: it is not round 1's file, or round 1 kept no question")
-    samples, seen = [], set()
-    for number, entry in enumerate(entries, 1):
-        where = f"{path}, sample {number}"
-        samples.append(_check_sample(entry, names, where))
-        if "id" in names and entry["id"] in seen:
-            raise UserError(f"{where}: the id {entry['id']!r} stands twice")
-        seen.add(entry.get("id"))
+    for number, sample in enumerate(samples, 1):
+        if problem := find_problem(sample, PUBLISHED if run is None else SAMPLE):
+            raise UserError(f"{path}, sample {number}: {problem}")
+        if sample.get("id", number) in ids:
+            raise UserError(f"{path}, sample {number}: the id {sample['id']!r} stands twice")
+        ids.add(sample.get("id", number))
     return run, samples
 
 
 def _published_samples(path, content):
-    """Samples from the authors' form: a list of {prompt: {"original", "have_gradient", "no_gradient"}}."""
+    """Samples of the authors' form, a list of {prompt: {"original", "have_gradient", "no_gradient"}}."""
     # "have_gradient" is what they call the TopK of the mean activation, "no_gradient" its BottomK.
     names = {"active": "original", "topk": "have_gradient", "bottomk": "no_gradient"}
-    samples = []
-    for number, entry in enumerate(content, 1):
-        if not isinstance(entry, dict) or not all(isinstance(latents, dict) for latents in entry.values()):
-            raise UserError(f"{path}, entry {number}: is not of the authors' published form {{prompt: latents}}")
-        for prompt, latents in entry.items():
-            samples.append({"prompt": prompt} | {ours: latents.get(theirs) for ours, theirs in names.items()})
-    return samples
-
-
-def _check_sample(sample, names, where):
-    """What a sample needs, and no more. names: those of what must be strings."""
-    if not isinstance(sample, dict) or not all(isinstance(sample.get(name), str) for name in names):
-        raise UserError(f"{where}: lacks {' or '.join(names)}")
-    if wrong := find_wrong_field(sample, ("active", "topk", "bottomk")):
-        raise UserError(f"{where}: {wrong}")
-    return {name: sample[name] for name in (*names, *FIELDS) if name in sample}
+    try:
+        pairs = [pair for entry in content for pair in entry.items()]
+        return [{"prompt": prompt} | {ours: latents.get(names[ours]) for ours in names} for prompt, latents in pairs]
+    except AttributeError:
+        raise UserError(f"{path}: is not of the authors' published form {{prompt: latents}}") from None
 
 
 def digest(samples, *fields):
     """A hash of these fields of all samples: it ties a journal to what it was made from."""
-    sha = hashlib.sha256()
-    for sample in samples:
-        sha.update(json.dumps([sample[field] for field in fields]).encode())
-    return sha.hexdigest()
+    texts = (json.dumps([sample[field] for field in fields]) for sample in samples)
+    return hashlib.sha256("".join(texts).encode()).hexdigest()
 
 
 def write_results(path, entries):
@@ -199,56 +181,14 @@ def write_results(path, entries):
 
 
 def read_results(path, run, overwrite):
-    """The entries of results.json, of any ranking. Those of another run are refused, or left out if `overwrite`.
-
-    Each has what a table needs: round, k (None in round 1), run with its ranking, and EM, F1 and accuracy with n and
-    intervals, as have `all`, `clean` and `drop` where they are there; with `masked` there is mean_k.
-    """
-    entries, kept = load_json(path) if path.exists() else [], []
-    fields = [field for field in COMPARED if field != "ranking"]
-    if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
+    """The entries of results.json, of any ranking. Those of another run are refused, or left out if `overwrite`."""
+    entries, fields = load_json(path) if path.exists() else [], [field for field in COMPARED if field != "ranking"]
+    if not isinstance(entries, list) or any(find_problem(entry, {"run": OBJECT}) for entry in entries):
         raise UserError(f"{path}: is not a file of results: move it away")
-    for number, entry in enumerate(entries, 1):
-        if not overwrite:
-            refuse_other_run(path, entry["run"], run, fields)
-        elif differences(entry["run"], run, fields):
-            continue
-        if problem := _find_problem(entry):
-            raise UserError(f"{path}, entry {number}: is damaged ({problem}): move the file away")
-        kept.append(entry)
-    return kept
-
-
-def _is_entry(entry):
-    return isinstance(entry, dict) and isinstance(entry.get("run"), dict) and {"round", "k"} <= entry.keys()
-
-
-def _find_problem(entry):
-    texts = entry["round"], entry["run"].get("ranking"), "" if entry["k"] is None else entry["k"]
-    if not all(isinstance(text, str) for text in texts):
-        return "round, ranking and k must be texts"
-    if "masked" in entry and not (entry["masked"] in ("topk", "bottomk") and _is_number(entry.get("mean_k"))):
-        return "masked must be topk or bottomk, with a mean_k"
-    parts = {name: entry[name] for name in ("all", "clean", "drop") if entry.get(name) is not None}
-    for name, part in {"the entry": entry, **parts}.items():
-        if not _are_estimates(part, counted=name != "drop"):
-            return f"{name} lacks n, or a metric with its interval"
-    return None
-
-
-def _are_estimates(part, counted):
-    """Whether METRICS, and whatever else has an interval, are numbers with [low, high], or None; and n, if counted."""
-    intervals = part.get("intervals") if isinstance(part, dict) else None
-    if not isinstance(intervals, dict) or not {*METRICS} <= intervals.keys() <= part.keys():
-        return False
-    if counted and type(part.get("n")) is not int:
-        return False
-    return all(part[name] is None or all(map(_is_number, [part[name], *_pair(intervals[name])])) for name in intervals)
-
-
-def _pair(value):
-    return value if isinstance(value, list) and len(value) == 2 else [None]
-
-
-def _is_number(value):
-    return type(value) in (int, float) and abs(value) < 1e300  # neither infinite nor NaN
+    for entry in [] if overwrite else entries:
+        refuse_other_run(path, entry["run"], run, fields)
+    entries = [entry for entry in entries if not differences(entry["run"], run, fields)]
+    for entry in entries:
+        if problem := find_problem(entry, ENTRY):
+            raise UserError(f"{path}: holds an entry that is damaged ({problem}): move the file away")
+    return entries

@@ -94,7 +94,7 @@ def test_file(tmp_path, whole):
     (tmp_path / NAME).write_bytes(whole)
     opened = open_journal(tmp_path)
     assert len(opened) == 6 and "q3" in opened and "q6" not in opened
-    assert opened["q3"] == RECORDS[3] and opened.records == dict(zip(IDS, RECORDS))
+    assert opened["q3"] == RECORDS[3] and opened == dict(zip(IDS, RECORDS))
     assert opened.run == RUN
 
 
@@ -130,7 +130,7 @@ def test_every_cut_of_a_part(tmp_path, whole, fast_disk):
     for cut in range(run_line, len(files[part]) + 1):
         (tmp_path / NAME).write_bytes(files[NAME])
         (tmp_path / part).write_bytes(files[part][:cut])
-        assert open_journal(tmp_path).records.keys() >= {"q4", "q5"}
+        assert open_journal(tmp_path).keys() >= {"q4", "q5"}
         go_on(tmp_path, processes=1 + cut % 3)
         assert contents(tmp_path) == {NAME: whole}, cut
 
@@ -142,7 +142,7 @@ def test_several_processes(tmp_path, whole, processes):
     assert contents(tmp_path) == {NAME: whole}
     for other in opened[1:]:
         other.reload()
-        assert other.records == opened[0].records and list(other.records) == IDS and other.run == RUN
+        assert other == opened[0] and list(other) == IDS and other.run == RUN
 
 
 def test_other_number_of_processes(tmp_path, whole):
@@ -183,7 +183,7 @@ def test_once_each(tmp_path, whole):
     part = open_journal(tmp_path, 1)
     part.append(RECORDS[:2])
     assert list(contents(tmp_path)) == [NAME]
-    part.records.clear()
+    part.clear()
     part.append([RECORDS[0] | {"answer": "other"}])
     opened = open_journal(tmp_path)
     assert len(opened) == 3 and opened["q0"] == RECORDS[0]
@@ -206,15 +206,16 @@ def test_synced_once_a_batch(tmp_path, monkeypatch):
 
 
 def test_finished_file_is_left_alone(tmp_path, whole):
-    """Also where a process was killed between the move into place and the removal of the parts."""
+    """Where a process was killed between the move into place and the removal of the parts, it has the same bytes."""
     (tmp_path / NAME).write_bytes(whole)
-    part = open_journal(tmp_path, 1)
-    part.records.clear()
-    part.append(RECORDS[:2])
-    (tmp_path / "predictions_baseline.part2.jsonl.part").write_bytes(b"left when process 2 was killed")
     before = (tmp_path / NAME).stat().st_ino
     open_journal(tmp_path).finish(IDS)
     assert (tmp_path / NAME).stat().st_ino == before
+    part = open_journal(tmp_path, 1)
+    part.clear()
+    part.append(RECORDS[:2])
+    (tmp_path / "predictions_baseline.part2.jsonl.part").write_bytes(b"left when process 2 was killed")
+    open_journal(tmp_path).finish(IDS)
     assert contents(tmp_path) == {NAME: whole}
 
 
@@ -297,7 +298,7 @@ def test_overwrite_where_process_0_has_nothing_to_do(tmp_path, run):
     opened[1].append(changed)
     opened[0].finish(IDS)
     opened[1].reload()
-    assert opened[0].records == opened[1].records == dict(zip(IDS, changed))
+    assert opened[0] == opened[1] == dict(zip(IDS, changed))
     assert b"new" in (tmp_path / NAME).read_bytes() and len(contents(tmp_path)) == 1
 
 

@@ -27,6 +27,7 @@ DEFAULTS = {
     "prompt_template": "auto",
     "exclude_special_tokens": False,
     "error_term": "drop",
+    "ablation": "zero",
     "ranking": ("baseline",),
     "activations": None,
     "k": ("50%",),

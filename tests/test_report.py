@@ -15,7 +15,7 @@ from experiment import report
 
 PERCENT = ("em", "f1", "accuracy", "named")
 LOGS = ("answer_log_prob", "format_log_prob")
-TEMPLATE = json.loads(report.PAPER.read_text())["published"]["gemma-2-9b-it"]["prompt_template"]
+TEMPLATE = json.loads(report.PAPER.read_text())["published"]["gemma-2-9b-it"]["setting"]["prompt_template"]
 # The paper's own setting, but for the ranking.
 PAPERS = {
     "model": "gemma-2-9b-it",
@@ -91,7 +91,7 @@ def test_order_of_rows():
     entries = [masked(r, m, k, 50.0) for r in rankings for k in ("50%", "10", "1") for m in ("bottomk", "topk")]
     table = report.frame([*entries[:9], unmasked(), *entries[9:]])
     assert rows(table, "ranking", "masked", "questions")[:2] == [["", "none", "all asked"], ["", "none", "kept"]]
-    order = ("baseline", "gradsae", "gradsae-answer", "matched", "random", "aardvark", "zebra")
+    order = ("aardvark", "baseline", "gradsae", "gradsae-answer", "matched", "random", "zebra")
     assert rows(table[2:], "ranking", "masked", "k") == [
         [r, m, k] for r in order for m in ("TopK", "BottomK") for k in ("1", "50%", "10")
     ]
@@ -102,7 +102,7 @@ def test_order_of_rows():
 
 def test_columns_are_numbers():
     table = report.frame([unmasked(), masked("matched", "topk", "50%", 75.0, removed=20.75, fewer_than_k=12)])
-    numbers = table.drop(columns=["ranking", "masked", "questions", "k", "population"])
+    numbers = table.drop(columns=report.TEXTS)
     assert [*numbers.columns] == report.NUMBERS and all(map(pandas.api.types.is_numeric_dtype, numbers.dtypes))
     everyone, kept, after = (row._asdict() for row in table.itertuples(index=False))
     assert (everyone["n"], everyone["em"], everyone["em_low"], everyone["em_high"]) == (651, 91.25, 90, 92.5)
@@ -123,15 +123,15 @@ def test_unmasked_rows_go_by_the_questions_and_not_by_their_number():
     assert len(table[table.questions == "all asked"]) == 1
     text = report.terminal(table)
     assert re.search(r"kept +none +f00df0 +595 +99\.50", text) and re.search(r"kept +none +beefbe +595 +98\.00", text)
-    assert re.search(r"mine +TopK +1 +beefbe +595 +70\.00", text) and "questions:" in text
-    assert "questions" not in report.terminal(report.frame(entries)).split("[ ]")[0]
+    assert re.search(r"mine +TopK +1 +beefbe +595 +70\.00", text) and "set:" in text
+    assert "set" not in report.terminal(report.frame(entries))
 
 
 def test_masked_rounds_without_a_reference():
     """The authors' published file does not say what the unmasked answers were."""
     table = report.frame([masked("baseline", "topk", "1", 80.0) | {"clean": None, "drop": None}])
     assert rows(table, "masked", "em") == [["TopK", 80]] and table.em_drop.isna().all()
-    assert re.search(r"baseline  TopK    1  595  80.00 \[78.8, 81.2\]  80.00", report.terminal(table))
+    assert re.search(r"baseline +TopK +1 +595 +80.00 \[78.8, 81.2\] +80.00", report.terminal(table))
 
 
 def test_nothing_kept():
@@ -142,30 +142,26 @@ def test_nothing_kept():
         True,
     ]
     assert re.search(r"kept +none +0$", report.terminal(table), re.MULTILINE)
-    assert len(report.frame([])) == 0 and report.terminal(report.frame([])) is not None
 
 
-def test_settings_are_columns_where_they_differ():
+def test_settings():
+    """Columns of their own; a mask that is not the paper's is named after what is not."""
+    keep, mean = {"error_term": "keep"}, {"ablation": "mean"}
     entries = [unmasked(), masked("baseline", "topk", "1", 80.0, run={"error_term": "drop"})]
-    assert "error_term" not in report.frame(entries) and "ablation" not in report.frame(entries)
-    keep = {"error_term": "keep"}
     entries += [unmasked(value=99.0, run=keep), masked("baseline", "topk", "1", 95.0, run=keep)]
+    entries += [masked("baseline", "topk", "1", 85.0, run=mean), masked("baseline", "topk", "1", 96.0, run=keep | mean)]
     table = report.frame(entries)
-    assert "ablation" not in table
-    assert rows(table, "questions", "masked", "error_term", "em") == [
-        ["all asked", "none", "drop", 91.25],
-        ["all asked", "none", "keep", 91.25],
-        ["kept", "none", "drop", 99.5],  # the same questions, but other answers
-        ["kept", "none", "keep", 99],
-        ["kept", "TopK", "drop", 80],
-        ["kept", "TopK", "keep", 95],
+    assert rows(table, "questions", "masked", "error_term", "ablation", "em") == [
+        ["all asked", "none", "drop", "", 91.25],
+        ["all asked", "none", "keep", "", 91.25],
+        ["kept", "none", "drop", "", 99.5],  # the same questions, but other answers
+        ["kept", "none", "keep", "", 99],
+        ["kept", "TopK", "drop", "zero", 80],
+        ["kept", "TopK mean", "drop", "mean", 85],
+        ["kept", "TopK keep", "keep", "zero", 95],
+        ["kept", "TopK keep mean", "keep", "mean", 96],
     ]
-    dropped, kept = report.terminal(table).split("error_term keep\n")
-    assert dropped.startswith("error_term drop\n") and "80.00 [" in dropped and "95.00 [" not in dropped
-    assert "99.00 [" in kept and "95.00 [" in kept and "80.00 [" not in kept
-    # Other answers may keep other questions: still one set in each part.
-    entries[2]["population"] = entries[3]["population"] = "beef" * 16
-    assert "questions" not in report.terminal(report.frame(entries)).replace("questions that have", "")
+    assert re.search(r"baseline +TopK mean +1 +595 +85\.00", report.terminal(table))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,9 +176,13 @@ def test_terminal_table_as_it_reads():
         del entry[name]
     text = report.terminal(report.frame([entry | few | {"drop": drop, "clean": estimate(100.0, 595, ("em", "f1"), 0)}]))
     assert text == (
-        "ranking   masked    K    n  EM                      drop  F1                     drop  mean K\n"
-        "kept      none         595  100.00 [100.0, 100.0]         100.00 [100.0, 100.0]\n"
-        "baseline  TopK    50%  595   74.29 [70.3, 78.1]    25.71   84.90 [82.7, 87.0]    0.00     6.2\n"
+        "ranking  masked K    n     EM                    drop   F1                    drop\n"
+        "kept     none          595 100.00 [100.0, 100.0]        100.00 [100.0, 100.0]\n"
+        "baseline TopK    50%   595  74.29 [70.3, 78.1]    25.71  84.90 [82.7, 87.0]     0.00\n"
+        "\n"
+        "ranking  masked K    mean K\n"
+        "kept     none\n"
+        "baseline TopK    50%    6.2\n"
         "\n"
         "[ ]: 95% interval over resampled contexts. drop: unmasked minus masked. Both in percent.\n"
         "mean K: latents masked a question."
@@ -200,31 +200,27 @@ def comparison(n=595, rankings=6, settings=({},), **fields):
     return entries
 
 
-@pytest.mark.parametrize("settings", [({},), ({}, {"error_term": "keep"})])
-def test_terminal_table_fits_in_100_columns(settings):
+@pytest.mark.parametrize("more", [{}, {"population": "beef" * 16}, {"run": {"ablation": "mean"}}])
+def test_terminal_table_fits_in_100_columns(more):
     """6 rankings, 6 K, 2 masks, all columns at their widest; no row and no figure is lost for it."""
-    entries = comparison(123_456, settings=settings, fewer_than_k=1234, clean=100.0)
-    entries[5]["em"], entries[5]["intervals"]["em"] = 100.0, [100.0, 100.0]
+    entries = comparison(12_345, fewer_than_k=1234, clean=100.0)
+    for entry in (entries[5], entries[5]["drop"]):
+        entry["em"], entry["intervals"]["em"] = 100.0, [100.0, 100.0]
     entries[6]["drop"]["answer_log_prob"] = -12.345
-    text = report.terminal(report.frame(entries))
-    assert max(map(len, text.splitlines())) <= report.WIDTH == 100
-    blocks = [block.splitlines() for block in text.split("\n\n")]
-    blocks = [block for block in blocks if block[0].startswith("ranking")]
-    heads = [name for block in blocks[: len(blocks) // len(settings)] for name in block[0].split()]
-    assert [name for name in heads if name in ("EM", "F1", "named", "fewer", "removed", "answer", "format")] == [
-        "EM", "F1", "named", "fewer", "removed", "answer", "format"
-    ]  # fmt: skip
-    assert heads.count("drop") == 3 and "123456" in text and "-12.345" in text and "0.123" in text
-    for block in blocks:
-        assert len({line.split()[0] + line.split()[1] + line.split()[2] for line in block[3:]}) == 72
-    # Every line of a block has its columns at the same places: an interval ends where the next column may begin.
-    assert len({line.index("[") for line in blocks[0][1:]}) == 1
-
-
-def test_first_columns_of_the_terminal_stand_together():
-    """EM, F1 and their drops beside n, in one block, even with the longest names."""
-    text = report.terminal(report.frame(comparison(123_456, clean=100.0)))
-    assert text.splitlines()[0].split() == ["ranking", "masked", "K", "n", "EM", "drop", "F1", "drop"]
+    entries += [masked("gradsae-answer", "bottomk", "2000", 50.0, 12_345, **more)]
+    table = report.frame(entries)
+    table.loc[3, ["paper_em", "paper_f1"]] = 100.0
+    text = report.terminal(table)
+    assert max(map(len, text.splitlines())) <= 100
+    (head, *first), (other_head, *second), _ = (block.splitlines() for block in text.split("\n\n"))
+    row = ["ranking", "masked", "K"] + ["set"] * ("population" in more)
+    assert head.split() == [*row, "n", "EM", "drop", "F1", "drop"]
+    other = ["named", "answer", "format", "removed", "mean", "K", "fewer", "paper"]
+    assert other_head.split() == [*row, *other]
+    assert len(first) == len(second) == len(table) >= 74
+    assert "12345" in text and "-12.345" in text and "0.123" in text and "100.00 / 100.00" in text
+    # Every line has its columns at the same places: an interval ends where the next column may begin.
+    assert len({line.index("[") for line in first}) == 1
 
 
 def test_notes_are_of_columns_that_are_there():
@@ -251,18 +247,18 @@ def latex_cells(text):
 
 
 def test_csv_and_latex_hold_the_same_numbers():
-    entries = comparison(rankings=3, settings=({}, {"error_term": "keep"}))
+    entries = comparison(rankings=3, settings=({}, {"ablation": "mean"}))
     entries[7]["drop"]["format_log_prob"], entries[7]["drop"]["intervals"]["format_log_prob"] = -0.25, [-0.5, 0.125]
     table = report.frame(entries)
     in_csv = [*csv.DictReader(io.StringIO(report.to_csv(table)))]
     head, *lines = latex_cells(report.to_latex(table))
-    assert len(in_csv) == len(lines) == len(table) == 4 + 3 * 6 * 2 * 2
-    assert [*in_csv[0]] == [*table.columns]
+    assert len(in_csv) == len(lines) == len(table) == 2 + 3 * 6 * 2 * 2
+    assert [*in_csv[0]] == [*table.columns] == report.TEXTS + report.NUMBERS
     in_latex = [dict(zip(head, line)) for line in lines]
     pairs = {"em": "EM", "f1_drop": "F1 drop", "named_drop": "named drop", "format_log_prob_drop": "format"}
     for expected, found in zip(in_csv, in_latex):
         assert (expected["ranking"] or expected["questions"], expected["masked"]) == (found["ranking"], found["masked"])
-        assert (expected["k"], expected["n"], expected["error_term"]) == (found["K"], found["n"], found["error_term"])
+        assert (expected["k"], expected["n"]) == (found["K"], found["n"])
         for name, heading in pairs.items():
             bounds = [float(expected[f"{name}{bound}"] or "nan") for bound in ("", "_low", "_high")]
             shown = [float(number) for number in re.findall(r"-?\d+\.\d+", found[heading])]
@@ -469,20 +465,16 @@ def test_k_that_mask_the_same_are_one_point():
     assert ticks(report.make_figure(by_chance)) == ["10", "50%"]
 
 
-def test_nothing_masked_is_where_every_line_begins():
+def test_nothing_masked_is_a_point_of_its_own_line():
     entries = [masked(r, "topk", k, v) for r in ("baseline", "gradsae") for k, v in (("1", 97.0), ("10", 60.0))]
-    entries += [masked("baseline", "topk", "0", 99.25, mean_k=0.0)]
+    entries += [masked("baseline", "topk", "0", 99.5, mean_k=0.0)]
     figure = report.make_figure(entries)
-    assert ticks(figure) == ["0", "1", "10"] and "unmasked" not in legend(figure)
-    assert [points[1] for points in drawn(figure, 0).values()] == [[99.25, 97, 60]] * 2
-    # Not of other questions, nor with another error term.
-    for other in ({"population": "beef" * 16}, {"run": {"error_term": "keep"}}):
-        figure = report.make_figure([*entries, masked("gradsae", "bottomk", "1", 50.0, **other)])
-        assert [points[1] for points in drawn(figure, 0).values()][2] == [50]
+    assert ticks(figure) == ["0", "1", "10"] and "unmasked" in legend(figure)
+    assert [points[1] for points in drawn(figure, 0).values()] == [[99.5, 97, 60], [97, 60]]
 
 
 def test_at_most_six_lines_each_with_a_look_of_its_own():
-    figure = report.make_figure(comparison(settings=({}, {"error_term": "keep"})))
+    figure = report.make_figure(comparison(settings=({}, {"ablation": "mean"})))
     assert len(drawn(figure, 0)) == 6 and figure.legends[0].get_title().get_text().startswith("18 more lines")
     assert all(label.endswith(" TopK") for label in drawn(figure, 0))
     figure = report.make_figure(comparison(rankings=3))
@@ -492,7 +484,7 @@ def test_at_most_six_lines_each_with_a_look_of_its_own():
         assert line.get_linestyle() == ("-" if "TopK" in label else "--")
         assert (line.get_markerfacecolor() == "white") == ("BottomK" in label)
         assert line.get_color() == line.get_color().strip("#") and 0 <= float(line.get_color()) < 0.7  # a grey
-    assert not figure.legends[0].get_title().get_text() and len(legend(figure)) == 6
+    assert not figure.legends[0].get_title().get_text() and len(legend(figure)) == 7
 
 
 @pytest.mark.parametrize(("format", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])

@@ -199,7 +199,7 @@ def test_half_precision_sae_special_tokens_and_error_term(tmp_path, monkeypatch,
 
 
 def test_published_format(full, demo, demo_questions, tmp_path, monkeypatch, capsys):
-    """The authors' own file, matched by the prompt's text: same answers, no drop, and what cannot be checked is said."""
+    """The authors' own file, matched by the prompt's text: same answers, no drop; what cannot be checked is said."""
     folder, found = full
     _, tokenizer = demo
     template = common.choose_template("auto", tokenizer)
