@@ -87,7 +87,7 @@ def answer(round_, model, batch, answered):
             sequence = rankings.Sequence(
                 question.id, round_.prompt_ids(question), found.tokens, bracket, inside, found.latents
             )
-            record |= {"tokens": found.tokens, "active": sequence.active}
+            record = record | {"tokens": found.tokens, "active": sequence.active}
             sequences.append(sequence)
         records.append({name: value for name, value in record.items() if name != "latents"})
     return records, sequences

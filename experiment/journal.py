@@ -3,7 +3,7 @@
 import json
 import os
 
-from experiment import UserError, results, say
+from experiment import UserError, own_mistakes, results, say
 
 
 class Journal(dict):
@@ -34,6 +34,7 @@ class Journal(dict):
         elif process == 0:
             self._remove_parts()
 
+    @own_mistakes()
     def append(self, records):
         """Writes the records that are not there yet, and syncs them to disk."""
         fresh = {record["id"]: record for record in records if record["id"] not in self}
@@ -116,6 +117,16 @@ class Journal(dict):
             self._own_end = end
         self.update({**records, **self})
         return not line.endswith(b"\n")
+
+
+def is_begun(path, run):
+    """Whether the file at `path` is a journal of this run."""
+    try:
+        with open(path, "rb") as file:
+            found = json.loads(file.readline())["run"]
+        return not results.differences(found, run, (*results.COMPARED, *results.SELECTED))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def _to_line(entry):

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from experiment import UserError
+from experiment import UserError, own_mistakes
 from experiment.splice import hooked
 
 
@@ -135,6 +135,7 @@ class SplicedModel:
         """Where the SAE stands, [row, pos]: not at padding, nor at tokens that bypass it."""
         return attention.bool() & ~torch.isin(ids, self.splice.bypass.to(ids.device))
 
+    @own_mistakes()
     def run(self, ids, attention, cache=None, mask=None, outputs=None, start=None, replacement=None):
         """One forward pass over token ids [row, pos], and the logits [output, vocab] at `outputs`.
 

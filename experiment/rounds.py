@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from accelerate import PartialState
 from tqdm import tqdm
 
-from experiment import UserError, answers, catalogue, estimates, own_mistakes, questions, report, results, say
-from experiment.journal import Journal
+from experiment import UserError, answers, catalogue, estimates, questions, report, results, say
+from experiment.journal import Journal, is_begun
 from experiment.options import Options
 from experiment.questions import Question
 
@@ -43,13 +43,18 @@ class Round:
         path = options.output_dir / f"predictions_{name}.jsonl"
         return Journal(path, run, self.state.process_index, options.overwrite)
 
+    def is_begun(self):
+        """Whether round 1's journal is of this run: what is there of another one, an interrupted --overwrite left."""
+        return is_begun(self.options.output_dir / "predictions_baseline.jsonl", self.run)
+
 
 @contextlib.contextmanager
 def writing(round_):
     """Keeps the output folder to this round, and gives the entries that its results.json holds already."""
     folder = results.make_folder(round_.options.output_dir)
     with results.lock(folder) if round_.state.is_main_process else contextlib.nullcontext():
-        entries = results.read_results(folder / "results.json", round_.run, round_.options.overwrite)
+        overwrite = round_.options.overwrite or round_.is_begun()
+        entries = results.read_results(folder / "results.json", round_.run, overwrite)
         round_.state.wait_for_everyone()
         yield entries
         round_.state.wait_for_everyone()
@@ -80,7 +85,7 @@ def share_batches(round_, model, asked, drafts, is_done, label):
     if round_.state.num_processes > 1:
         label += f", process 1 of {round_.state.num_processes}"
     quiet = not round_.state.is_main_process
-    with own_mistakes(), tqdm(total=sum(map(len, share)), desc=label, unit="question", disable=quiet) as bar:
+    with tqdm(total=sum(map(len, share)), desc=label, unit="question", disable=quiet) as bar:
         bar.update(bar.total - sum(map(len, left)))
         for batch in left:
             yield batch
@@ -129,7 +134,9 @@ def check_old_activations(round_, names):
             made, _ = results.read_activations(path)
             if made is None:
                 raise UserError(f"{path}: is the authors' published file: give another --activations, or --overwrite")
-            results.refuse_other_run(path, made, round_.run_of(name), (*results.COMPARED, "limit", "sample", "seed"))
+            if round_.options.activations or not round_.is_begun():
+                fields = (*results.COMPARED, "limit", "sample", "seed")
+                results.refuse_other_run(path, made, round_.run_of(name), fields)
 
 
 def finish_round_1(round_, entries, journals, keep_f1):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import matplotlib.backends.backend_agg  # noqa: E402, F401
 import matplotlib.figure  # noqa: E402, F401
-import pandas  # noqa: E402, F401
+import pandas.io.formats.style  # noqa: E402, F401
 import sae_lens  # noqa: E402, F401
 import transformer_lens.model_bridge  # noqa: E402, F401
 
