@@ -32,10 +32,16 @@ CASES = {  # script, more arguments, the case whose files it finds in its folder
     "round 3": ("baseline_after_true", [], "round 2"),
     "round 1, two rankings": ("baseline", TWO, None),
     "round 2, four masks": ("baseline_after_false", [*TWO, "--k", "10", "50%"], "round 1, two rankings"),
+    "round 1, means": ("baseline", ["--ablation", "mean"], None),
 }
-SEVERAL = [case for case in CASES if "," in case]
+SEVERAL = ["round 1, two rankings", "round 2, four masks"]
 MOMENTS = range(20)
 USUAL = 5  # the moment of the default run: in the middle of a batch's lines
+KILLS = [
+    pytest.param(case, moment, marks=() if moment == USUAL and case != "round 1, means" else pytest.mark.kills)
+    for case in CASES
+    for moment in MOMENTS
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,8 +225,7 @@ def find_batch(events, finished):
     return max(begins, default=0)
 
 
-@pytest.mark.parametrize("moment", [pytest.param(m, marks=() if m == USUAL else pytest.mark.kills) for m in MOMENTS])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, moment", KILLS)
 def test_killed_and_resumed(scripts, whole, tmp_path, case, moment):
     script, more, _ = CASES[case]
     expected = whole(case)
@@ -360,6 +365,23 @@ def test_two_processes_killed(scripts, whole, tmp_path, case, processes):
     resumed = scripts.run(script, arguments, processes=processes)
     assert (resumed.code, resumed.out) == (0, expected.out), resumed.err
     assert resumed.err.count("its last line was cut off") == 2
+    assert contents(folder) == expected.after
+
+
+def test_killed_again(scripts, whole, tmp_path):
+    """Two processes, twice in the middle of a line: nothing is written behind what was cut off."""
+    expected = whole("round 2")
+    folder = lay_out(tmp_path / "out", expected.before)
+    arguments = [*ARGUMENTS, "--output-dir", folder]
+    for _ in range(2):
+        stops = {process: stop("sync", 1, "before", cut=20) for process in range(2)}
+        killed = scripts.run("baseline_after_false", arguments, processes=2, stops=stops)
+        assert killed.code == -signal.SIGKILL, killed.err
+        for name in ("predictions_false.jsonl", "predictions_false.part1.jsonl"):
+            *lines, torn = (folder / name).read_bytes().split(b"\n")
+            assert len(torn) > 20 and all(map(json.loads, lines))
+    resumed = scripts.run("baseline_after_false", arguments)
+    assert (resumed.code, resumed.out) == (0, expected.out), resumed.err
     assert contents(folder) == expected.after
 
 
