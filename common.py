@@ -239,7 +239,7 @@ def load_for(round_, journals, ranked=None):
     for journal in journals:
         results.refuse_other_run(journal.path, journal.run, late, late)
         journal.run |= late
-    activations.check_latents(ranked or {}, model.splice.d_sae)
+    activations.check_latents(ranked or {}, model)
     return model
 
 

@@ -51,7 +51,7 @@ def read_ranked(round_, ranking, which):
     run = round_.run_of(ranking, activations=results.digest(lists, "id", which), **more)
     # Of what made the file, not of what was asked for now:
     run |= {name: made[name] for name in ("ranking_seed", "hook_name", "d_sae") if made and name in made}
-    targets = read_targets(round_, path, which) if ranking == "matched" else None
+    targets = read_targets(round_, path, which, by_id) if ranking == "matched" else None
     return Ranked(run, path, by_id, which, targets, missing, made is not None)
 
 
@@ -81,10 +81,15 @@ def match_prompts(round_, samples):
     return by_id, missing
 
 
-def read_targets(round_, path, which):
-    """What the baseline's lists remove, by question id, from its file beside that of the matched ranking."""
-    _, samples = results.read_activations(path.with_name("activations_baseline.json"))
-    return {sample["id"]: sample.get(f"removed_{which}", []) for sample in samples}
+def read_targets(round_, path, which, by_id):
+    """What the baseline's lists remove, by question id, from its file beside that of the matched ranking (`by_id`)."""
+    beside, name = path.with_name("activations_baseline.json"), f"removed_{which}"
+    made, samples = results.read_activations(beside)
+    other = made is None or results.differences(made, round_.run_of("baseline"), results.COMPARED)
+    targets = {sample.get("id"): sample[name] for sample in samples if name in sample}
+    if other or not by_id.keys() <= targets.keys() or not all(name in sample for sample in by_id.values()):
+        raise UserError(f"{beside}: does not fit {path.name}: run baseline.py again with --ranking baseline matched")
+    return targets
 
 
 def find_asked(round_, ranked):
@@ -95,11 +100,16 @@ def find_asked(round_, ranked):
     return [question for question in round_.asked if question.id in ids[0]]
 
 
-def check_latents(ranked, d_sae):
+def check_latents(ranked, model):
+    """Refuses latents that the SAE, and tokens that the model does not have."""
+    words = model.lm.get_input_embeddings().num_embeddings
     for found in ranked.values():
         for question_id, sample in found.samples.items():
-            if (latent := max(sample[found.which], default=0)) >= d_sae:
-                raise UserError(f"{found.path}: question {question_id} names latent {latent}, but the SAE has {d_sae}")
+            where, latents, tokens = f"{found.path}: question {question_id}", sample[found.which], sample.get("tokens")
+            if latents and max(latents) >= model.splice.d_sae:
+                raise UserError(f"{where} names latent {max(latents)}, but the SAE has {model.splice.d_sae}")
+            if tokens and max(tokens) >= words:
+                raise UserError(f"{where} names token {max(tokens)}, but the model has {words}")
 
 
 def store_means(round_, model, kept, tokens):
@@ -132,10 +142,10 @@ def read_means(round_, model):
         raise UserError(f"{path}: there is no such file: run baseline.py with --ablation mean first")
     content = results.load_json(path)
     try:
-        made, means = content["run"], torch.tensor(content["means"], dtype=torch.float32)
-    except (KeyError, TypeError, ValueError) as error:
+        made, means = dict(content["run"]), torch.tensor(content["means"], dtype=torch.float32)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: is damaged ({error!r}): move it away") from None
     results.refuse_other_run(path, made, round_.run, (*results.COMPARED, *results.SELECTED))
-    if means.shape != (model.splice.d_sae,):
-        raise UserError(f"{path}: is of another SAE: move it away")
+    if means.shape != (model.splice.d_sae,) or not means.isfinite().all():
+        raise UserError(f"{path}: is damaged, or of another SAE: move it away")
     return means.to(model.splice.device)

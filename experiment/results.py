@@ -151,6 +151,9 @@ def read_activations(path):
     for number, sample in enumerate(samples, 1):
         if problem := find_problem(sample, PUBLISHED if run is None else SAMPLE):
             raise UserError(f"{path}, sample {number}: {problem}")
+        for which in ("topk", "bottomk"):
+            if len(sample.get(f"removed_{which}", sample[which])) != len(sample[which]):
+                raise UserError(f"{path}, sample {number}: removed_{which} is not as long as {which}")
         if sample.get("id", number) in ids:
             raise UserError(f"{path}, sample {number}: the id {sample['id']!r} stands twice")
         ids.add(sample.get("id", number))

@@ -126,11 +126,20 @@ def write_results(round_, entries, fresh):
 # Round 1
 
 
+def name_activations(options, name):
+    """The file that round 1 writes for a ranking; None for the baseline's where nobody asked for it."""
+    if name in options.ranking and options.activations:
+        return options.activations
+    folder = options.activations.parent if options.activations else options.output_dir
+    # The matched ranking is read with the baseline's file beside it.
+    return folder / f"activations_{name}.json" if {name, "matched"} & {*options.ranking} else None
+
+
 def check_old_activations(round_, names):
     """Refuses, before anything is run, to replace the activations of another run, or a file that is none."""
     for name in names:
-        path = round_.options.activations or round_.options.output_dir / f"activations_{name}.json"
-        if path.exists() and not round_.options.overwrite:
+        path = name_activations(round_.options, name)
+        if path and path.exists() and not round_.options.overwrite:
             made, _ = results.read_activations(path)
             if made is None:
                 raise UserError(f"{path}: is the authors' published file: give another --activations, or --overwrite")
@@ -159,8 +168,7 @@ def finish_round_1(round_, entries, journals, keep_f1):
         if name != "baseline":
             finish_journal(round_, journal, kept)
         samples[name] = [make_sample(journal[question.id], name) for question in kept]
-        path = options.activations or options.output_dir / f"activations_{name}.json"
-        if name in options.ranking and round_.state.is_main_process:
+        if (path := name_activations(options, name)) and round_.state.is_main_process:
             run = journal.run | {"asked": counts["asked"], "kept": counts["kept"]}
             results.write_activations(path, run, samples[name])
     for name in options.ranking:

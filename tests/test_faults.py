@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, run_script
 
 import common
-from experiment import answers, guard, passes
+from experiment import answers, guard, passes, report
 
 ARGUMENTS = ["--demo", "--limit", "30", "--batch-tokens", "500"]  # six batches
 TWO = ["--ranking", "baseline", "gradsae"]
@@ -342,9 +342,9 @@ def test_two_processes(scripts, whole, tmp_path, case):
     "case, processes",
     [
         (SEVERAL[0], 1),
-        (SEVERAL[1], 3),
         pytest.param(SEVERAL[0], 3, marks=pytest.mark.kills),
         pytest.param(SEVERAL[1], 1, marks=pytest.mark.kills),
+        pytest.param(SEVERAL[1], 3, marks=pytest.mark.kills),
     ],
 )
 def test_two_processes_killed(scripts, whole, tmp_path, case, processes):
@@ -369,7 +369,7 @@ def test_two_processes_killed(scripts, whole, tmp_path, case, processes):
 
 
 def test_killed_again(scripts, whole, tmp_path):
-    """Two processes, twice in the middle of a line: nothing is written behind what was cut off."""
+    """Two processes, twice in the middle of a line: nothing is written behind what was cut off. Three go on."""
     expected = whole("round 2")
     folder = lay_out(tmp_path / "out", expected.before)
     arguments = [*ARGUMENTS, "--output-dir", folder]
@@ -380,8 +380,8 @@ def test_killed_again(scripts, whole, tmp_path):
         for name in ("predictions_false.jsonl", "predictions_false.part1.jsonl"):
             *lines, torn = (folder / name).read_bytes().split(b"\n")
             assert len(torn) > 20 and all(map(json.loads, lines))
-    resumed = scripts.run("baseline_after_false", arguments)
-    assert (resumed.code, resumed.out) == (0, expected.out), resumed.err
+    resumed = scripts.run("baseline_after_false", arguments, processes=3)
+    assert (resumed.code, resumed.out) == (0, expected.out) and "process 1 of 3" in resumed.err, resumed.err
     assert contents(folder) == expected.after
 
 
@@ -481,7 +481,7 @@ def wait_until_stopped(process):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("case", ["round 1", SEVERAL[1]])
+@pytest.mark.parametrize("case", ["round 1", "round 2"])
 def test_full_disk(scripts, whole, tmp_path, case):
     """No file may grow beyond a part of the journal's size: one line, and the rest is there when there is room."""
     script, more, _ = CASES[case]
@@ -575,15 +575,21 @@ def halve(size, fits):
     return [(size, True)] if fits(size) else [(size, False), *halve(size // 2, fits), *halve(size - size // 2, fits)]
 
 
+def hasten(patch, model):
+    """The model is not loaded anew for each round, and no figure is drawn."""
+    patch.setattr(common, "load", lambda options, tokenizer: model)
+    patch.setattr(report, "draw", lambda file, entries, format: None)
+
+
 @pytest.fixture(scope="module")
 def roomy(demo, tmp_path_factory):
-    """Rounds 1 and 2 with memory enough, two rankings each: the folder after each, what was printed, and the Memory."""
+    """Rounds 1 and 2 with memory enough, two rankings each: the folder before and after each, and the Memory."""
     found, folder = {}, tmp_path_factory.mktemp("roomy")
     gc.freeze()  # each error has all garbage collected: half a second among what the tests have imported
     for script in ("baseline", "baseline_after_false"):
         with pytest.MonkeyPatch.context() as patch:
             memory, before = Memory(patch), contents(folder)
-            patch.setattr(common, "load", lambda options, tokenizer: demo[0])
+            hasten(patch, demo[0])
             patch.setattr(sys, "argv", [script, *WIDE, *TWO, "--output-dir", str(folder)])
             __import__(script).main()
             found[script] = before, contents(folder), memory
@@ -599,14 +605,14 @@ def roomy(demo, tmp_path_factory):
         ("baseline", "gradient", 1, "gradients", "PyTorch"),
         ("baseline_after_false", "below", 7, "answer_masked", "cuBLAS"),
         ("baseline_after_false", "above", 7, "answer_masked", "PyTorch"),
-        ("baseline_after_false", "step", 2, "answer_masked", "PyTorch"),
+        ("baseline_after_false", "step", 4, "answer_masked", "PyTorch"),
     ],
 )
 def test_out_of_memory(roomy, demo, tmp_path, monkeypatch, capsys, script, kind, most, what, error):
     """A batch that does not fit is split in two, and again; the next one begins whole; nothing else is run twice."""
     before, after, enough = roomy[script]
     folder = lay_out(tmp_path / "out", before)
-    monkeypatch.setattr(common, "load", lambda options, tokenizer: demo[0])
+    hasten(monkeypatch, demo[0])
     memory = Memory(monkeypatch, kind, most, ERRORS[error])
     code, _, err = run_script(script, [*WIDE, *TWO, "--output-dir", folder], monkeypatch, capsys)
     assert code == 0, err
@@ -634,7 +640,7 @@ def test_other_errors_are_raised(roomy, demo, tmp_path, monkeypatch, error, most
     """One that is not about memory at once; one that is, when a batch of one does not fit. Nothing is lost by it."""
     before, after, enough = roomy["baseline_after_false"]
     folder = lay_out(tmp_path / "out", before)
-    monkeypatch.setattr(common, "load", lambda options, tokenizer: demo[0])
+    hasten(monkeypatch, demo[0])
     memory = Memory(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["baseline_after_false", *WIDE, *TWO, "--output-dir", str(folder)])
     script = __import__("baseline_after_false")
@@ -657,7 +663,7 @@ def test_other_errors_are_raised(roomy, demo, tmp_path, monkeypatch, error, most
     lines = (folder / "predictions_gradsae_false.jsonl").read_bytes().splitlines()
     assert len(lines) == 1 + first[0]
     monkeypatch.undo()
-    monkeypatch.setattr(common, "load", lambda options, tokenizer: demo[0])
+    hasten(monkeypatch, demo[0])
     monkeypatch.setattr(sys, "argv", ["baseline_after_false", *WIDE, *TWO, "--output-dir", str(folder)])
     script.main()
     assert contents(folder) == after

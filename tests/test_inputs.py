@@ -56,6 +56,7 @@ ACTIVATIONS = {
     "other questions": (activations({"questions": "0" * 64}), "questions"),
     "another dtype": (activations({"dtype": "float16"}), 'dtype "float16"'),
     "another prompt": (activations({"prompt_template": "{context}{question}"}), "prompt_template"),
+    "lists of different lengths": (activations(removed_topk=[]), "sample 1: removed_topk is not as long as topk"),
     "none of these questions": (activations(id="of another data set"), "none of its questions"),
     "theirs: no lists": ('[{"prompt": {}}]', "sample 1: active is not a list"),
     "theirs: other prompts": (json.dumps([{"prompt": THEIRS}]), "none of its questions"),
@@ -63,6 +64,10 @@ ACTIVATIONS = {
 OF_THE_SAE = {  # these show once the SAE is loaded
     "another width": (activations({"d_sae": 7}), "d_sae 7, now 512"),
     "another place": (activations({"hook_name": "blocks.2.hook_resid_post"}), 'hook_name "blocks.2.hook_resid_post"'),
+    "token outside the model": (
+        activations(tokens=[10**9]),
+        "questions-000-0 names token 1000000000, but the model has",
+    ),
     "latent outside the SAE": (activations(topk=[512]), "question questions-000-0 names latent 512, but the SAE has"),
 }
 OF_THE_ROUND = {  # what stands in round 1's way: file name, content, what the line says
@@ -197,3 +202,48 @@ def test_logits_that_are_not_finite(refused, tmp_path):
 
     save_sae(tmp_path / "sae", bias=float("inf"))
     refused("baseline", ["--sae-release", tmp_path / "sae", "--limit", "5"], "not finite")
+
+
+REMOVED = {"removed_topk": [0.5], "removed_bottomk": [0.5]}
+MATCHED = activations({"ranking": "matched"}, **REMOVED)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "matched"),
+    [
+        (json.dumps([{"p": THEIRS}]), MATCHED),
+        (activations({"dtype": "float16"}, **REMOVED), MATCHED),
+        (activations(id="questions-000-1", **REMOVED), MATCHED),
+        (activations(), MATCHED),
+        (activations(**REMOVED), activations({"ranking": "matched"})),
+    ],
+    ids=["the authors'", "another run's", "other questions", "nothing removed", "nothing removed by the matched"],
+)
+def test_what_the_matched_ranking_is_matched_to(baseline, matched, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.load", None)
+    write(tmp_path / "activations_baseline.json", baseline)
+    write(tmp_path / "activations_matched.json", matched)
+    says = "does not fit activations_matched.json: run baseline.py again with --ranking baseline matched"
+    refused("baseline_after_false", ["--ranking", "matched"], says)
+
+
+MEANS = {
+    "not there": (None, "there is no such file: run baseline.py with --ablation mean first"),
+    "no json": ("{", "is not JSON"),
+    "a list": ("[]", "is damaged"),
+    "no means": (json.dumps({"run": RUN}), "is damaged"),
+    "run a number": (json.dumps({"run": 3, "means": [0.0] * 512}), "is damaged"),
+    "texts": (json.dumps({"run": RUN, "means": ["a"] * 512}), "is damaged"),
+    "not numbers": (json.dumps({"run": RUN, "means": [float("nan")] * 512}), "is damaged, or of another SAE"),
+    "beyond floats": (json.dumps({"run": RUN, "means": [10**400] * 512}), "is damaged"),
+    "too few": (json.dumps({"run": RUN, "means": [0.0] * 511}), "is damaged, or of another SAE"),
+    "of another run": (json.dumps({"run": RUN | {"dtype": "float16"}, "means": [0.0] * 512}), 'dtype "float16"'),
+}
+
+
+@pytest.mark.parametrize("case", MEANS)
+def test_means(case, refused, tmp_path):
+    content, says = MEANS[case]
+    if content is not None:
+        write(tmp_path / "means.json", content)
+    assert str(tmp_path / "means.json") in refused("baseline_after_false", ["--ablation", "mean"], says)

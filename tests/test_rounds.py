@@ -339,6 +339,17 @@ def test_matched_masks_remove_as_much(full, tmp_path, monkeypatch, capsys):
     for k in ("1", "50%", "10"):
         assert removed["baseline", k] <= removed["matched", k] <= removed["baseline", k] + 6
     assert counts["matched", "50%"] > 2 * counts["baseline", "50%"]
+    # Asked for alone, round 1 leaves the baseline's file beside it all the same.
+    alone = ["--demo", "--limit", 9, "--output-dir", tmp_path / "alone", "--ranking", "matched"]
+    assert run_script("baseline", alone, monkeypatch, capsys)[0] == 0
+    code, _, err = run_script("baseline_after_false", alone, monkeypatch, capsys)
+    assert code == 0, err
+    # A file of its own name: the baseline's stands beside it, and the finished round goes on from both.
+    named = [*alone, "--activations", tmp_path / "named" / "mine.json"]
+    for script in ("baseline", "baseline", "baseline_after_false"):
+        code, _, err = run_script(script, named, monkeypatch, capsys)
+        assert code == 0, err
+    assert {path.name for path in (tmp_path / "named").iterdir()} == {"mine.json", "activations_baseline.json"}
     # Without the baseline's file it is refused.
     (tmp_path / "activations_baseline.json").unlink()
     other = ["--demo", "--limit", 60, "--output-dir", tmp_path, "--ranking", "matched", "--k", "2"]
