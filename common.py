@@ -6,7 +6,6 @@ Importing it takes seconds (PyTorch): the scripts do so once the options are kno
 import copy
 import dataclasses
 import datetime
-import functools
 import importlib.metadata
 import re
 from pathlib import Path
@@ -24,14 +23,13 @@ from experiment import (
     estimates,
     passes,
     questions,
-    rankings,
     results,
     rounds,
     say,
 )
 from experiment.hub import check_fit, hub_errors, prepare_libraries
 from experiment.options import bundled
-from experiment.prompts import BRACKETS, build_prompt, find_answer, find_special_ids, tokenize
+from experiment.prompts import BRACKETS, build_prompt, find_special_ids, tokenize
 from experiment.rounds import Round
 from experiment.splice import Splice
 
@@ -233,12 +231,12 @@ def prepare(options):
 def load_for(round_, journals, ranked=None):
     """The model with its SAE; what only the SAE says goes into the journals' runs, and is held against them."""
     model = load(round_.options, round_.tokenizer)
-    late = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
+    of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
     for found in (ranked or {}).values():
-        results.refuse_other_run(found.path, found.run, late, late)
-    for journal in journals:
-        results.refuse_other_run(journal.path, journal.run, late, late)
-        journal.run |= late
+        results.refuse_other_run(found.path, found.run, of_sae, of_sae)
+    for journal in journals.values():
+        results.refuse_other_run(journal.path, journal.run, of_sae, of_sae)
+        journal.run |= of_sae
     activations.check_latents(ranked or {}, model)
     return model
 
@@ -249,66 +247,43 @@ def masked_round(options, which):
     round_ = prepare(options)
     ranked = {ranking: activations.read_ranked(round_, ranking, which) for ranking in options.ranking}
     asked = activations.find_asked(round_, ranked)
-    unmasked = next(iter(ranked.values())).samples
-    drafts = [unmasked[question.id].get("tokens", []) for question in asked]
-
     with rounds.writing(round_) as entries:
-        # 2. What an earlier run left
+        # 2. What an earlier run left: a journal for each ranking and K
         journals = {
             (ranking, k): round_.journal(rounds.name_journal(found.run, which, k), found.run | {"k": k})
             for ranking, found in ranked.items()
             for k in options.k
         }
-
-        def missing(batch):
-            return [key for key, journal in journals.items() if any(q.id not in journal for q in batch)]
-
-        if missing(asked):
+        if not rounds.is_finished(asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
-            model = load_for(round_, journals.values(), ranked)
+            model = load_for(round_, journals, ranked)
             means = activations.read_means(round_, model) if options.ablation == "mean" else None
             # 4. Answer with the latents masked, and score; below the SAE once for all rankings and K
-            label = f"{estimates.MASKS[which]} masked, {len(journals)} x"
-            for batch in rounds.share_batches(round_, model, asked, drafts, lambda batch: not missing(batch), label):
-                keys = missing(batch)
+            unmasked = next(iter(ranked.values())).samples
+            drafts = {question.id: unmasked[question.id].get("tokens", []) for question in asked}
+            label = f"{estimates.MASKS[which]} masked"
+            for batch, keys, bar in rounds.share_batches(round_, model, asked, journals, label, drafts):
 
-                def answer(part, keys=keys):
-                    masks = (
-                        model.splice.mask([pick_latents(ranked[ranking], q, k)[0] for q in part], means)
-                        for ranking, k in keys
-                    )
-                    prompts, contexts = [round_.prompt_ids(q) for q in part], [q.context for q in part]
-                    known = [unmasked[q.id].get("tokens", []) for q in part]
-                    found = answers.answer_masked(model, prompts, contexts, known, masks, options.max_new_tokens)
-                    return list(zip(*found))  # [question][ranking and K]
+                def answer(part, keys=keys, bar=bar):
+                    return answer_masked(round_, model, part, ranked, keys, means, drafts, bar)
 
                 for key, found in zip(keys, zip(*answers.in_halves(answer, batch))):
                     journals[key].append([score(round_.tokenizer, q, a) for q, a in zip(batch, found)])
-        else:
-            say("This round is finished; --overwrite starts it again.")
-
         # 5. Compare with the unmasked answers to the same questions; write and print
-        fresh, find = [], functools.partial(find_answer, round_.tokenizer)
-        for (ranking, k), journal in journals.items():
-            picked = [pick_latents(ranked[ranking], question, k) for question in asked]
-            fresh.append(rounds.compare(round_, ranked[ranking], k, journal, asked, picked, find))
+        fresh = [rounds.compare(round_, ranked[key[0]], key[1], journal, asked) for key, journal in journals.items()]
         rounds.write_results(round_, entries, fresh)
 
 
-def pick_latents(found, question, k):
-    """The latents that a question has masked, and whether its list has as many as K asks for.
+def answer_masked(round_, model, batch, ranked, keys, means, drafts, bar):
+    """The Answers [question][ranking and K] of a batch, under each question's own mask."""
 
-    K is a number, or a percentage (rounded down) of the latents active at the last position. Of the matched ranking
-    as many are masked as it takes to remove as much as the baseline's first K.
-    """
-    sample = found.samples[question.id]
-    count, latents = count_masked(k, len(sample["active"])), sample[found.which]
-    if found.targets is None or not count:
-        return latents[:count], len(latents) >= count
-    target = max(found.targets[question.id][:count][-1:], default=0)
-    removed = sample[f"removed_{found.which}"]
-    return latents[: rankings.count_to_reach(removed, target)], max(removed, default=0) >= target
+    def masks():
+        for ranking, k in keys:
+            bar.set_postfix_str(f"{ranking}, K = {k}")
+            samples = [ranked[ranking].samples[question.id] for question in batch]
+            latents = [activations.pick_latents(sample, ranked[ranking].which, k)[0] for sample in samples]
+            yield model.splice.mask(latents, means)
 
-
-def count_masked(k, active):
-    return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)
+    prompts, contexts = [round_.prompt_ids(q) for q in batch], [q.context for q in batch]
+    known, longest = [drafts[question.id] for question in batch], round_.options.max_new_tokens
+    return list(zip(*answers.answer_masked(model, prompts, contexts, known, masks(), longest)))

@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM  # noqa: E402
 
 import common  # noqa: E402
-from experiment import answers, options, passes, questions, rankings  # noqa: E402
+from experiment import activations, answers, options, passes, questions, rankings  # noqa: E402
 from experiment.prompts import build_prompt, find_bracket, tokenize  # noqa: E402
 from experiment.splice import Splice  # noqa: E402
 
@@ -204,25 +204,24 @@ class Found:
 
     def latents(self, which, k):
         """Those that rounds 2 and 3 mask."""
-        return self.lists[which][: common.count_masked(k, self.active)]
+        return self.lists[which][: activations.count_masked(k, self.active)]
 
 
 def round_1(work, batches, names=("baseline",)):
     """[Found]. As baseline.py, but it ranks wrong answers' latents too. names: rankings, the baseline first."""
-    found = {}
 
     def answer(batch):
         prompts, contexts = [work.prompts[i] for i in batch], [work.contexts[i] for i in batch]
-        return answers.answer(work.model, prompts, contexts, work.new_tokens)
+        given, trace = answers.answer(work.model, prompts, contexts, work.new_tokens)
+        tokens = [one.tokens for one in given]
+        brackets = [min(work.bracket(ids) or BRACKET, len(ids) - 1) for ids in tokens]
+        insides = [[place] for place in brackets]
+        rows = range(len(batch))
+        sequences = rankings.Sequences(batch, prompts, tokens, brackets, insides, rows, trace)
+        lists, *_ = [rankings.rank(work.model, name, sequences, seed=0) for name in names]
+        return [Found(*of_row) for of_row in zip(tokens, map(len, sequences.active), lists)]
 
-    for batch in batches:
-        sequences = []
-        for i, given in zip(batch, answers.in_halves(answer, batch)):
-            bracket = min(work.bracket(given.tokens) or BRACKET, len(given.tokens) - 1)
-            sequences.append(rankings.Sequence(i, work.prompts[i], given.tokens, bracket, [bracket], given.latents))
-        first, *_ = [list(rankings.rank(work.model, name, sequences, seed=0)) for name in names]
-        for sequence, lists in zip(sequences, first):
-            found[sequence.id] = Found(sequence.generated, len(sequence.ranked.active_at_the_end()), lists)
+    found = {i: one for batch in batches for i, one in zip(batch, answers.in_halves(answer, batch))}
     return [found[i] for i in range(len(found))]
 
 

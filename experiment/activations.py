@@ -6,24 +6,40 @@ from pathlib import Path
 
 import torch
 
-from experiment import UserError, answers, results, say
+from experiment import UserError, answers, rankings, results, say
 from experiment.options import ROOT
+
+
+def name_file(options, ranking):
+    """Round 1's file of a ranking."""
+    return options.activations or options.output_dir / f"activations_{ranking}.json"
+
+
+def refuse_others(round_):
+    """Refuses, before anything is run, to replace the activations of another run, or a file that is none."""
+    for name in round_.options.ranking:
+        path = name_file(round_.options, name)
+        if path.exists() and not round_.options.overwrite:
+            made, _ = results.read_activations(path)
+            if made is None:
+                raise UserError(f"{path}: is the authors' published file: give another --activations, or --overwrite")
+            if round_.options.activations or not round_.is_begun(name):
+                fields = (*results.COMPARED, "limit", "sample", "seed")
+                results.refuse_other_run(path, made, round_.run_of(name), fields)
 
 
 @dataclass(frozen=True)
 class Ranked:
     """The ranked latents of a file of activations.
 
-    run: of the round that masks them.  path: the file's.  samples: by question id.  which: topk or bottomk.  targets:
-    of the matched ranking, by question id, what the baseline's first 1, 2, ... latents remove.  missing: the questions
-    that the data set lacks.  has_answers: whether the unmasked answers are there (not in the authors' file).
+    run: of the round that masks them.  path: the file's.  samples: by question id.  which: topk or bottomk.  missing:
+    the questions that the data set lacks.  has_answers: whether the unmasked answers are there (not in the authors').
     """
 
     run: dict
     path: Path
     samples: dict[str, dict]
     which: str
-    targets: dict[str, list[float]] | None
     missing: list[str]
     has_answers: bool
 
@@ -51,15 +67,16 @@ def read_ranked(round_, ranking, which):
     run = round_.run_of(ranking, activations=results.digest(lists, "id", which), **more)
     # Of what made the file, not of what was asked for now:
     run |= {name: made[name] for name in ("ranking_seed", "hook_name", "d_sae") if made and name in made}
-    targets = read_targets(round_, path, which, by_id) if ranking == "matched" else None
-    return Ranked(run, path, by_id, which, targets, missing, made is not None)
+    needed = {f"target_{which}", f"removed_{which}"} if ranking == "matched" else set()
+    if not all(needed <= sample.keys() for sample in by_id.values()):
+        raise UserError(f"{path}: does not say what the baseline's latents remove: run baseline.py again")
+    return Ranked(run, path, by_id, which, missing, made is not None)
 
 
 def find_activations(round_, ranking):
     """The file of a ranking's activations: the one that ships is used where the folder has none of its own."""
     options = round_.options
-    path = options.activations or options.output_dir / f"activations_{ranking}.json"
-    shipped = ROOT / f"activations_{ranking}.json"
+    path, shipped = name_file(options, ranking), ROOT / f"activations_{ranking}.json"
     if options.activations is None and not path.exists() and shipped.exists():
         made, _ = results.read_activations(shipped)
         if not results.differences(made, round_.run_of(ranking), results.COMPARED):
@@ -79,17 +96,6 @@ def match_prompts(round_, samples):
         else:
             missing.append(sample["prompt"])
     return by_id, missing
-
-
-def read_targets(round_, path, which, by_id):
-    """What the baseline's lists remove, by question id, from its file beside that of the matched ranking (`by_id`)."""
-    beside, name = path.with_name("activations_baseline.json"), f"removed_{which}"
-    made, samples = results.read_activations(beside)
-    other = made is None or results.differences(made, round_.run_of("baseline"), results.COMPARED)
-    targets = {sample.get("id"): sample[name] for sample in samples if name in sample}
-    if other or not by_id.keys() <= targets.keys() or not all(name in sample for sample in by_id.values()):
-        raise UserError(f"{beside}: does not fit {path.name}: run baseline.py again with --ranking baseline matched")
-    return targets
 
 
 def find_asked(round_, ranked):
@@ -112,24 +118,42 @@ def check_latents(ranked, model):
                 raise UserError(f"{where} names token {max(tokens)}, but the model has {words}")
 
 
-def store_means(round_, model, kept, tokens):
+def pick_latents(sample, which, k):
+    """The latents that a question has masked, and whether its list has as many as K asks for.
+
+    K is a number, or a percentage (rounded down) of the latents active at the last position. Of the matched ranking
+    as many are masked as it takes to remove as much as the baseline's first K.
+    """
+    count, latents = count_masked(k, len(sample["active"])), sample[which]
+    if f"target_{which}" not in sample or not count:
+        return latents[:count], len(latents) >= count
+    target, removed = [0, *sample[f"target_{which}"][:count]][-1], sample[f"removed_{which}"]
+    return latents[: rankings.count_to_reach(removed, target)], max(removed, default=0) >= target
+
+
+def count_masked(k, active):
+    return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)
+
+
+def store_means(round_, model, kept):
     """For --ablation mean: each latent's mean activation over all positions of the kept questions and answers.
 
-    tokens: of the unmasked answers. Goes to means.json, which rounds 2 and 3 read.
+    kept: {question: its record}. Goes to means.json, which rounds 2 and 3 read.
     """
     total, positions = torch.zeros(model.splice.d_sae, dtype=torch.float64, device=model.splice.device), 0
-    prompts = [round_.prompt_ids(question) for question in kept]
-    lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, tokens)]
+    contexts = [question.context for question in kept]
+    sequences = [round_.prompt_ids(question) + record["tokens"][:-1] for question, record in kept.items()]
 
-    def observe(part):
-        known = [tokens[i] for i in part]
-        return answers.answer(model, [prompts[i] for i in part], [kept[i].context for i in part], 0, known)
+    def add_up(part):
+        # One token more says nothing new: what counts is what the SAE read on the way there.
+        _, trace = answers.answer(model, [sequences[i] for i in part], [contexts[i] for i in part], 1)
+        latents = trace.select(range(len(part)), [len(sequences[i]) for i in part]).latents
+        sums = torch.zeros_like(total).index_add_(0, latents.ids, latents.values.double())
+        return [(sums, int(latents.spliced.sum()))]
 
-    for batch in answers.plan_batches(lengths, round_.options.batch_tokens, [question.context for question in kept]):
-        for found in answers.in_halves(observe, batch):
-            count = int(found.latents.spliced.sum())
-            total += found.latents.mean(model.splice.d_sae) * count
-            positions += count
+    for batch in answers.plan_batches(list(map(len, sequences)), round_.options.batch_tokens, contexts):
+        for sums, count in answers.in_halves(add_up, batch):
+            total, positions = total + sums, positions + count
     means = (total / max(1, positions)).float().tolist()
     with results.write_whole(round_.options.output_dir / "means.json") as file:
         json.dump({"run": round_.run, "positions": positions, "means": means}, file)

@@ -25,12 +25,40 @@ from experiment.splice import Latents, join
 @dataclass(frozen=True)
 class Answer:
     """tokens: what was generated, up to and including the token that ended it.  log_probs: in nats, of each token given
-    those before it: of the draft's tokens under the mask, without a draft of its own.  latents: over the prompt and all
-    tokens but the last, where asked for."""
+    those before it: of the draft's tokens under the mask, without a draft of its own."""
 
     tokens: list[int]
     log_probs: list[float]
-    latents: Latents | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the SAE read in the sequences of a batch: prompts and answers, but for the last token, which nothing reads.
+
+    rows, columns: [pos], the sequence of each position and where it stands in it, sequence by sequence.  positions:
+    [pos], where it stands among `latents`, in which what several prompts begin with may stand once.
+    """
+
+    latents: Latents
+    rows: torch.Tensor
+    columns: torch.Tensor
+    positions: torch.Tensor
+
+    def select(self, rows, ends):
+        """The Trace of these sequences alone, each up to its end (a length), with the Latents in its own order."""
+        device = self.rows.device
+        numbers = torch.full((int(self.rows.max()) + 1,), -1, device=device)
+        numbers[rows] = torch.arange(len(rows), device=device)
+        numbers = numbers[self.rows]  # [pos], of each position's sequence among `rows`
+        kept = (numbers >= 0) & (self.columns < torch.tensor([*ends, 0], device=device)[numbers])
+        order = numbers[kept].sort(stable=True).indices
+        positions = self.positions[kept][order]
+        return Trace(
+            self.latents.take(positions),
+            numbers[kept][order],
+            self.columns[kept][order],
+            torch.arange(len(positions), device=device),
+        )
 
 
 def plan_batches(lengths, batch_tokens, contexts):
@@ -71,40 +99,32 @@ def in_halves(work, batch):
 
 
 @torch.no_grad()
-def answer(model, prompts, contexts, max_new_tokens, known=None):
-    """Greedy Answers, unmasked, with latents. prompts: lists of token ids; contexts: for each a key.
-
-    known: what was answered before, lists of token ids: only the latents are asked for.
-    """
-    drafts = known or [[]] * len(prompts)
-    layout = lay_out(model, prompts, drafts, contexts, max_new_tokens)
-    cache, model.seen = DynamicCache(config=model.lm.config), []
-    with model.ready():
+def answer(model, prompts, contexts, max_new_tokens):
+    """Greedy Answers, unmasked, and their Trace. prompts: lists of token ids; contexts: for each a key."""
+    nothing = [[]] * len(prompts)
+    layout, cache, seen = lay_out(model, prompts, nothing, contexts, max_new_tokens), new_cache(model), []
+    with model.ready(seen):
         logits = model.run_shared(layout, cache, model.run)[-1]
-        if known is None:
-            tokens, log_probs, steps = go_on_from(model, drafts, logits, cache, layout.attention, None, max_new_tokens)
-        else:
-            tokens, log_probs, steps = known, drafts, []
-    latents, model.seen = join(model.seen), None
-    return [
-        Answer(ids, of_row, model.splice.with_entries(latents.take(index)))
-        for ids, of_row, index in zip(tokens, log_probs, find_positions(layout, steps, prompts, tokens))
-    ]
+        found, steps = go_on_from(model, nothing, logits, cache, layout.attention, None, max_new_tokens)
+    lengths = [len(prompt) + len(one.tokens) - 1 for prompt, one in zip(prompts, found)]
+    return found, trace(layout, steps, join(seen), lengths)
 
 
-def find_positions(layout, steps, prompts, tokens):
-    """Where each row's tokens but the last stand among all that a batch's passes have seen, [pos] each.
+def trace(layout, steps, latents, lengths):
+    """The Trace of what a batch's passes have seen.
 
     steps: for each step of generation the rows that were in it: what they had generated last was run then.
+    lengths: of the sequences; a row may stay in the batch after its end.
     """
-    positions = [row[mask].tolist() for row, mask in zip(layout.places(), layout.attention.bool())]
-    seen = layout.prefix_ids.numel() + layout.rest_ids.numel()
-    for rows in steps:
-        for place, row in enumerate(rows):
-            positions[row].append(seen + place)
-        seen += len(rows)
-    lengths = [len(prompt) + len(ids) - 1 for prompt, ids in zip(prompts, tokens)]  # a row may stay after its end
-    return [torch.tensor(row[:n], device=layout.owners.device) for row, n in zip(positions, lengths)]
+    rows, columns = layout.attention.nonzero(as_tuple=True)
+    stepped = torch.tensor([row for step in steps for row in step], dtype=torch.long, device=rows.device)
+    first = layout.prefix_ids.numel() + layout.rest_ids.numel()
+    positions = torch.cat([layout.places[rows, columns], first + torch.arange(len(stepped), device=rows.device)])
+    rows, order = torch.cat([rows, stepped]).sort(stable=True)
+    counts = rows.bincount(minlength=len(lengths))
+    columns = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    kept = columns < torch.tensor(lengths, device=rows.device)[rows]
+    return Trace(latents, rows[kept], columns[kept], positions[order][kept])
 
 
 @torch.no_grad()
@@ -114,29 +134,32 @@ def answer_masked(model, prompts, contexts, drafts, masks, max_new_tokens):
     drafts: the unmasked answers, lists of token ids, possibly empty.
     """
     layout = lay_out(model, prompts, drafts, contexts if model.boundary else None, max_new_tokens)
-    shape, below, start = layout.ids.shape, DynamicCache(config=model.lm.config), None
+    (count, width), below = layout.ids.shape, new_cache(model)
+    rows = torch.arange(count, device=model.splice.device).repeat_interleave(width)
     # A window counts places in the cache, also those that a draft leaves behind its first difference.
-    redo = prompts if shape[1] + max_new_tokens > model.window else None
+    redo = prompts if width + max_new_tokens > model.window else None
+    start = None
     with model.ready():
         if model.boundary:
-            residual = torch.cat([part.flatten(0, 1) for part in model.run_shared(layout, below, model.run_below)])
-            places = layout.places().flatten()
-            start = None if model.at_boundary else residual[places].unflatten(0, shape)
+            parts = [part.flatten(0, 1) for part in model.run_shared(layout, below, model.run_below)]
         if model.at_boundary:
-            latents = model.splice.encode(residual, layout.stands_at(model)).take(places)
-            rows = torch.arange(shape[0], device=places.device).repeat_interleave(shape[1])
+            latents = join([model.splice.encode(*part) for part in zip(parts, layout.stands(model))])
+            latents = latents.take(layout.places.flatten().to(model.splice.device))
+        elif model.boundary:
+            start = torch.cat(parts)[layout.places]
         for mask in masks:
-            cache = DynamicCache(config=model.lm.config)
+            cache = new_cache(model)
             if model.at_boundary:
-                start = model.splice.reconstruct(latents, rows, mask).unflatten(0, shape)
-            outputs, replacement = find_outputs(drafts, shape[1], model.device), start if model.at_boundary else None
+                start = model.splice.reconstruct(latents, rows, mask).unflatten(0, (count, width))
+            outputs, replacement = find_outputs(drafts, width, model.device), start if model.at_boundary else None
             logits = model.run(layout.ids, layout.attention, cache, mask, outputs, start, replacement)
             for number in range(model.boundary or 0):
                 cache.layers[number] = copy.copy(below.layers[number])  # updates replace its tensors
-            tokens, log_probs, _ = go_on_from(
-                model, drafts, logits, cache, layout.attention, mask, max_new_tokens, redo
-            )
-            yield [Answer(*of_row) for of_row in zip(tokens, log_probs)]
+            yield go_on_from(model, drafts, logits, cache, layout.attention, mask, max_new_tokens, redo)[0]
+
+
+def new_cache(model):
+    return DynamicCache(config=model.lm.config)
 
 
 def lay_out(model, prompts, drafts, contexts, max_new_tokens):
@@ -164,7 +187,7 @@ def go_on_from(model, drafts, logits, cache, attention, mask, max_new_tokens, re
     """Each draft as far as the model says the same, and greedily on from there.
 
     logits: at `find_outputs`.  redo: the prompts, where the cache is of no use for what differs from its draft.
-    Returns the tokens and the log_probs of Answers, and the steps of `go_on`.
+    Returns Answers, and the steps of `go_on`.
     """
     lengths = [max(1, len(draft)) for draft in drafts]
     said = [part.tolist() for part in logits.argmax(-1).split(lengths)]
@@ -178,7 +201,7 @@ def go_on_from(model, drafts, logits, cache, attention, mask, max_new_tokens, re
         if not has_ended(model, tokens[row], max_new_tokens):
             left.append(row)
     if not left:
-        return tokens, log_probs, []
+        return [Answer(*of_row) for of_row in zip(tokens, log_probs)], []
     # The cache of those that go on ends with their last token but one: what the draft has behind it is not attended to.
     generated = [len(tokens[row]) for row in left]
     index = torch.tensor(left, device=attention.device)
@@ -190,10 +213,11 @@ def go_on_from(model, drafts, logits, cache, attention, mask, max_new_tokens, re
             attention[place, attention.shape[1] - lengths[row] + n :] = 0
     else:
         layout = Layout([redo[row] + tokens[row][:-1] for row in left], model.pad_id, model.device)
-        cache, attention = DynamicCache(config=model.lm.config), layout.attention
+        cache, attention = new_cache(model), layout.attention
         model.run(layout.rest_ids, attention, cache, mask)
     own = {row: log_probs[row] for row in left if not drafts[row]}
-    return tokens, log_probs, go_on(model, tokens, left, own, cache, attention, mask, max_new_tokens)
+    steps = go_on(model, tokens, left, own, cache, attention, mask, max_new_tokens)
+    return [Answer(*of_row) for of_row in zip(tokens, log_probs)], steps
 
 
 def go_on(model, tokens, going, log_probs, cache, attention, mask, max_new_tokens):
@@ -242,19 +266,18 @@ def pick_log_probs(logits, tokens):
     return found
 
 
-def gradients(model, sequences, next_ids, latents):
-    """The gradient of the probability of next_ids[row] after each sequence, at the reconstruction: [pos, d_in] each.
+def gradients(model, sequences, next_ids, trace):
+    """The gradient of the probability of next_ids[row] after each sequence, at the reconstruction: [pos, d_in].
 
-    sequences: lists of token ids; latents: the Latents of each. Also returns what each is to be multiplied by: they
+    sequences: lists of token ids; trace: theirs. Also returns what each row's is to be multiplied by, [row]: gradients
     are scaled up on their way down, where float16 would lose what is small.
     The graph begins at the reconstruction, so only the layers above the SAE keep what their gradient needs.
     """
     layout = Layout(sequences, model.pad_id, model.device)
-    parts = [model.splice.reconstruct(part) for part in latents]
-    leaf = parts[0].new_zeros(len(parts), layout.ids.shape[1], *parts[0].shape[1:])
-    for row, part in enumerate(parts):
-        leaf[row, -len(part) :] = part
-    leaf.requires_grad_()
+    whole = model.splice.reconstruct(trace.latents)
+    padding = layout.ids.shape[1] - torch.tensor([len(ids) for ids in sequences], device=trace.rows.device)
+    places = trace.rows, padding[trace.rows] + trace.columns
+    leaf = whole.new_zeros(*layout.ids.shape, *whole.shape[1:]).index_put(places, whole).requires_grad_()
     with model.ready(), torch.enable_grad():
         logits = model.run(layout.ids, layout.attention, start=leaf if model.at_boundary else None, replacement=leaf)
     # dP/dlogits in double precision: where P is all but 1, 1 - P would vanish.
@@ -264,4 +287,4 @@ def gradients(model, sequences, next_ids, latents):
     pull.scatter_add_(1, target, p.gather(1, target))
     scale = pull.abs().amax(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
     (slope,) = torch.autograd.grad(logits, leaf, (pull / scale).to(logits.dtype))
-    return [slope[row, -len(part) :] for row, part in enumerate(parts)], scale.flatten().tolist()
+    return slope[places], scale.flatten()

@@ -12,16 +12,15 @@ DROP_ONLY = ("answer_log_prob", "format_log_prob")
 MASKS = {"topk": "TopK", "bottomk": "BottomK"}
 
 
-def collect_columns(records, samples, find_answer):
+def collect_columns(records, samples):
     """{metric: a score for each question}; of log probabilities the mean over the answer's tokens, and the others'."""
     columns = {metric: [record[metric] for record in records] for metric in ("em", "f1", "accuracy", "named")}
-    if all("log_probs" in record for record in (*records, *samples)):
+    if all("log_probs" in record for record in records) and all("inside" in sample for sample in samples):
         columns |= {"answer_log_prob": [], "format_log_prob": []}
         for record, sample in zip(records, samples):
-            inside = set(find_answer(sample["tokens"]))
             parts = [], []
             for place, value in enumerate(record["log_probs"]):
-                parts[place not in inside].append(value)
+                parts[place not in sample["inside"]].append(value)
             for name, values in zip(("answer_log_prob", "format_log_prob"), parts):
                 columns[name].append(sum(values) / len(values) if values else float("nan"))
     return columns

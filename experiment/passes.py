@@ -6,7 +6,6 @@ import os
 import torch
 
 from experiment import UserError, own_mistakes
-from experiment.splice import hooked
 
 
 def pad_left(sequences, pad_id, device):
@@ -50,31 +49,54 @@ class Layout:
     """A batch of sequences on the device, left-padded in two parts: shared prefixes, and the rest of each sequence.
 
     prefix_ids, prefix_mask: [context, prefix]; rest_ids, rest_mask: [row, rest]; owners: [row], each one's prefix.
-    Without prefixes that part is 0 positions wide. attention: [row, prefix + rest].
+    Without prefixes that part is 0 positions wide. ids, attention, places: [row, prefix + rest]; places says where each
+    position stands among all the prefixes' and then all the rests' positions.
     """
 
     def __init__(self, sequences, pad_id, device, prefixes=((),), owners=None):
         owners = [0] * len(sequences) if owners is None else owners
-        self.lengths = [(len(prefixes[o]), len(ids) - len(prefixes[o])) for o, ids in zip(owners, sequences)]
         self.prefix_ids, self.prefix_mask = pad_left(prefixes, pad_id, device)
-        self.rest_ids, self.rest_mask = pad_left([s[n:] for s, (n, _) in zip(sequences, self.lengths)], pad_id, device)
+        rests = [ids[len(prefixes[owner]) :] for owner, ids in zip(owners, sequences)]
+        self.rest_ids, self.rest_mask = pad_left(rests, pad_id, device)
         self.owners = torch.tensor(owners, device=device)
-        self.attention = torch.cat([self.prefix_mask[self.owners], self.rest_mask], 1)
         self.ids = torch.cat([self.prefix_ids[self.owners], self.rest_ids], 1)
+        self.attention = torch.cat([self.prefix_mask[self.owners], self.rest_mask], 1)
+        of_prefixes = torch.arange(self.prefix_ids.numel(), device=device).view_as(self.prefix_ids)
+        of_rests = torch.arange(self.rest_ids.numel(), device=device).view_as(self.rest_ids)
+        self.places = torch.cat([of_prefixes[self.owners], of_rests + self.prefix_ids.numel()], 1)
 
-    def places(self):
-        """Where each position of [row, prefix + rest] stands among the prefixes' positions and then the rests'."""
-        contexts, prefix = self.prefix_ids.shape
-        rows, rest = self.rest_ids.shape
-        device = self.rest_ids.device
-        of_prefix = self.owners[:, None] * prefix + torch.arange(prefix, device=device)
-        of_rest = contexts * prefix + torch.arange(rows * rest, device=device).view(rows, rest)
-        return torch.cat([of_prefix, of_rest], 1)
-
-    def stands_at(self, model):
-        """Where the SAE stands among the prefixes' positions and then the rests', [pos]."""
+    def stands(self, model):
+        """Where the SAE stands in the prefixes and in the rests, [pos] each."""
         parts = (self.prefix_ids, self.prefix_mask), (self.rest_ids, self.rest_mask)
-        return torch.cat([model.stands_at(*part).flatten() for part in parts])
+        return [model.stands_at(*part).flatten() for part in parts if part[0].shape[1]]
+
+
+@contextlib.contextmanager
+def hooked(model, hook_name, replace):
+    """The Transformers model of a TransformerBridge, with `replace(residual)` in place of what passes at `hook_name`.
+
+    TransformerLens' wrappers around every other module compute what nobody hooks here. They are set aside meanwhile:
+    a forward pass of the demo is a tenth faster without them, and the same bit for bit.
+    """
+    # Here, for it takes seconds, and what is wrong with a data set should show before.
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    lm, point = model.original_model, model.hook_dict[hook_name]
+    wrapped = [
+        (parent, name, child)
+        for parent in lm.modules()
+        if not isinstance(parent, GeneralizedComponent)
+        for name, child in parent.named_children()
+        if isinstance(child, GeneralizedComponent) and not any(point is part for part in child.children())
+    ]
+    with model.hooks(fwd_hooks=[(hook_name, lambda residual, hook: replace(residual))]):
+        try:
+            for parent, name, child in wrapped:
+                setattr(parent, name, child.original_component)
+            yield lm
+        finally:
+            for parent, name, child in wrapped:
+                setattr(parent, name, child)
 
 
 class _Reached(Exception):
@@ -110,14 +132,18 @@ class SplicedModel:
         self.at_boundary = self.boundary is not None and "resid" in self.hook_name
         # A window counts places in the cache, padding between prefix and rest included.
         self.window = getattr(self.lm.config.get_text_config(), "sliding_window", None) or float("inf")
-        self.seen = None  # a list that gets the Latents of every pass, when asked for
+        self._seen = None  # a list that gets the Latents of every pass, when asked for
         self._pass = None  # where the SAE stands in the pass under way, its mask, and what stands in its place
 
     @contextlib.contextmanager
-    def ready(self):
-        """The SAE in its place, for as long as the block lasts."""
-        with hooked(self.model, self.hook_name, self._replace):
-            yield self
+    def ready(self, seen=None):
+        """The SAE in its place, for as long as the block lasts. seen: a list that gets the Latents of every pass."""
+        self._seen = seen
+        try:
+            with hooked(self.model, self.hook_name, self._replace):
+                yield
+        finally:
+            self._seen = None
 
     def _replace(self, residual):
         stands, mask, replacement = self._pass
@@ -126,8 +152,8 @@ class SplicedModel:
         if replacement is not None:
             return replacement.to(residual)
         latents = self.splice.encode(residual.flatten(0, 1), stands.flatten())
-        if self.seen is not None:
-            self.seen.append(latents)
+        if self._seen is not None:
+            self._seen.append(latents)
         rows = torch.arange(len(residual), device=self.splice.device).repeat_interleave(residual.shape[1])
         return self.splice.reconstruct(latents, rows, mask).view_as(residual)
 
@@ -189,8 +215,8 @@ class SplicedModel:
         """run(ids, attention, cache) over the prefixes and then over the rest of each row; what each run gave."""
         if not layout.prefix_ids.shape[1]:
             return [run(layout.rest_ids, layout.attention, cache)]
-        of_prefix = run(layout.prefix_ids, layout.prefix_mask, cache)
+        of_prefixes = run(layout.prefix_ids, layout.prefix_mask, cache)
         for layer in cache.layers:
             if layer.is_initialized:
                 layer.batch_select_indices(layout.owners.to(layer.keys.device))
-        return [of_prefix, run(layout.rest_ids, layout.attention, cache)]
+        return [of_prefixes, run(layout.rest_ids, layout.attention, cache)]

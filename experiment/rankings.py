@@ -1,7 +1,7 @@
 """Scores of SAE latents, and the TopK and BottomK by score. Knows nothing of files or SQuAD.
 
-To add a ranking of your own, write a function that yields a score [d_sae] for each sequence, and put it into RANKINGS:
-`--ranking` takes its name then. Nothing heavy is imported here before a ranking runs, for `--help` reads the names.
+To add a ranking of your own, write a function that gives the scores [sequence, d_sae] of a batch, and put it into
+RANKINGS: `--ranking` takes its name then.
 """
 
 import functools
@@ -9,97 +9,114 @@ import random
 from dataclasses import dataclass
 
 LONGEST = 1000  # of the lists of the matched ranking, which takes as many latents as remove enough
+ROOM = 2**26  # numbers that may be in memory while what masks remove is computed
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """A kept question as a ranking sees it.
+class Sequences:
+    """The kept questions of a batch as a ranking sees them: lists with an item each.
 
-    id: the question's.  prompt, generated: token ids.  bracket: the place in `generated` of the last token with a [ in
-    its text.  answer: the places there of the tokens inside the brackets.  latents: over all tokens but the last.
+    ids: the questions'.  prompts, generated: token ids.  brackets: the place in `generated` of the last token with a [
+    in its text.  insides: the places there of the tokens inside the brackets.  rows: each one's in `trace`, which is
+    the Trace of the whole batch.
     """
 
-    id: str
-    prompt: list[int]
-    generated: list[int]
-    bracket: int
-    answer: list[int]
-    latents: object
+    ids: list[str]
+    prompts: list[list[int]]
+    generated: list[list[int]]
+    brackets: list[int]
+    insides: list[list[int]]
+    rows: list[int]
+    trace: object
 
-    def until(self, place):
-        """The Latents over the prompt and what was generated before this place."""
-        return self.latents.first(len(self.prompt) + place)
+    def until(self, places, numbers=None):
+        """The Trace of sequences (`numbers`; None: of all) up to these places in what was generated, one for each."""
+        numbers = range(len(self.rows)) if numbers is None else numbers
+        ends = [len(self.prompts[n]) + place for n, place in zip(numbers, places)]
+        return self.trace.select([self.rows[n] for n in numbers], ends)
 
     @functools.cached_property
     def ranked(self):
-        """The Latents that the paper ranks: up to the last [, without it."""
-        return self.until(self.bracket)
+        """The Trace that the paper ranks: up to the last [, without it."""
+        return self.until(self.brackets)
 
     @functools.cached_property
     def active(self):
-        """The latents active at the last position that is ranked, ascending."""
-        return self.ranked.active_at_the_end()
+        """The latents active at the last position that is ranked, ascending: a list for each sequence."""
+        latents, spliced = self.ranked.latents, self.ranked.latents.spliced
+        last = self.ranked.rows.new_zeros(len(self.rows))
+        last = last.scatter_reduce(0, self.ranked.rows[spliced], spliced.nonzero().flatten(), "amax")
+        at_the_end = latents.take(last)
+        return [ids.sort().values.tolist() for ids in at_the_end.ids.split(at_the_end.counts.tolist())]
 
 
-def rank_by_mean_activation(model, sequences, seed, baseline):
+def mean(model, trace, values=None, where=None):
+    """The mean of each latent's activation (or of other `values`, [entry]) over a sequence's positions (or over those
+    `where` [pos] is true), [sequence, d_sae]. In double precision, so that the order in which a GPU adds up does not
+    show."""
+    latents, rows, d_sae = trace.latents, trace.rows, model.splice.d_sae
+    counted = latents.spliced if where is None else latents.spliced & where
+    values = (latents.values if values is None else values).double() * counted.repeat_interleave(latents.counts)
+    entries = rows.repeat_interleave(latents.counts) * d_sae + latents.ids
+    count = int(rows.max()) + 1
+    total = values.new_zeros(count * d_sae).index_add_(0, entries, values).view(count, d_sae)
+    return (total / rows[counted].bincount(minlength=count).unsqueeze(1)).float()
+
+
+def rank_by_mean_activation(model, sequences, seed):
     """The baseline: mean activation over all positions, BOS included. Source: GradSAE (arXiv 2505.08080)."""
-    for sequence in sequences:
-        yield sequence.ranked.mean(model.splice.d_sae)
+    return mean(model, sequences.ranked)
 
 
-def rank_by_gradient(model, sequences, seed, baseline):
+def rank_by_gradient(model, sequences, seed):
     """GradSAE: the mean over positions of relu(dP/dH * H), P the probability of the [ token that the model gave, H the
     activations. Source: GradSAE (arXiv 2505.08080)."""
-    return _score_by_gradient(model, sequences, [sequence.bracket for sequence in sequences])
+    return _score_by_gradient(model, sequences, sequences.brackets)
 
 
-def rank_by_gradient_of_answer(model, sequences, seed, baseline):
+def rank_by_gradient_of_answer(model, sequences, seed):
     """As GradSAE, but P is the probability of the answer's first token inside the brackets; no scores without one."""
-    return _score_by_gradient(
-        model, sequences, [sequence.answer[0] if sequence.answer else None for sequence in sequences]
-    )
+    return _score_by_gradient(model, sequences, [inside[0] if inside else None for inside in sequences.insides])
 
 
 def _score_by_gradient(model, sequences, places):
     from experiment.answers import gradients, in_halves
 
-    def work(batch):
-        latents = [sequence.until(place) for sequence, place in batch]
-        tokens = [sequence.prompt + sequence.generated[:place] for sequence, place in batch]
-        next_ids = [sequence.generated[place] for sequence, place in batch]
-        scores = []
-        for part, slope, scale in zip(latents, *gradients(model, tokens, next_ids, latents)):
-            values = (model.splice.pull_back(part, slope) * part.values).relu()
-            scores.append(part.mean(model.splice.d_sae, values) * scale)
-        return scores
+    def work(part):
+        ends = [places[n] for n in part]
+        tokens = [sequences.prompts[n] + sequences.generated[n][:end] for n, end in zip(part, ends)]
+        trace = sequences.until(ends, part)
+        slopes, scale = gradients(model, tokens, [sequences.generated[n][end] for n, end in zip(part, ends)], trace)
+        values = (model.splice.pull_back(trace.latents, slopes) * trace.latents.values).relu()
+        return list(mean(model, trace, values) * scale.unsqueeze(1))
 
-    pairs = [(sequence, place) for sequence, place in zip(sequences, places) if place is not None]
+    numbers = [n for n, place in enumerate(places) if place is not None]
     # On its way back a token takes in every layer about 16 times what it takes in the cache (an estimate).
-    size, scores = -(-len(sequences) // 16), {}
-    for start in range(0, len(pairs), size):
-        batch = pairs[start : start + size]
-        scores |= {sequence.id: score for (sequence, _), score in zip(batch, in_halves(work, batch))}
-    for sequence in sequences:
-        yield scores.get(sequence.id)
+    size, scores = -(-len(places) // 16), sequences.ranked.latents.values.new_zeros(len(places), model.splice.d_sae)
+    for start in range(0, len(numbers), size):
+        part = numbers[start : start + size]
+        for n, found in zip(part, in_halves(work, part)):
+            scores[n] = found
+    return scores
 
 
-def rank_at_random(model, sequences, seed, baseline):
+def rank_at_random(model, sequences, seed):
     """A score drawn for each latent that is active anywhere: TopK and BottomK are two draws of active latents."""
-    for sequence, scores in zip(sequences, rank_by_mean_activation(model, sequences, seed, baseline)):
-        active = scores.nonzero().flatten().tolist()
-        draw = random.Random(f"{seed} {sequence.id}")
-        scores[active] = scores.new_tensor([1 + draw.random() for _ in active])
-        yield scores
+    scores = rank_by_mean_activation(model, sequences, seed)
+    for question_id, row in zip(sequences.ids, scores):
+        active, draw = row.nonzero().flatten(), random.Random(f"{seed} {question_id}")
+        row[active] = row.new_tensor([1 + draw.random() for _ in active])
+    return scores
 
 
-def rank_matched(model, sequences, seed, baseline):
+def rank_matched(model, sequences, seed):
     """The fair control: as at random, but none of those that the baseline masks at K = 50%. Rounds 2 and 3 mask as many
     as remove as much of the residual stream as the baseline's K."""
-    for sequence, scores in zip(sequences, rank_at_random(model, sequences, seed, baseline)):
-        half = len(sequence.active) // 2
-        lists = baseline[sequence.id]
-        scores[lists["topk"][:half] + lists["bottomk"][:half]] = 0
-        yield scores
+    scores = rank_at_random(model, sequences, seed)
+    for row, active, lists in zip(scores, sequences.active, rank(model, "baseline", sequences, seed)):
+        half = len(active) // 2
+        row[lists["topk"][:half] + lists["bottomk"][:half]] = 0
+    return scores
 
 
 RANKINGS = {
@@ -111,29 +128,29 @@ RANKINGS = {
 }
 
 
-def rank(model, name, sequences, seed, baseline=None):
-    """Yields the lists of each sequence: topk, bottomk, and removed_topk, removed_bottomk: what masking the first 1, 2,
-    ... latents of a list takes away, over the norm of the residual stream.
+def rank(model, name, sequences, seed):
+    """The lists of each sequence: topk, bottomk, and removed_topk, removed_bottomk: what masking the first 1, 2, ...
+    latents of a list takes away, over the norm of the residual stream.
 
-    The lists hold 100 latents, or half of those active at the last position where that is more.
-    baseline: the baseline's lists by id, for the matched ranking, whose lists go on until they remove as much.
+    The lists hold 100 latents, or half of those active at the last position where that is more. Those of the matched
+    ranking go on until they remove as much as the baseline's, whose removed_ stand beside them as target_.
     """
-    for sequence, scores in zip(sequences, RANKINGS[name](model, sequences, seed, baseline)):
-        length = LONGEST if name == "matched" else max(100, len(sequence.active) // 2)
-        lists = dict(zip(("topk", "bottomk"), ([], []) if scores is None else top_and_bottom(scores, length)))
-        for which, removed in zip(("topk", "bottomk"), model.splice.removed(sequence.ranked, *lists.values())):
-            removed = [float(f"{value:.4g}") for value in removed]  # files of a readable size
-            if name == "matched":
-                target = max(baseline[sequence.id][f"removed_{which}"], default=0)
-                enough = count_to_reach(removed, target)
-                removed, lists[which] = removed[:enough], lists[which][:enough]
-            lists[f"removed_{which}"] = removed
-        yield lists
-
-
-def count_to_reach(removed, target):
-    """The smallest number of a list's latents that remove as much as `target`; all where none do."""
-    return next((n for n, value in enumerate(removed, 1) if value >= target), len(removed))
+    scores, lists = RANKINGS[name](model, sequences, seed), []
+    for row, active in zip(scores, sequences.active):
+        length = LONGEST if name == "matched" else max(100, len(active) // 2)
+        lists.append(dict(zip(("topk", "bottomk"), top_and_bottom(row, length))))
+    for which in ("topk", "bottomk"):
+        removed = compute_removed(model.splice, sequences.ranked, [found[which] for found in lists])
+        for found, norms in zip(lists, removed):
+            found[f"removed_{which}"] = [float(f"{norm:.4g}") for norm in norms]  # files of a readable size
+    if name == "matched":
+        for found, baseline in zip(lists, rank(model, "baseline", sequences, seed)):
+            for which in ("topk", "bottomk"):
+                found[f"target_{which}"] = baseline[f"removed_{which}"]
+                enough = count_to_reach(found[f"removed_{which}"], max(found[f"target_{which}"], default=0))
+                for field in (which, f"removed_{which}"):
+                    found[field] = found[field][:enough]
+    return lists
 
 
 def top_and_bottom(scores, k):
@@ -145,3 +162,41 @@ def top_and_bottom(scores, k):
     ascending = scores[ids].sort(stable=True).indices
     descending = scores[ids].sort(stable=True, descending=True).indices
     return ids[descending[:k]].tolist(), ids[ascending[:k]].tolist()
+
+
+def count_to_reach(removed, target):
+    """The smallest number of a list's latents that remove as much as `target`; all where none do."""
+    return next((n for n, value in enumerate(removed, 1) if value >= target), len(removed))
+
+
+def compute_removed(splice, trace, lists):
+    """What masking the first 1, 2, ... of a sequence's latents takes away, over the norm of its residual stream: a list
+    of numbers for each of `lists`, one list of latents a sequence.
+
+    The norm of `A_S W_dec[S]` over all positions; the squares of all prefixes S stand on the diagonal of a cumulative
+    sum of (A^T A) * (W W^T).
+    """
+    import torch
+
+    latents, device = trace.latents, splice.device
+    rows, columns = (index.repeat_interleave(latents.counts) for index in (trace.rows, trace.columns))  # [entry]
+    longest, width = max(map(len, lists)), int(trace.columns.max()) + 1
+    squares = latents.residual.to(device).flatten(1).float().square().sum(1) * latents.spliced  # [pos]
+    norms = squares.new_zeros(len(lists), 1).index_add_(0, trace.rows, squares.unsqueeze(1)).sqrt()
+    size, removed = max(1, ROOM // (splice.d_sae + longest * (width + splice.sae.cfg.d_in + 3 * longest))), []
+    for first in range(0, len(lists), size):
+        part = lists[first : first + size]
+        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in part], device=device).long()
+        place = torch.full((len(part), splice.d_sae), -1, device=device)  # in its list, of each latent
+        for row, ids in enumerate(part):
+            place[row, ids] = torch.arange(len(ids), device=device)
+        inside = ((rows >= first) & (rows < first + size)).nonzero().flatten()
+        inside = inside[place[rows[inside] - first, latents.ids[inside]] >= 0]
+        row = rows[inside] - first
+        acts = torch.zeros(len(part), width, longest, device=device)
+        acts[row, columns[inside], place[row, latents.ids[inside]]] = latents.values[inside].float()
+        decoder = splice.sae.W_dec[padded].float()  # [sequence, longest, d_in]
+        products = (acts.mT @ acts) * (decoder @ decoder.mT)
+        found = products.cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() / norms[first : first + size]
+        removed += [numbers[: len(ids)] for numbers, ids in zip(found.tolist(), part)]
+    return removed

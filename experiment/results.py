@@ -103,16 +103,18 @@ MEAN = (lambda x: x is None or type(x) in (int, float), "a number")  # None: no 
 OBJECT = (lambda x: isinstance(x, dict), "an object")
 LATENTS = (lambda x: isinstance(x, list) and all(type(i) is int and 0 <= i < 2**63 for i in x), "a list of latents")
 TOKENS = (LATENTS[0], "a list of tokens")
+PLACES = (LATENTS[0], "a list of places")
 NUMBERS = (lambda x: isinstance(x, list) and all(type(number) is float for number in x), "a list of numbers")
-RANKED = (lambda x: isinstance(x, dict) and not any(find_problem(lists, LISTS) for lists in x.values()), "lists")
 SCORES = ("em", "f1", "accuracy", "named")
 
 LISTS = {"topk": LATENTS, "bottomk": LATENTS, "removed_topk?": NUMBERS, "removed_bottomk?": NUMBERS}
-SAMPLE = {"id": TEXT, "answer": TEXT, "active": LATENTS, "tokens?": TOKENS, "log_probs?": NUMBERS} | LISTS
+LISTS |= {"target_topk?": NUMBERS, "target_bottomk?": NUMBERS}  # of the matched ranking
+SAMPLE = {"id": TEXT, "answer": TEXT, "active": LATENTS, "tokens?": TOKENS, "inside?": PLACES, "log_probs?": NUMBERS}
+SAMPLE |= LISTS
 SAMPLE |= {f"{name}?": SCORE for name in SCORES}
 PUBLISHED = {"prompt": TEXT, "active": LATENTS, "topk": LATENTS, "bottomk": LATENTS}  # a sample of the authors' file
 RECORD = dict.fromkeys(("id", "text", "answer"), TEXT) | dict.fromkeys(SCORES, SCORE) | {"log_probs?": NUMBERS}
-RECORD |= {"tokens?": TOKENS, "active?": LATENTS, "latents?": RANKED}  # in round 1, those of kept questions
+RECORD |= {f"{name.rstrip('?')}?": form for name, form in SAMPLE.items() if name not in RECORD}  # of kept questions
 RUN = (lambda x: not find_problem(x, {"ranking": TEXT}), "an object with a ranking")
 ENTRY = {"round": TEXT, "run": RUN, "population": TEXT, "intervals": OBJECT}  # of results.json
 ENTRY |= dict.fromkeys(("n", "em", "f1", "accuracy"), MEAN)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from accelerate import PartialState
 from tqdm import tqdm
 
-from experiment import UserError, answers, catalogue, estimates, questions, report, results, say
+from experiment import UserError, activations, answers, catalogue, estimates, questions, report, results, say
 from experiment.journal import Journal, is_begun
 from experiment.options import Options
 from experiment.questions import Question
@@ -43,9 +43,9 @@ class Round:
         path = options.output_dir / f"predictions_{name}.jsonl"
         return Journal(path, run, self.state.process_index, options.overwrite)
 
-    def is_begun(self):
+    def is_begun(self, ranking):
         """Whether round 1's journal is of this run: what is there of another one, an interrupted --overwrite left."""
-        return is_begun(self.options.output_dir / "predictions_baseline.jsonl", self.run)
+        return is_begun(self.options.output_dir / f"predictions_{ranking}.jsonl", self.run_of(ranking))
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def writing(round_):
     """Keeps the output folder to this round, and gives the entries that its results.json holds already."""
     folder = results.make_folder(round_.options.output_dir)
     with results.lock(folder) if round_.state.is_main_process else contextlib.nullcontext():
-        overwrite = round_.options.overwrite or round_.is_begun()
+        overwrite = round_.options.overwrite or any(map(round_.is_begun, round_.options.ranking))
         entries = results.read_results(folder / "results.json", round_.run, overwrite)
         round_.state.wait_for_everyone()
         yield entries
@@ -62,14 +62,22 @@ def writing(round_):
             round_.state.destroy_process_group()
 
 
-def share_batches(round_, model, asked, drafts, is_done, label):
-    """Yields this process's batches, lists of questions, that are not done; shows how many questions are.
+def is_finished(asked, journals):
+    finished = all(question.id in journal for journal in journals.values() for question in asked)
+    if finished:
+        say("This round is finished; --overwrite starts it again.")
+    return finished
 
-    drafts: tokens that each question's prompt is run with. The batches depend on the questions alone, so that an
-    interrupted round ends in the same bytes as another, also in half precision.
+
+def share_batches(round_, model, asked, journals, label, drafts=None):
+    """Yields this process's unfinished batches: their questions, the keys of the journals that lack any of them, and
+    the bar that shows how much is done.
+
+    drafts: tokens that each question's prompt is run with, by id. The batches depend on the questions alone, so that
+    an interrupted round ends in the same bytes as another, also in half precision.
     """
-    options = round_.options
-    round_.state.wait_for_everyone()  # all have read the journals before one of them writes
+    options, state = round_.options, round_.state
+    state.wait_for_everyone()  # all have read the journals before one of them writes
     prompts = [len(round_.prompt_ids(question)) for question in asked]
     longest = max(range(len(asked)), key=prompts.__getitem__)
     if prompts[longest] + options.max_new_tokens > model.model.cfg.n_ctx:
@@ -78,18 +86,18 @@ def share_batches(round_, model, asked, drafts, is_done, label):
             f"{options.max_new_tokens} do not fit the model's context of {model.model.cfg.n_ctx} tokens: shorten or "
             "remove it"
         )
-    lengths = [prompt + len(draft) for prompt, draft in zip(prompts, drafts)]
+    lengths = [length + len(drafts[question.id] if drafts else ()) for length, question in zip(prompts, asked)]
     plan = answers.plan_batches(lengths, options.batch_tokens, [question.context for question in asked])
-    share = [[asked[i] for i in batch] for batch in plan[round_.state.process_index :: round_.state.num_processes]]
-    left = [batch for batch in share if not is_done(batch)]
-    if round_.state.num_processes > 1:
-        label += f", process 1 of {round_.state.num_processes}"
-    quiet = not round_.state.is_main_process
-    with tqdm(total=sum(map(len, share)), desc=label, unit="question", disable=quiet) as bar:
-        bar.update(bar.total - sum(map(len, left)))
-        for batch in left:
-            yield batch
-            bar.update(len(batch))
+    share = [[asked[i] for i in batch] for batch in plan[state.process_index :: state.num_processes]]
+    left = [(batch, [key for key in journals if any(q.id not in journals[key] for q in batch)]) for batch in share]
+    if state.num_processes > 1:
+        label += f", process 1 of {state.num_processes}"
+    total, todo = len(journals) * sum(map(len, share)), sum(len(batch) * len(keys) for batch, keys in left)
+    with tqdm(total=total, initial=total - todo, desc=label, unit="answer", disable=not state.is_main_process) as bar:
+        for batch, keys in left:
+            if keys:
+                yield batch, keys, bar
+                bar.update(len(batch) * len(keys))
 
 
 def finish_journal(round_, journal, asked):
@@ -126,55 +134,28 @@ def write_results(round_, entries, fresh):
 # Round 1
 
 
-def name_activations(options, name):
-    """The file that round 1 writes for a ranking; None for the baseline's where nobody asked for it."""
-    if name in options.ranking and options.activations:
-        return options.activations
-    folder = options.activations.parent if options.activations else options.output_dir
-    # The matched ranking is read with the baseline's file beside it.
-    return folder / f"activations_{name}.json" if {name, "matched"} & {*options.ranking} else None
-
-
-def check_old_activations(round_, names):
-    """Refuses, before anything is run, to replace the activations of another run, or a file that is none."""
-    for name in names:
-        path = name_activations(round_.options, name)
-        if path and path.exists() and not round_.options.overwrite:
-            made, _ = results.read_activations(path)
-            if made is None:
-                raise UserError(f"{path}: is the authors' published file: give another --activations, or --overwrite")
-            if round_.options.activations or not round_.is_begun():
-                fields = (*results.COMPARED, "limit", "sample", "seed")
-                results.refuse_other_run(path, made, round_.run_of(name), fields)
-
-
 def finish_round_1(round_, entries, journals, keep_f1):
     """Writes each ranking's activations, the results and the table. keep_f1: from which F1 on an answer is right.
 
-    Returns the kept questions.
+    Returns {kept question: its record}.
     """
-    options, asked = round_.options, round_.asked
-    records = finish_journal(round_, journals["baseline"], asked)
-    kept = [question for question, record in zip(asked, records) if "latents" in record]
+    options, asked, samples, fresh = round_.options, round_.asked, {}, []
+    for name, journal in journals.items():
+        records = finish_journal(round_, journal, asked)
+        samples[name] = [make_sample(record) for record in records if "active" in record]
+    kept = {question: record for question, record in zip(asked, records) if "active" in record}
     right = sum(record["f1"] >= keep_f1 for record in records)
     counts = {"asked": len(asked), "kept": len(kept), "wrong": len(asked) - right, "unranked": right - len(kept)}
-    columns = {metric: [record[metric] for record in records] for metric in ("em", "f1", "accuracy", "named")}
-    of_kept = {m: [v for v, r in zip(values, records) if "latents" in r] for m, values in columns.items()}
-    figures = estimates.summarize(of_kept, [question.context for question in kept])
-    figures |= {"all": estimates.summarize(columns, [question.context for question in asked])}
+    contexts = [question.context for question in kept]
+    figures = summarize(kept.values(), contexts)
+    figures |= {"all": summarize(records, [question.context for question in asked])}
     figures |= {"population": name_population(kept), "population_all": name_population(asked)} | counts
-    samples, fresh = {}, []
     for name, journal in journals.items():
-        if name != "baseline":
-            finish_journal(round_, journal, kept)
-        samples[name] = [make_sample(journal[question.id], name) for question in kept]
-        if (path := name_activations(options, name)) and round_.state.is_main_process:
+        if round_.state.is_main_process:
             run = journal.run | {"asked": counts["asked"], "kept": counts["kept"]}
-            results.write_activations(path, run, samples[name])
-    for name in options.ranking:
-        statistics = describe_latents(round_, samples, name, [question.context for question in kept])
-        entry = figures | {"round": "baseline", "k": None, "run": journals[name].run, "statistics": statistics}
-        fresh.append(entry)
+            results.write_activations(activations.name_file(options, name), run, samples[name])
+        statistics = describe_latents(round_, samples, name, contexts)
+        fresh.append(figures | {"round": "baseline", "k": None, "run": journal.run, "statistics": statistics})
     write_results(round_, entries, fresh)
     if round_.state.is_main_process:
         for entry in fresh:
@@ -188,10 +169,14 @@ def finish_round_1(round_, entries, journals, keep_f1):
     return kept
 
 
-def make_sample(record, name):
-    """A kept question as a file of activations has it."""
-    names = ("id", "answer", "em", "f1", "accuracy", "named", "active", "tokens", "log_probs")
-    return {field: record[field] for field in names} | record["latents"][name]
+def summarize(records, contexts):
+    columns = {metric: [record[metric] for record in records] for metric in ("em", "f1", "accuracy", "named")}
+    return estimates.summarize(columns, contexts)
+
+
+def make_sample(record):
+    """A kept question as a file of activations has it: its record without the text."""
+    return {field: value for field, value in record.items() if field != "text"}
 
 
 def describe_latents(round_, samples, name, contexts):
@@ -215,22 +200,20 @@ def name_journal(run, which, k):
     return "_".join(names + ([] if k == "50%" else [f"k{k.replace('%', 'pct')}"]))
 
 
-def compare(round_, found, k, journal, asked, picked, find_answer):
-    """The entry of results.json of one ranking and K: means, drops from the unmasked answers to the same questions.
-
-    picked: the latents of each question, and whether they were enough.  find_answer(tokens): places of the answer's.
-    """
+def compare(round_, found, k, journal, asked):
+    """The entry of results.json of one ranking and K: means, drops from the unmasked answers to the same questions."""
     records = finish_journal(round_, journal, asked)
     samples, contexts = [found.samples[question.id] for question in asked], [question.context for question in asked]
-    after = estimates.collect_columns(records, samples, find_answer)
+    after = estimates.collect_columns(records, samples)
     if found.has_answers:
         before = [
             questions.score(sample["answer"], sample["answer"], question.truths) | sample
             for sample, question in zip(samples, asked)
         ]
-        figures = estimates.compare(estimates.collect_columns(before, samples, find_answer), after, contexts)
+        figures = estimates.compare(estimates.collect_columns(before, samples), after, contexts)
     else:
         figures = estimates.summarize(after, contexts) | {"clean": None, "drop": None}
+    picked = [activations.pick_latents(sample, found.which, k) for sample in samples]
     name, masked = f"removed_{found.which}", [latents for latents, _ in picked]
     removed = [s[name][len(latents) - 1] if latents else 0.0 for s, latents in zip(samples, masked) if name in s]
     fewer = sum(not enough for _, enough in picked)

@@ -194,7 +194,7 @@ def test_three_rounds(name, tmp_path, monkeypatch, capsys):
     ids = torch.tensor([expected["0-0"][0]])
     with torch.no_grad():
         through_bridge = model.lm(ids).logits
-        with splice.hooked(bridge, hook_name, lambda residual: residual) as lm:
+        with passes.hooked(bridge, hook_name, lambda residual: residual) as lm:
             torch.testing.assert_close(lm(ids).logits, through_bridge)
     assert not installed
 
@@ -393,7 +393,7 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
         return at < STEPS - 1 and tokens[at] not in model.end_ids
 
     seen, layers = record_passes(model, monkeypatch)
-    found = answers.answer(model, prompts, windowed.contexts, STEPS)
+    found, _ = answers.answer(model, prompts, windowed.contexts, STEPS)
     assert [answer.tokens for answer in found] == drafts
     shares = windowed.window == 512
     assert [kind for kind, _ in seen[:3]] == (["whole", "whole", "step"] if shares else ["whole", "step", "step"])
@@ -439,7 +439,7 @@ def test_masked_answers_with_the_error_term(hook_name, windowed):
 
     drafts = [generate(prompt, []) for prompt in windowed.prompts]
     expected = [[generate(*pair) for pair in zip(windowed.prompts, masked)] for masked in masks]
-    found = answers.answer(model, windowed.prompts, windowed.contexts, STEPS)
+    found, _ = answers.answer(model, windowed.prompts, windowed.contexts, STEPS)
     assert [answer.tokens for answer in found] == drafts
     assert expected[0] != expected[1] != drafts
     assert answer_masked(model, windowed, drafts, masks) == expected
@@ -459,21 +459,24 @@ def test_where_nothing_is_sparse(hook_name, error_term, windowed, monkeypatch):
 
     def answer_all():
         del used[:]
-        found = answers.answer(model, windowed.prompts, windowed.contexts, STEPS)
+        found, trace = answers.answer(model, windowed.prompts, windowed.contexts, STEPS)
         masked = answer_masked(model, windowed, [answer.tokens for answer in found], masks)
-        return found, masked, set(used)
+        latents = trace.select(range(len(found)), [10**6] * len(found)).latents
+        return found, latents, masked, set(used)
 
-    sparse, sparse_masked, way = answer_all()
+    monkeypatch.setattr(splice, "DENSE", 1)
+    sparse, sparse_latents, sparse_masked, way = answer_all()
     assert way == {"_reconstruct_from_entries"}
-    monkeypatch.setattr(splice, "FEW_ENTRIES", 0)
     monkeypatch.setattr(splice, "DENSE", 0)
     model.splice.chunk = 7  # no divisor of anything here
-    dense, dense_masked, way = answer_all()
+    dense, dense_latents, dense_masked, way = answer_all()
     assert way == {"_reconstruct_whole"} and dense_masked == sparse_masked
     for one, other in zip(dense, sparse):
         assert one.tokens == other.tokens and one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
-        assert torch.equal(one.latents.ids, other.latents.ids) and torch.equal(one.latents.counts, other.latents.counts)
-        torch.testing.assert_close(one.latents.values, other.latents.values, rtol=1e-4, atol=1e-4)
+    assert torch.equal(dense_latents.ids, sparse_latents.ids) and torch.equal(
+        dense_latents.counts, sparse_latents.counts
+    )
+    torch.testing.assert_close(dense_latents.values, sparse_latents.values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_post", "blocks.1.hook_attn_out"])
@@ -488,24 +491,23 @@ def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
     def generate(prompt, masked=()):
         return oracle.generate(windowed.bridge, sae, windowed.tokenizer, prompt, masked, STEPS)
 
-    found = answers.answer(model, prompts, windowed.contexts, STEPS)
+    found, trace = answers.answer(model, prompts, windowed.contexts, STEPS)
     drafts = [generate(prompt) for prompt in prompts]
     assert [answer.tokens for answer in found] == drafts
     expected = [[generate(*pair) for pair in zip(prompts, masked)] for masked in masks]
     assert answer_masked(model, windowed, drafts, masks) == expected and drafts not in expected
 
-    sequences = [
-        rankings.Sequence(str(row), prompt, answer.tokens, 3, [], answer.latents)
-        for row, (prompt, answer) in enumerate(zip(prompts, found))
-    ]
-    for mean, gradient, sequence in zip(
-        rankings.rank_by_mean_activation(model, sequences, 0, None),
-        rankings.rank_by_gradient(model, sequences, 0, None),
-        sequences,
+    count, generated = len(prompts), [answer.tokens for answer in found]
+    ids = [str(row) for row in range(count)]
+    sequences = rankings.Sequences(ids, prompts, generated, [3] * count, [[]] * count, range(count), trace)
+    for row, means, gradients in zip(
+        range(count),
+        rankings.rank_by_mean_activation(model, sequences, 0),
+        rankings.rank_by_gradient(model, sequences, 0),
     ):
-        ids = sequence.prompt + sequence.generated[:3]
+        ids = prompts[row] + generated[row][:3]
         scores, active = oracle.score_latents(windowed.bridge, sae, ids)
-        assert sequence.ranked.active_at_the_end() == active
-        torch.testing.assert_close(mean, torch.tensor(scores), rtol=1e-4, atol=1e-6)
-        scores, _ = oracle.gradient_scores(windowed.bridge, sae, ids, sequence.generated[3])
-        torch.testing.assert_close(gradient, scores, rtol=1e-3, atol=1e-3 * float(scores.max()))
+        assert sequences.active[row] == active
+        torch.testing.assert_close(means, torch.tensor(scores), rtol=1e-4, atol=1e-6)
+        scores, _ = oracle.gradient_scores(windowed.bridge, sae, ids, generated[row][3])
+        torch.testing.assert_close(gradients, scores, rtol=1e-3, atol=1e-3 * float(scores.max()))

@@ -247,7 +247,7 @@ def test_killed_and_resumed(scripts, whole, tmp_path, case, moment):
 
 
 def test_another_ranking_later(scripts, whole, tmp_path):
-    """Round 1 with two rankings where it had been finished with one: the files of both at once, without a step."""
+    """Round 1 with two rankings where it had been finished with one: the files of both at once."""
     expected, first = whole("round 1, two rankings"), whole("round 1")
     folder = lay_out(tmp_path / "out", first.after)
     done = scripts.run("baseline", [*ARGUMENTS, *TWO, "--output-dir", folder])
@@ -255,16 +255,16 @@ def test_another_ranking_later(scripts, whole, tmp_path):
     assert_same(folder, expected.after)
     for name in ("predictions_baseline.jsonl", "activations_baseline.json", "results.json", "results.csv"):
         assert (folder / name).read_bytes() == expected.after[name]
-    assert count_passes(done.events) == count_passes(expected.events) - count_passes(first.events) + 12  # of 6 batches
+    assert count_passes(done.events) == count_passes(expected.events)  # answered again, for that costs a round at most
 
 
 def test_other_options_do_not_go_on(scripts, tmp_path, monkeypatch, capsys):
     """A killed round is refused to any run but its own; in batches of another size it goes on."""
     folder = tmp_path / "out"
     arguments = ["--demo", "--output-dir", folder, "--batch-tokens", "500", "--ranking", "random", "--limit", "30"]
-    assert scripts.run("baseline", arguments, stops={0: stop("sync", 6)}).code == -signal.SIGKILL
+    assert scripts.run("baseline", arguments, stops={0: stop("sync", 3)}).code == -signal.SIGKILL
     left = contents(folder)
-    assert left.keys() == {"predictions_baseline.jsonl", "predictions_random.jsonl"}
+    assert left.keys() == {"predictions_random.jsonl"}
     others = {
         "ranking_seed": ["--seed", "7"],
         "limit": ["--limit", "29"],
@@ -621,7 +621,7 @@ def test_out_of_memory(roomy, demo, tmp_path, monkeypatch, capsys, script, kind,
     assert len(failed) >= 3 and err.count("this one is split in two") == len(failed)
     for other in ("answer", "answer_masked", "gradients"):
         assert memory.answered(other) == enough.answered(other)  # each once, in the same order
-        if other != what:
+        if other != what and not (script == "baseline" and other == "gradients"):  # which follow a batch's halves
             assert memory.sizes(other) == enough.sizes(other)
     # Each batch is tried whole, and then in halves.
     outcome = iter(memory.sizes(what))

@@ -62,7 +62,7 @@ ACTIVATIONS = {  # name: (content, what the line says)
 }
 
 RECORD = {"id": "questions-000-0", "text": "t", "answer": "a", "em": 1.0, "f1": 1.0, "accuracy": 1.0, "named": 1.0}
-LATENTS = {"tokens": [5], "active": [1], "latents": {"baseline": {"topk": [1], "bottomk": [2]}}}
+LATENTS = {"tokens": [5], "active": [1], "topk": [1], "bottomk": [2]}
 
 
 def with_record(**changed):
@@ -72,7 +72,7 @@ def with_record(**changed):
 
 
 def with_latents(**changed):
-    return with_record(**LATENTS | {"latents": {"baseline": LATENTS["latents"]["baseline"] | changed}})
+    return with_record(**LATENTS | changed)
 
 
 JOURNALS = {
@@ -96,12 +96,10 @@ JOURNALS = {
     "named a truth value": (with_record(named=True), "line 2: is damaged (named is not"),
     "named missing": (with_record(named=None), "line 2: is damaged (named is not"),
     "log_probs a number": (with_record(log_probs=-0.5), "line 2: is damaged (log_probs is not"),
-    "latents a list": (with_record(**LATENTS | {"latents": []}), "line 2: is damaged (latents is not"),
-    "latents of a ranking a list": (with_record(latents={"baseline": [1]}), "line 2: is damaged (latents is not"),
+    "inside texts": (with_latents(inside=["a"]), "line 2: is damaged (inside is not a list of places)"),
     "active with true": (with_record(**LATENTS | {"active": [True]}), "line 2: is damaged (active is not"),
-    "topk missing": (with_latents(topk=None), "line 2: is damaged (latents is not"),
-    "bottomk negative": (with_latents(bottomk=[-1]), "line 2: is damaged (latents is not"),
-    "removed_topk whole": (with_latents(removed_topk=[1]), "line 2: is damaged (latents is not"),
+    "bottomk negative": (with_latents(bottomk=[-1]), "line 2: is damaged (bottomk is not"),
+    "removed_topk whole": (with_latents(removed_topk=[1]), "line 2: is damaged (removed_topk is not"),
 }
 
 ESTIMATES = {"n": 5, "em": 50.0, "f1": 60.0, "accuracy": None}
@@ -360,7 +358,7 @@ JSON = st.recursive(
     max_leaves=12,
 )
 KEYS = ["id", "context", "question", "answers", "text", "data", "paragraphs", "qas", "is_impossible", "run", "samples"]
-KEYS += ["answer", "em", "f1", "accuracy", "named", "active", "topk", "bottomk", "tokens", "log_probs", "latents"]
+KEYS += ["answer", "em", "f1", "accuracy", "named", "active", "topk", "bottomk", "tokens", "log_probs", "inside"]
 KEYS += ["original", "have_gradient", "no_gradient", "round", "k", "demo", "model", "ranking", "n", "intervals"]
 KEYS += ["masked", "mean_k", "clean", "drop", "all", "removed_topk"]
 NEAR = st.recursive(  # JSON made of the very names that the readers look for

@@ -22,7 +22,7 @@ SEVERAL_K = ("50%", "10", "1")
 @needs_cuda
 def test_demo_rounds_in_float16_on_cuda(tmp_path, monkeypatch, capsys):
     _, found = run_rounds(tmp_path, monkeypatch, capsys, "--device", "cuda", "--dtype", "float16")
-    kept = sum("latents" in record for record in found["baseline"].values())
+    kept = sum("active" in record for record in found["baseline"].values())
     assert kept >= 0.8 * len(found["baseline"])
     assert len(found["false"]) == len(found["true"]) == kept
 

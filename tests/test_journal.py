@@ -16,16 +16,13 @@ NAME = "predictions_baseline.jsonl"
 RUN = {"model": "m", "dtype": "float32", "limit": 6, "prompt_template": "{context} {question}\n"}
 LATE = {"hook_name": "blocks.1.hook_resid_post", "d_sae": 512}
 SCORES = {"em": 1.0, "f1": 1.0, "accuracy": 1.0, "named": 1.0}
-LATENTS = {
-    "baseline": {"topk": [7, 3], "bottomk": [9], "removed_topk": [0.25, 0.5], "removed_bottomk": [0.0]},
-    "gradsae": {"topk": [3, 7], "bottomk": [1]},
-}
+LATENTS = {"topk": [7, 3], "bottomk": [9], "removed_topk": [0.25, 0.5], "removed_bottomk": [0.0]}
 
 
 def make_record(number):
     record = {"id": f"q{number}", "text": f" Über {number} 字]]\n", "answer": f"Über {number}"} | SCORES
     if number % 2:
-        record |= {"tokens": [5, number], "log_probs": [-0.1], "active": [1, 3], "latents": LATENTS}
+        record |= {"tokens": [5, number], "log_probs": [-0.1], "active": [1, 3], "inside": []} | LATENTS
     return record
 
 

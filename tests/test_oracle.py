@@ -1,5 +1,6 @@
 """The project against the naive oracle, in float32 on the bundled model and SAE: answers, masks, rankings."""
 
+import dataclasses
 import math
 
 import oracle
@@ -53,18 +54,36 @@ def masked(demo, ranked):
 def sequences(demo, ranked):
     """The sequences that are ranked, as round 1 makes them."""
     model, tokenizer = demo
-    found = answers.answer(model, [case["prompt"] for case in ranked], contexts_of(ranked), 50)
-    return [
-        rankings.Sequence(
-            case["question"].id,
-            case["prompt"],
-            answer.tokens,
-            prompts.find_bracket(tokenizer, answer.tokens),
-            prompts.find_answer(tokenizer, answer.tokens),
-            answer.latents,
-        )
-        for case, answer in zip(ranked, found)
-    ]
+    found = answer_all(model, ranked)
+    assert [one.tokens for one in found[0]] == [case["generated"] for case in ranked]
+    return make_sequences(tokenizer, ranked, *found)
+
+
+def answer_all(model, cases, most=50):
+    return answers.answer(model, [case["prompt"] for case in cases], contexts_of(cases), most)
+
+
+def make_sequences(tokenizer, cases, found, trace):
+    """The Sequences of all these cases, as round 1 makes them."""
+    generated = [one.tokens for one in found]
+    return rankings.Sequences(
+        ids=[case["question"].id for case in cases],
+        prompts=[case["prompt"] for case in cases],
+        generated=generated,
+        brackets=[prompts.find_bracket(tokenizer, tokens) for tokens in generated],
+        insides=[prompts.find_answer(tokenizer, tokens) for tokens in generated],
+        rows=list(range(len(cases))),
+        trace=trace,
+    )
+
+
+def pick(sequences, *numbers):
+    """The Sequences of some of them."""
+    lists = {
+        name: [getattr(sequences, name)[n] for n in numbers]
+        for name in ("ids", "prompts", "generated", "brackets", "insides", "rows")
+    }
+    return dataclasses.replace(sequences, **lists)
 
 
 def contexts_of(cases):
@@ -102,15 +121,17 @@ def test_answers_and_rankings(demo, asked, size, share):
     exact = ranked = 0
     for batch in in_batches(asked, size):
         contexts = contexts_of(batch) if share else range(len(batch))
-        found = answers.answer(model, [case["prompt"] for case in batch], contexts, 50)
-        assert [answer.tokens for answer in found] == [case["generated"] for case in batch]
-        for case, answer in zip(batch, found):
-            theirs, cut = case["ranking"], prompts.find_bracket(tokenizer, answer.tokens)
-            assert (cut is None) == (theirs is None)
-            if theirs is None:
-                continue
-            latents = answer.latents.take(torch.arange(len(case["prompt"]) + cut))
-            active, scores = latents.active_at_the_end(), latents.mean(model.splice.d_sae)
+        found, trace = answers.answer(model, [case["prompt"] for case in batch], contexts, 50)
+        assert [one.tokens for one in found] == [case["generated"] for case in batch]
+        rows = [n for n, case in enumerate(batch) if case["ranking"]]
+        cuts = [prompts.find_bracket(tokenizer, one.tokens) for one in found]
+        assert [n for n, cut in enumerate(cuts) if cut is not None] == rows
+        if not rows:
+            continue
+        sequences = pick(make_sequences(tokenizer, batch, found, trace), *rows)
+        scores_of_all = rank(model, "baseline", sequences)
+        for n, active, scores in zip(rows, sequences.active, scores_of_all):
+            theirs = batch[n]["ranking"]
             ours = dict(zip(("topk", "bottomk"), rankings.top_and_bottom(scores, len(active) // 2)))
             ranked += 1
             assert active == theirs["active"]
@@ -121,23 +142,13 @@ def test_answers_and_rankings(demo, asked, size, share):
     assert ranked >= 50 and exact >= 0.95 * ranked
 
 
-def test_latents_of_known_answers(demo, ranked, sequences):
-    """A ranking that is asked for later sees what it would have seen while answering."""
-    model, _ = demo
-    known = [case["generated"] for case in ranked]
-    found = answers.answer(model, [case["prompt"] for case in ranked], contexts_of(ranked), 50, known)
-    for answer, sequence in zip(found, sequences):
-        assert answer.tokens == sequence.generated and torch.equal(answer.latents.ids, sequence.latents.ids)
-        torch.testing.assert_close(answer.latents.values, sequence.latents.values, rtol=1e-4, atol=1e-4)
-
-
 def test_log_probs_of_the_unmasked_answer(demo, asked):
     """Of each generated token, against a whole forward pass a question."""
     model, _ = demo
-    found = answers.answer(model, [case["prompt"] for case in asked[:9]], contexts_of(asked[:9]), 50)
-    for case, answer in zip(asked, found):
+    found, _ = answer_all(model, asked[:9])
+    for case, one in zip(asked, found):
         expected = log_probs_by_hand(model, case["prompt"], case["generated"], [])
-        assert answer.log_probs == pytest.approx(expected, abs=2e-4)
+        assert one.log_probs == pytest.approx(expected, abs=2e-4)
 
 
 def log_probs_by_hand(model, prompt, generated, masked):
@@ -199,7 +210,7 @@ def test_answers_cut_at_the_longest(demo, ranked, masked, most):
     model, _ = demo
     lists, expected = masked
     drafts = [case["generated"][:most] for case in ranked]
-    assert [a.tokens for a in answers.answer(model, [c["prompt"] for c in ranked], contexts_of(ranked), most)] == drafts
+    assert [one.tokens for one in answer_all(model, ranked, most)[0]] == drafts
     found = answer_masked(model, ranked, drafts, lists, 60, most)
     for name, texts in expected.items():
         assert [answer.tokens for answer in found[name]] == [ids[:most] for ids in texts]
@@ -210,7 +221,7 @@ def test_nothing_masked_changes_nothing(demo, ranked):
     model, _ = demo
     drafts = [case["generated"] for case in ranked]
     found = answer_masked(model, ranked, drafts, {"zero": [[] for _ in ranked]}, 60)["zero"]
-    unmasked = answers.answer(model, [case["prompt"] for case in ranked], contexts_of(ranked), 50)
+    unmasked, _ = answer_all(model, ranked)
     assert [answer.tokens for answer in found] == drafts
     for answer, theirs in zip(found, unmasked):
         assert answer.log_probs == pytest.approx(theirs.log_probs, abs=2e-4)
@@ -244,9 +255,7 @@ def test_dense_way_and_small_chunks(demo, ranked, masked, monkeypatch):
     monkeypatch.setattr(model, "splice", dense)
     found = answer_masked(model, ranked[:20], [c["generated"] for c in ranked[:20]], {"topk": lists["topk"]}, 20)
     assert [answer.tokens for answer in found["topk"]] == expected["topk"][:20]
-    unmasked = answers.answer(model, [case["prompt"] for case in ranked[:9]], contexts_of(ranked[:9]), 50)
-    for case, answer in zip(ranked, unmasked):
-        assert answer.tokens == case["generated"] and answer.latents.counts is not None
+    assert [one.tokens for one in answer_all(model, ranked[:9])[0]] == [case["generated"] for case in ranked[:9]]
 
 
 def test_splice_is_encode_and_decode(demo):
@@ -283,7 +292,7 @@ def test_rows_that_have_ended_leave_the_batch(demo, asked, monkeypatch):
         return run(ids, *arguments, **named)
 
     monkeypatch.setattr(model, "run", count)
-    answers.answer(model, [case["prompt"] for case in asked], contexts_of(asked), 50)
+    answer_all(model, asked)
     lengths = [len(case["generated"]) for case in asked]
     going = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
     steps = [width for width in widths if width]
@@ -298,7 +307,7 @@ def test_hook_points_set_aside_change_nothing(demo, asked):
     before = str(model.lm)
     with torch.no_grad():
         expected = model.lm(ids).logits
-        with splice.hooked(model.model, model.hook_name, lambda residual: residual) as lm:
+        with passes.hooked(model.model, model.hook_name, lambda residual: residual) as lm:
             found = lm(ids).logits
     assert torch.equal(found, expected) and str(model.lm) == before
 
@@ -336,14 +345,14 @@ def test_prefixes_are_prefixes(demo, prompts, contexts):
     for row, prompt in enumerate(prompts):
         assert layout.ids[row][layout.attention[row].bool()].tolist() == prompt
     model, _ = demo
-    alone = [answers.answer(model, [prompt], "x", 4)[0].tokens for prompt in prompts]
-    assert [answer.tokens for answer in answers.answer(model, prompts, contexts, 4)] == alone
+    alone = [answers.answer(model, [prompt], "x", 4)[0][0].tokens for prompt in prompts]
+    assert [one.tokens for one in answers.answer(model, prompts, contexts, 4)[0]] == alone
 
 
 def test_a_prompt_of_one_token(demo):
     model, _ = demo
-    found = answers.answer(model, [[5], [5, 6]], "aa", 3)
-    assert [a.tokens for a in found] == [answers.answer(model, [p], "a", 3)[0].tokens for p in ([5], [5, 6])]
+    found, _ = answers.answer(model, [[5], [5, 6]], "aa", 3)
+    assert [one.tokens for one in found] == [answers.answer(model, [p], "a", 3)[0][0].tokens for p in ([5], [5, 6])]
 
 
 def test_batches_hold_every_question_once_within_the_budget():
@@ -360,8 +369,8 @@ def test_batches_hold_every_question_once_within_the_budget():
 # Rankings
 
 
-def rank(model, name, sequences, seed=42, baseline=None):
-    return list(rankings.RANKINGS[name](model, sequences, seed, baseline))
+def rank(model, name, sequences, seed=42):
+    return rankings.RANKINGS[name](model, sequences, seed)
 
 
 @pytest.mark.parametrize("size", [1, 24])
@@ -369,10 +378,10 @@ def test_gradient_scores(demo, sequences, size):
     """Padded batches, the graph begun at the reconstruction, against plain autograd through everything."""
     model, _ = demo
     for name in ("gradsae", "gradsae-answer"):
-        for batch in in_batches(sequences[:24], size):
-            for row, sequence in zip(rank(model, name, batch), batch):
-                end = sequence.bracket if name == "gradsae" else sequence.answer[0]
-                ids, token = sequence.prompt + sequence.generated[:end], sequence.generated[end]
+        for numbers in in_batches(range(24), size):
+            for n, row in zip(numbers, rank(model, name, pick(sequences, *numbers))):
+                end = sequences.brackets[n] if name == "gradsae" else sequences.insides[n][0]
+                ids, token = sequences.prompts[n] + sequences.generated[n][:end], sequences.generated[n][end]
                 theirs, _ = oracle.gradient_scores(model.model, model.splice.sae, ids, token)
                 assert (theirs > 0).sum() > 50
                 # Of a score that is a sum with terms of both sizes, the smallest carry the largest ones' rounding.
@@ -381,9 +390,10 @@ def test_gradient_scores(demo, sequences, size):
 
 def test_gradient_scores_of_a_dense_sae(demo, sequences, monkeypatch):
     model, _ = demo
-    expected = rank(model, "gradsae", sequences[:6])
+    expected = rank(model, "gradsae", pick(sequences, *range(6)))
     monkeypatch.setattr(model.splice, "bias", None)
-    for row, theirs in zip(rank(model, "gradsae", sequences[:6]), expected):
+    monkeypatch.setattr(model.splice, "chunk", 17)
+    for row, theirs in zip(rank(model, "gradsae", pick(sequences, *range(6))), expected):
         torch.testing.assert_close(row, theirs, rtol=1e-5, atol=1e-5 * float(theirs.max()))
 
 
@@ -391,16 +401,16 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
     """The probability when a latent's activation moves a little at one position, in double precision."""
     model, _ = demo
     # Where the model is least sure: Transformers computes norms and softmax in single precision all the same.
-    sequence = min(sequences[:8], key=lambda s: log_probs_by_hand(model, s.prompt, s.generated, [])[s.bracket])
-    ids, token = sequence.prompt + sequence.generated[: sequence.bracket], sequence.generated[sequence.bracket]
+    prompts, generated, brackets = sequences.prompts, sequences.generated, sequences.brackets
+    n = min(range(8), key=lambda n: log_probs_by_hand(model, prompts[n], generated[n], [])[brackets[n]])
+    ids, token = prompts[n] + generated[n][: brackets[n]], generated[n][brackets[n]]
     double, _ = load()
     double.lm.double()
     sae = double.splice.sae.double()
     sae.dtype = torch.float64
     double.splice = splice.Splice(sae)
-    answer = answers.answer(double, [sequence.prompt], "x", 50)[0]
-    again = rankings.Sequence("x", sequence.prompt, answer.tokens, sequence.bracket, [], answer.latents)
-    scores = rank(double, "gradsae", [again])[0]
+    _, trace = answers.answer(double, [prompts[n]], "x", 50)
+    scores = rank(double, "gradsae", dataclasses.replace(pick(sequences, n), rows=[0], trace=trace))[0]
 
     def probabilities(latent, step):
         """P when the latent is scaled by 1 + step at one position: a row for each position."""
@@ -411,7 +421,7 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
             acts[rows, rows, latent] *= 1 + step
             return sae.decode(acts)
 
-        with torch.no_grad(), splice.hooked(double.model, double.hook_name, replace) as lm:
+        with torch.no_grad(), passes.hooked(double.model, double.hook_name, replace) as lm:
             return lm(torch.tensor([ids] * len(ids)), logits_to_keep=1).logits[:, -1].softmax(-1)[:, token]
 
     for latent in scores.topk(3).indices.tolist():
@@ -423,12 +433,13 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
 def test_rankings_in_half_precision(demo, sequences, dtype):
     model, _ = demo
     half, _ = load("--dtype", dtype)
-    found = answers.answer(half, [s.prompt for s in sequences], range(len(sequences)), 50)
-    same = [(s, a) for s, a in zip(sequences, found) if s.generated == a.tokens]
-    assert len(same) >= 0.95 * len(sequences)
-    ours = [rankings.Sequence(s.id, s.prompt, a.tokens, s.bracket, s.answer, a.latents) for s, a in same]
+    found, trace = answers.answer(half, sequences.prompts, range(len(sequences.ids)), 50)
+    same = [n for n, one in enumerate(found) if one.tokens == sequences.generated[n]]
+    assert len(same) >= 0.95 * len(found)
+    exact = pick(sequences, *same)
+    ours = dataclasses.replace(exact, trace=trace)
     for name in ("baseline", "gradsae", "gradsae-answer"):
-        lists = zip(rank(half, name, ours), rank(model, name, [s for s, _ in same]))
+        lists = zip(rank(half, name, ours), rank(model, name, exact))
         shared = [shared_percent(*(rankings.top_and_bottom(scores, 6)[0] for scores in pair)) for pair in lists]
         assert sum(shared) / len(shared) >= 85
 
@@ -436,10 +447,9 @@ def test_rankings_in_half_precision(demo, sequences, dtype):
 def test_random_scores(demo, sequences):
     model, _ = demo
     drawn = []
-    for sequence, scores, again, other in zip(
-        sequences, *(rank(model, "random", sequences, seed) for seed in (42, 42, 7))
-    ):
-        anywhere = (model.splice.sae.encode(sequence.ranked.residual) > 0).any(0)
+    of_seeds = [rank(model, "random", sequences, seed) for seed in (42, 42, 7)]
+    for residual, scores, again, other in zip(residuals(sequences), *of_seeds):
+        anywhere = (model.splice.sae.encode(residual) > 0).any(0)
         assert torch.equal(scores != 0, anywhere) and torch.equal(scores, again) and not torch.equal(scores, other)
         topk, bottomk = rankings.top_and_bottom(scores, 6)
         assert len({*topk, *bottomk}) == 12
@@ -448,32 +458,42 @@ def test_random_scores(demo, sequences):
     assert scipy.stats.kstest(drawn, "uniform").pvalue > 0.001  # of all places in the list alike
 
 
-def test_what_masks_remove(demo, sequences):
+def residuals(sequences):
+    """The residual stream over each sequence that is ranked, [pos, d_model]."""
+    trace = sequences.ranked
+    return [trace.latents.residual[trace.rows == n] for n in range(len(sequences.ids))]
+
+
+def test_what_masks_remove(demo, sequences, monkeypatch):
     """The norm of what the first 1, 2, ... latents of a list write, by brute force."""
     model, _ = demo
     sae = model.splice.sae
-    for sequence in sequences[:5]:
-        latents, residual = sequence.ranked, sequence.ranked.residual
-        ids = rankings.top_and_bottom(latents.mean(model.splice.d_sae), 30)[0]
-        acts = sae.encode(residual)
-        other = [ids[0], *rankings.top_and_bottom(latents.mean(model.splice.d_sae), 9)[1]]  # lists may share latents
-        ours, theirs = model.splice.removed(latents, ids, other)
-        assert theirs[0] == ours[0] and len(theirs) == 10
-        for n, found in enumerate(ours, 1):
-            expected = (acts[:, ids[:n]] @ sae.W_dec[ids[:n]]).norm() / residual.norm()
-            assert found == pytest.approx(expected.item(), rel=1e-4)
-        assert model.splice.removed(latents, [], ids)[0] == []
+    few = pick(sequences, *range(5))
+    scores = rank(model, "baseline", few)
+    lists = [rankings.top_and_bottom(row, 30 - 7 * n)[0] for n, row in enumerate(scores)]  # of several lengths
+    lists[3] = []
+    for room in (rankings.ROOM, 1):  # all at once, and one by one
+        monkeypatch.setattr(rankings, "ROOM", room)
+        removed = rankings.compute_removed(model.splice, few.ranked, lists)
+        assert [len(numbers) for numbers in removed] == [30, 23, 16, 0, 2]
+        for residual, ids, numbers in zip(residuals(few), lists, removed):
+            acts = sae.encode(residual)
+            for n, found in enumerate(numbers, 1):
+                expected = (acts[:, ids[:n]] @ sae.W_dec[ids[:n]]).norm() / residual.norm()
+                assert found == pytest.approx(expected.item(), rel=1e-4)
+    assert rankings.compute_removed(model.splice, few.ranked, [[]] * 5) == [[]] * 5
 
 
 def test_matched_ranking(demo, sequences):
     """None of those that the baseline masks at 50%, and the lists are as long as it takes to remove as much as its."""
     model, _ = demo
-    batch = sequences[:20]
-    baseline = {s.id: lists for s, lists in zip(batch, rankings.rank(model, "baseline", batch, 42))}
-    for sequence, lists in zip(batch, rankings.rank(model, "matched", batch, 42, baseline)):
-        theirs, half = baseline[sequence.id], len(sequence.ranked.active_at_the_end()) // 2
+    batch = pick(sequences, *range(20))
+    baseline, matched = (rankings.rank(model, name, batch, 42) for name in ("baseline", "matched"))
+    for active, theirs, lists in zip(batch.active, baseline, matched):
+        half = len(active) // 2
         for which in ("topk", "bottomk"):
             assert not {*lists[which]} & {*theirs["topk"][:half], *theirs["bottomk"][:half]}
+            assert lists[f"target_{which}"] == theirs[f"removed_{which}"]
             removed, target = lists[f"removed_{which}"], max(theirs[f"removed_{which}"])
             assert (
                 len(removed) == len(lists[which]) > 0
@@ -485,9 +505,9 @@ def test_matched_ranking(demo, sequences):
 def test_stored_lists_hold_100_latents(demo, sequences):
     """So that --k 30 and --k 100 mean what they say; 50% is their beginning."""
     model, _ = demo
-    for sequence, lists in zip(sequences[:9], rankings.rank(model, "baseline", sequences[:9], 42)):
-        scored = (sequence.ranked.mean(model.splice.d_sae) != 0).sum()
-        assert len(lists["topk"]) == len(lists["bottomk"]) == min(100, scored)
+    few = pick(sequences, *range(9))
+    for scores, lists in zip(rank(model, "baseline", few), rankings.rank(model, "baseline", few, 42)):
+        assert len(lists["topk"]) == len(lists["bottomk"]) == min(100, (scores != 0).sum())
 
 
 def test_ties_go_to_the_lower_id():
@@ -501,7 +521,7 @@ def test_special_tokens_bypass_the_sae(demo, sequences):
     model, tokenizer = demo
     other, _ = load("--exclude-special-tokens")
     special, sae = common.find_special_ids(tokenizer), model.splice.sae
-    ids = sequences[0].prompt
+    ids = sequences.prompts[0]
     counted = torch.tensor([token not in special for token in ids])
     assert (~counted).sum() == 2 and not counted[0]  # BOS and the turn's marker
     seen = []
@@ -518,8 +538,8 @@ def test_special_tokens_bypass_the_sae(demo, sequences):
         everywhere = model.run(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(everywhere, expected, rtol=1e-2, atol=1e-2)
-    latents = answers.answer(other, [ids], "x", 1)[0].latents
-    scores = latents.mean(512)
+    _, trace = answers.answer(other, [ids], "x", 1)
+    scores = rankings.mean(other, trace)[0]
     torch.testing.assert_close(scores, sae.encode(seen[0][0, counted]).mean(0), rtol=1e-4, atol=1e-5)
 
 
@@ -529,7 +549,7 @@ def test_a_sure_model_keeps_its_gradient(demo, sequences):
     head = model.lm.lm_head
     handle = head.original_component.register_forward_hook(lambda module, arguments, output: output * 3)
     try:
-        scores = rank(model, "gradsae", sequences[:1])[0]
+        scores = rank(model, "gradsae", pick(sequences, 0))[0]
     finally:
         handle.remove()
     assert math.isfinite(scores.sum()) and (scores > 0).sum() > 50
@@ -563,7 +583,7 @@ def test_error_term_kept_and_nothing_masked_is_the_model_itself(demo, asked):
     for prompt in prompts:
         ids = model.lm.generate(torch.tensor([prompt]), max_new_tokens=50)
         plain.append(ids[0, len(prompt) :].tolist())
-    found = answers.answer(model, prompts, contexts_of(asked[:20]), 50)
+    found, _ = answer_all(model, asked[:20])
     assert [answer.tokens for answer in found] == plain
     empty = {"zero": [[] for _ in prompts]}
     assert [a.tokens for a in answer_masked(model, asked[:20], plain, empty, 20)["zero"]] == plain

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, read_journal, run_script
 
 import common
-from experiment import prompts, rankings, results
+from experiment import activations, prompts, rankings, results
 
 ROUNDS = [("baseline", "baseline"), ("baseline_after_false", "false"), ("baseline_after_true", "true")]
 METRICS = ("em", "f1", "accuracy", "named")
@@ -42,7 +42,7 @@ def mean(values):
 
 
 def kept_ids(records):
-    return [question_id for question_id, record in records.items() if "latents" in record]
+    return [question_id for question_id, record in records.items() if "active" in record]
 
 
 def test_the_effect(full, demo_questions):
@@ -310,8 +310,7 @@ def samples_of(path):
 
 
 def lists_of(sample):
-    sample = sample.get("latents", {}).get("gradsae", sample)
-    return sample["topk"][:6], sample["bottomk"][:3]
+    return sample.get("topk", [])[:6], sample.get("bottomk", [])[:3]
 
 
 def test_the_random_rankings_seed_is_the_files(tmp_path, monkeypatch, capsys):
@@ -339,36 +338,32 @@ def test_matched_masks_remove_as_much(full, tmp_path, monkeypatch, capsys):
     for k in ("1", "50%", "10"):
         assert removed["baseline", k] <= removed["matched", k] <= removed["baseline", k] + 6
     assert counts["matched", "50%"] > 2 * counts["baseline", "50%"]
-    # Asked for alone, round 1 leaves the baseline's file beside it all the same.
-    alone = ["--demo", "--limit", 9, "--output-dir", tmp_path / "alone", "--ranking", "matched"]
-    assert run_script("baseline", alone, monkeypatch, capsys)[0] == 0
+    # Asked for alone, it needs no other ranking's file; one without what the baseline removes is refused.
+    (tmp_path / "activations_baseline.json").unlink()
+    alone = ["--demo", "--limit", 60, "--output-dir", tmp_path, "--ranking", "matched", "--k", "2"]
     code, _, err = run_script("baseline_after_false", alone, monkeypatch, capsys)
     assert code == 0, err
-    # A file of its own name: the baseline's stands beside it, and the finished round goes on from both.
-    named = [*alone, "--activations", tmp_path / "named" / "mine.json"]
-    for script in ("baseline", "baseline", "baseline_after_false"):
-        code, _, err = run_script(script, named, monkeypatch, capsys)
-        assert code == 0, err
-    assert {path.name for path in (tmp_path / "named").iterdir()} == {"mine.json", "activations_baseline.json"}
-    # Without the baseline's file it is refused.
-    (tmp_path / "activations_baseline.json").unlink()
-    other = ["--demo", "--limit", 60, "--output-dir", tmp_path, "--ranking", "matched", "--k", "2"]
-    code, _, err = run_script("baseline_after_false", other, monkeypatch, capsys)
-    assert code == 2 and "activations_baseline.json: there is no such file" in err
+    path = tmp_path / "activations_matched.json"
+    run, samples = results.read_activations(path)
+    results.write_activations(path, run, [{k: v for k, v in s.items() if k != "target_topk"} for s in samples])
+    code, _, err = run_script("baseline_after_false", [*alone, "--overwrite"], monkeypatch, capsys)
+    assert code == 2 and "does not say what the baseline's latents remove" in err
 
 
 def test_a_ranking_of_ones_own(tmp_path, monkeypatch, capsys, demo, demo_questions):
     """README's example: mean activation over the answer's positions only. One function, one line."""
 
-    def rank_by_answer(model, sequences, seed, baseline):
-        for sequence in sequences:
-            start, end = len(sequence.prompt), len(sequence.prompt) + sequence.bracket
-            yield sequence.latents.take(torch.arange(start, end)).mean(model.splice.d_sae)
+    mean = rankings.mean
+
+    def rank_by_answer(model, sequences, seed):
+        trace = sequences.ranked
+        starts = torch.tensor([len(prompt) for prompt in sequences.prompts], device=trace.rows.device)
+        return mean(model, trace, where=trace.columns >= starts[trace.rows])
 
     monkeypatch.setitem(rankings.RANKINGS, "answer", rank_by_answer)
-    run_rounds(tmp_path, monkeypatch, capsys, "--limit", 12, "--ranking", "answer", rounds=ROUNDS[:1])
     given = ["--demo", "--limit", 12, "--output-dir", tmp_path, "--ranking", "answer"]
-    assert run_script("baseline_after_false", given, monkeypatch, capsys)[0] == 0
+    for script, _ in ROUNDS[:2]:
+        assert run_script(script, given, monkeypatch, capsys)[0] == 0
     samples = json.loads((tmp_path / "activations_answer.json").read_text())["samples"]
     model, _ = demo
     for sample in samples[:4]:
@@ -429,7 +424,7 @@ def test_questions_of_other_forms(demo_questions, tmp_path, monkeypatch, capsys)
 
 
 def test_k_of_a_question():
-    assert [common.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
+    assert [activations.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
 
 
 def test_activations_of_different_questions(full, tmp_path, monkeypatch, capsys):
