@@ -39,6 +39,8 @@ SAMPLE = {"id": "questions-000-0", "answer": "a", "em": 1.0, "f1": 1.0, "active"
 RUN = json.loads((ROOT / "activations_baseline.json").read_text())["run"]
 THEIRS = {"original": [1], "have_gradient": [1], "no_gradient": [1]}
 RECORD = {"id": "questions-000-0", "text": "t", "answer": "a", "em": 1.0, "f1": 1.0, "accuracy": 1.0, "named": 1.0}
+ENTRY = {"run": RUN, "round": "false", "k": "50%", "population": "0f", "intervals": {}, "n": 1}
+ENTRY |= dict.fromkeys(("em", "f1", "accuracy"), 100.0)
 
 
 def activations(run=None, **changed):
@@ -67,7 +69,7 @@ OF_THE_SAE = {  # these show once the SAE is loaded
 }
 OF_THE_ROUND = {  # what stands in round 1's way: file name, content, what the line says
     "journal damaged": ("predictions_baseline.jsonl", '{"run": {}}\nnonsense\n', "line 2: is damaged"),
-    "journal empty": ("predictions_baseline.jsonl", "", "line 1: names no run"),
+    "journal empty": ("predictions_baseline.jsonl", "", "line 1: is damaged"),
     "journal of another run": (
         "predictions_baseline.jsonl",
         json.dumps({"run": RUN | {"model": "other"}}) + "\n" + json.dumps(RECORD) + "\n",
@@ -82,7 +84,7 @@ OF_THE_ROUND = {  # what stands in round 1's way: file name, content, what the l
     "results an object": ("results.json", "{}", "is not a file of results"),
     "results of another run": (
         "results.json",
-        json.dumps([{"run": {"model": "other"}, "round": "false", "k": "50%"}]),
+        json.dumps([ENTRY | {"run": RUN | {"model": "other"}}]),
         'model "other"',
     ),
     "activations of another run": (

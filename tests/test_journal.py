@@ -106,7 +106,7 @@ def test_every_cut(tmp_path, whole, capsys, fast_disk):
     for cut in range(len(whole) + 1):
         (tmp_path / NAME).write_bytes(whole[:cut])
         if cut < ends[1]:  # never seen: the file appears with its first batch
-            with pytest.raises(UserError, match="line 1: names no run"):
+            with pytest.raises(UserError, match="line 1: is damaged"):
                 open_journal(tmp_path)
             go_on(tmp_path, overwrite=True)
         else:
