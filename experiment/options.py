@@ -104,13 +104,13 @@ def parse(argv, doc, masks):
     if "list_saes" in given:
         print(catalogue.list_saes(given["list_saes"]))
         sys.exit(0)
-    chosen = defaults | given
+    if (ROOT / "token.txt").is_file():
+        defaults["token_file"] = ROOT / "token.txt"
+    chosen = defaults | given | _settle_names(given, defaults)
     chosen |= {name: tuple(dict.fromkeys(chosen[name])) for name in ("ranking", "k")}  # each once
-    _check(Options(**chosen))
-    options = Options(**(chosen | _settle_names(given, defaults)))
-    token_file = ROOT / "token.txt" if (ROOT / "token.txt").is_file() else None
-    folder = options.output_dir or _name_output_dir(options)
-    return dataclasses.replace(options, output_dir=folder, token_file=options.token_file or token_file)
+    options = Options(**chosen)
+    _check(options)
+    return dataclasses.replace(options, output_dir=options.output_dir or _name_output_dir(options))
 
 
 def _build_parser(doc, masks, defaults):
