@@ -155,6 +155,14 @@ def test_files_of_another_round(case, refused, tmp_path, monkeypatch):
     assert str(tmp_path / name) in refused("baseline", [], says)
 
 
+def test_results_of_another_run_beside_its_journal(refused, tmp_path):
+    """They make way only for the run whose journal is there: one that an interrupted --overwrite left."""
+    other = RUN | {"model": "other"}
+    write(tmp_path / "predictions_baseline.jsonl", json.dumps({"run": other}) + "\n" + json.dumps(RECORD) + "\n")
+    write(tmp_path / "results.json", json.dumps([ENTRY | {"run": other}]))
+    refused("baseline_after_false", [], "results.json: is of another run")
+
+
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_templates(case, refused, tmp_path):
     content, says = TEMPLATES[case]

@@ -261,6 +261,14 @@ def test_another_run(tmp_path, process, changed, says):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("field", ["limit", "sample", "seed", "ranking_seed", "masked", "k", "activations"])
+def test_another_selection(tmp_path, field):
+    """What need not agree where a file of activations is read makes another journal."""
+    open_journal(tmp_path, run=RUN | {field: 7}).append(RECORDS)
+    with pytest.raises(UserError, match=f"is of another run .{field} 7, now 8"):
+        open_journal(tmp_path, run=RUN | {field: 8})
+
+
 def test_same_run(tmp_path):
     """What is only for readers may differ, and what the SAE says may be unknown yet. The file's run stays."""
     found = RUN | LATE | {"versions": {"torch": "1"}, "device": "cpu"}
