@@ -12,7 +12,7 @@ import common
 from experiment import answers, passes, prompts, questions, rankings, splice
 from experiment.estimates import shared_percent
 
-COUNT = 60
+COUNT = 36
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_answers_and_rankings(demo, asked, size, share):
                 assert len(ours[name]) == len(active) // 2 > 0
                 assert_same_latents(ours[name], theirs[name], theirs["scores"])
             exact += ours["topk"] == theirs["topk"] and ours["bottomk"] == theirs["bottomk"]
-    assert ranked >= 50 and exact >= 0.95 * ranked
+    assert ranked >= 30 and exact >= 0.95 * ranked
 
 
 def test_latents_of_known_answers(demo, ranked, sequences):
@@ -414,7 +414,7 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
         with torch.no_grad(), splice.hooked(double.model, double.hook_name, replace) as lm:
             return lm(torch.tensor([ids] * len(ids)), logits_to_keep=1).logits[:, -1].softmax(-1)[:, token]
 
-    for latent in scores.topk(3).indices.tolist():
+    for latent in scores.topk(2).indices.tolist():
         slopes = (probabilities(latent, 0.01) - probabilities(latent, -0.01)) / 0.02  # dP/dH * H at each position
         assert scores[latent].item() == pytest.approx(slopes.relu().mean().item(), rel=0.01)
 
@@ -423,6 +423,7 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
 def test_rankings_in_half_precision(demo, sequences, dtype):
     model, _ = demo
     half, _ = load("--dtype", dtype)
+    sequences = sequences[:20]
     found = answers.answer(half, [s.prompt for s in sequences], range(len(sequences)), 50)
     same = [(s, a) for s, a in zip(sequences, found) if s.generated == a.tokens]
     assert len(same) >= 0.95 * len(sequences)
