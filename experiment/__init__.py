@@ -22,6 +22,15 @@ def say(text):
 
 
 @contextlib.contextmanager
+def os_errors(what):
+    """Tells in one line why a file cannot be read or written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} ({error.strerror})") from None
+
+
+@contextlib.contextmanager
 def own_mistakes():
     """For work that processes share: a mistake shows in one of them alone, and that one has to tell it."""
     try:

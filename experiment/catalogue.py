@@ -74,54 +74,42 @@ def is_transcoder(release):
     return "transcoder" in release or "transcoder" in (sae_table()[release].get("conversion_func") or "")
 
 
-def find_sae(release, sae_id, model, default_id):
-    """The model and the id of an SAE in the table. Raises UserError where they are not there or not of each other.
-
-    sae_id, model: None or empty where the release is to say them.  default_id: for a release of several SAEs, or None.
-    """
+def find_sae(release, sae_id):
+    """The model of a release in the table, and the id of its SAE, which may be empty where it has only one."""
     if release not in sae_table():
         raise UserError(f"--sae-release {release}: not in SAELens' table, nor a folder{nearest(release, sae_table())}")
     if is_transcoder(release):
         raise UserError(f"--sae-release {release}: holds transcoders, not SAEs: they read one place and write another")
-    ids, its_model = [sae["id"] for sae in sae_table()[release]["saes"]], sae_table()[release]["model"]
-    sae_id = sae_id or default_id or (ids[0] if len(ids) == 1 else None)
-    if sae_id is None:
+    ids = _ids_of(release)
+    if not sae_id and len(ids) > 1:
         raise UserError(f"--sae-release {release}: holds {len(ids)} SAEs: give --sae-id (--list-saes {release})")
-    if sae_id not in ids:
+    if sae_id and sae_id not in ids:
         raise UserError(f"--sae-id {sae_id}: not in release {release}{nearest(sae_id, ids)}")
-    if model and not same_model(model, its_model):
-        raise UserError(f"--sae-release {release}: belongs to {its_model}, not to {model}")
-    return model or its_model, sae_id
+    return sae_table()[release]["model"], sae_id or ids[0]
+
+
+def _ids_of(release):
+    return [sae["id"] for sae in sae_table()[release]["saes"]]
 
 
 def list_saes(word):
     """The instruction-tuned releases with `word` in their name or their model's, or all ids of the one of that name."""
-    releases = [
-        release
+    models = {
+        release: entry["model"]
         for release, entry in sae_table().items()
         if INSTRUCTION_TUNED.search(entry["model"]) and not is_transcoder(release)
+    }
+    if word in models:
+        return "\n".join(_ids_of(word))
+    lines = [
+        f"{release:<32} {model:<36} {len(_ids_of(release)):>4}  {_ids_of(release)[0]}"
+        for release, model in models.items()
+        if word.lower() in f"{release} {model}".lower()
     ]
-    if word in releases:
-        return "\n".join(sae["id"] for sae in sae_table()[word]["saes"])
-    lines = [["release", "model", "SAEs", "layers", "widths"]]
-    for release in releases:
-        if word.lower() in f"{release} {sae_table()[release]['model']}".lower():
-            lines.append(_describe(release))
-    if len(lines) == 1:
+    if not lines:
         return f"No instruction-tuned release in SAELens' table has {word!r} in its name."
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join([*rows, "", "--list-saes RELEASE prints a release's ids."])
-
-
-def _describe(release):
-    """A release's line in the list, as its ids name layers and widths."""
-    model, ids = sae_table()[release]["model"], [sae["id"] for sae in sae_table()[release]["saes"]]
-    layers = sorted({int(n) for name in ids for n in re.findall(r"(?:layer_|blocks\.)([0-9]+)", name)})
-    widths = {width for name in ids for width in re.findall(r"width_([0-9]+[km])", name)}
-    widths = sorted(widths, key=lambda width: int(width[:-1]) * {"k": 1_000, "m": 1_000_000}[width[-1]])
-    span = ", ".join(map(str, layers)) if len(layers) < 8 else f"{layers[0]} to {layers[-1]} ({len(layers)})"
-    return [release, model, str(len(ids)), span, ", ".join(widths) or "one"]
+    head = f"{'release':<32} {'model':<36} SAEs  the first one's id"
+    return "\n".join([head, *lines, "", "--list-saes RELEASE prints a release's ids."])
 
 
 def neuronpedia_page(release, sae_id, latent):

@@ -1,6 +1,7 @@
 """Means with their 95% intervals, drops between paired answers, statistics of rankings. Knows nothing of models."""
 
 import collections
+import warnings
 
 import numpy as np
 
@@ -16,13 +17,12 @@ def collect_columns(records, samples):
     """{metric: a score for each question}; of log probabilities the mean over the answer's tokens, and the others'."""
     columns = {metric: [record[metric] for record in records] for metric in ("em", "f1", "accuracy", "named")}
     if all("log_probs" in record for record in records) and all("inside" in sample for sample in samples):
-        columns |= {"answer_log_prob": [], "format_log_prob": []}
+        columns |= {name: [] for name in DROP_ONLY}
         for record, sample in zip(records, samples):
-            parts = [], []
-            for place, value in enumerate(record["log_probs"]):
-                parts[place not in sample["inside"]].append(value)
-            for name, values in zip(("answer_log_prob", "format_log_prob"), parts):
-                columns[name].append(sum(values) / len(values) if values else float("nan"))
+            log_probs = np.array(record["log_probs"])
+            inside = np.isin(np.arange(len(log_probs)), sample["inside"])
+            for name, part in zip(DROP_ONLY, (log_probs[inside], log_probs[~inside])):
+                columns[name].append(_mean(part))
     return columns
 
 
@@ -33,24 +33,21 @@ def bootstrap(columns, contexts, resamples=10_000, seed=0):
     contexts: a key for each question. Questions on one context are not independent, so contexts are drawn, with all
     their questions (a cluster bootstrap: Davison & Hinkley 1997, section 3.8). All columns see the same draws.
     NaN stands for a column in which no question counts. A draw in which none counts is left out of that column.
+    resamples: a multiple of 100.
     """
     columns = np.asarray(columns, dtype=float)
     counted = ~np.isnan(columns)
-    _, group = np.unique(np.asarray(contexts), return_inverse=True)  # [question] -> number of its context
-    groups = group.max() + 1
+    keys, group = np.unique(contexts, return_inverse=True)  # [context]; [question] -> number of its context
+    groups = max(1, len(keys))  # without any question, one context of none
     sums, sizes = np.zeros((2, groups, columns.shape[1]))  # [context, column] each
     np.add.at(sums, group, np.where(counted, columns, 0))
     np.add.at(sizes, group, counted)
-    rng = np.random.default_rng(seed)
-    means, part = [], max(1, 1_000_000 // groups)  # in parts: [resamples, contexts] need not fit in memory
-    for start in range(0, resamples, part):
-        times = rng.multinomial(groups, np.full(groups, 1 / groups), size=min(part, resamples - start))
-        with np.errstate(invalid="ignore"):  # 0 / 0 where no question counts
+    rng, means = np.random.default_rng(seed), []
+    with warnings.catch_warnings(action="ignore"):  # 0 / 0 where no question counts, in a draw or in all
+        for _ in range(resamples // 100):  # in parts: [resamples, contexts] need not fit in memory
+            times = rng.multinomial(groups, np.full(groups, 1 / groups), size=100)  # [draw, context]
             means.append((times @ sums) / (times @ sizes))
-    intervals = np.full((2, columns.shape[1]), np.nan)
-    some = counted.any(0)  # of nothing but NaN, nanpercentile would warn
-    intervals[:, some] = np.nanpercentile(np.concatenate(means)[:, some], [2.5, 97.5], axis=0)
-    return intervals
+        return np.nanpercentile(np.concatenate(means), [2.5, 97.5], axis=0)
 
 
 def summarize(columns, contexts):
@@ -70,11 +67,8 @@ def compare(unmasked, masked, contexts):
     Returns the summary of masked | {"clean": summary of unmasked, "drop": summary of unmasked - masked}. Those of
     DROP_ONLY are in the drop alone.
     """
-    drops = {
-        metric: np.asarray(unmasked[metric], dtype=float) - np.asarray(masked[metric], dtype=float)
-        for metric in masked
-        if metric in unmasked
-    }
+    both = [metric for metric in masked if metric in unmasked]
+    drops = {m: np.asarray(unmasked[m], dtype=float) - np.asarray(masked[m], dtype=float) for m in both}
     levels = [{m: c for m, c in columns.items() if m not in DROP_ONLY} for columns in (masked, unmasked)]
     after, before, drop = _summarize_each([*levels, drops], contexts)
     return after | {"clean": before, "drop": drop}
@@ -82,25 +76,20 @@ def compare(unmasked, masked, contexts):
 
 def _summarize_each(tables, contexts):
     """`summarize` of each, with one bootstrap for all: to draw the contexts is what takes time."""
-    n = len(contexts)
-    summaries = [{"n": n} | dict.fromkeys(columns) | {"intervals": dict.fromkeys(columns)} for columns in tables]
-    places = [(summary, metric) for summary, columns in zip(summaries, tables) for metric in columns]
-    scores = [np.asarray(column, dtype=float) for columns in tables for column in columns.values()]
-    intervals = bootstrap(np.stack(scores, axis=1), contexts).T if n and scores else []
-    for (summary, metric), column, interval in zip(places, scores, intervals):
-        counted = column[~np.isnan(column)]
-        if len(counted):
-            summary[metric] = float(METRICS[metric] * counted.mean())
-            summary["intervals"][metric] = (METRICS[metric] * interval).tolist()
-        if len(counted) < n:
-            summary.setdefault("counted", {})[metric] = len(counted)
+    tables = [{m: METRICS[m] * np.asarray(c, dtype=float) for m, c in columns.items()} for columns in tables]
+    scores = [column for columns in tables for column in columns.values()]
+    intervals = iter(bootstrap(np.stack(scores, axis=1), contexts).T.tolist())
+    summaries, n = [], len(contexts)
+    for columns in tables:
+        summary = {"n": n} | dict.fromkeys(columns) | {"intervals": dict.fromkeys(columns)}
+        for (metric, column), interval in zip(columns.items(), intervals):
+            counted = column[~np.isnan(column)]
+            if len(counted):
+                summary[metric], summary["intervals"][metric] = _mean(counted), interval
+            if len(counted) < n:
+                summary.setdefault("counted", {})[metric] = len(counted)
+        summaries.append(summary)
     return summaries
-
-
-def shared_percent(a, b):
-    """How many latents two lists have in common, in percent of their mean length (0 where both are empty)."""
-    length = len(a) + len(b)
-    return 200 * len(np.intersect1d(a, b)) / length if length else 0.0
 
 
 def latent_statistics(samples, contexts):
@@ -111,29 +100,23 @@ def latent_statistics(samples, contexts):
 
     samples: dicts with active, topk, bottomk.  contexts: a key for each.
     """
-    counts, by_context = collections.Counter(), collections.defaultdict(list)
-    for sample, context in zip(samples, contexts):
-        by_context[context].append(sample)
-        counts.update(_at_half(sample, "topk"))
-    shared, possible = dict.fromkeys(MASKS, 0), dict.fromkeys(MASKS, 0)
-    for group in by_context.values():
-        for name in MASKS:
-            # A latent that n lists have is shared by n (n - 1) / 2 pairs.
-            _, times = np.unique(np.concatenate([_at_half(sample, name) for sample in group]), return_counts=True)
-            shared[name] += (times * (times - 1) / 2).sum()
-            possible[name] += (len(group) - 1) * times.sum() / 2
-    active = [len(sample["active"]) for group in by_context.values() for sample in group]
+    questions, same_context = collections.Counter(contexts), {}
+    for name in MASKS:
+        lists = [(context, _at_half(sample, name)) for context, sample in zip(contexts, samples)]
+        times = collections.Counter((context, latent) for context, latents in lists for latent in latents)
+        # Ordered pairs of questions: a latent that n lists on a context have is shared by n (n - 1) of them.
+        shared = sum(n * (n - 1) for n in times.values())
+        possible = sum((questions[context] - 1) * len(latents) for context, latents in lists)
+        same_context[name] = 100 * shared / possible if possible else None
+    counts = collections.Counter(latent for sample in samples for latent in _at_half(sample, "topk"))
+    most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]
+    active = [len(sample["active"]) for sample in samples]
     return {
         "n": len(active),
         "active": _mean(active),
         "k_at_50%": _mean([number // 2 for number in active]),
-        "same_context_percent": {
-            name: float(100 * shared[name] / possible[name]) if possible[name] else None for name in MASKS
-        },
-        "most_frequent_topk": [
-            {"latent": latent, "questions": count}
-            for latent, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]
-        ],
+        "same_context_percent": same_context,
+        "most_frequent_topk": [{"latent": latent, "questions": count} for latent, count in most],
     }
 
 
@@ -150,10 +133,15 @@ def ranking_overlap(samples, others):
     }
 
 
+def shared_percent(a, b):
+    """How many latents two lists have in common, in percent of their mean length (0 where both are empty)."""
+    return 200 * len({*a} & {*b}) / max(1, len(a) + len(b))
+
+
 def _at_half(sample, name):
     """The part of a stored list that K = 50% masks: the lists themselves may be longer."""
     return sample[name][: len(sample["active"]) // 2]
 
 
 def _mean(values):
-    return float(np.mean(values)) if values else None
+    return float(np.mean(values)) if len(values) else None

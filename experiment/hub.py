@@ -10,11 +10,28 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub import errors
 from safetensors import SafetensorError
 
 from experiment import UserError, catalogue
 from experiment.options import ROOT, bundled
+
+TOKEN = "(token.txt, HF_TOKEN or `hf auth login`)"
+REFUSED = f"the Hub refused the token, or the name: check both {TOKEN}"
+NOWHERE = "there is no such repository on the Hub, or it is private and the token is not allowed in"
+UNREACHABLE = "is not on this machine and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE)"
+# What to do about an error, by the first of these that stands in the names of its classes, in its text, or in those of
+# its causes. A gated repository is a kind of one that is not found, and a refused token is reported as one.
+ADVICE = {
+    "GatedRepoError": f"is gated: accept its licence on its Hub page, then give a token of that account {TOKEN}",
+    "401 Client Error": REFUSED,
+    "401 Unauthorized": REFUSED,
+    "RepositoryNotFoundError": NOWHERE,
+    "DatasetNotFoundError": NOWHERE,
+    "LocalEntryNotFoundError": UNREACHABLE,
+    "OfflineModeIsEnabled": UNREACHABLE,
+    "ConnectionError": UNREACHABLE,
+    "HTTPError": UNREACHABLE,  # of the HTTP library, which the Hub's libraries do not always wrap
+}
 
 
 @contextlib.contextmanager
@@ -29,35 +46,20 @@ def hub_errors(name):
         expected = isinstance(error, kinds) or type(error).__module__.startswith("datasets")
         if not expected or folders <= {ROOT, ROOT / "experiment"}:  # no library has a part in it
             raise  # a bug of ours
-        chain = [error]
-        while cause := chain[-1].__cause__ or chain[-1].__context__:
-            chain.append(cause)
-        raise UserError(f"{name}: {_advise(chain)}") from error
+        raise UserError(f"{name}: {_advise(error)}") from error
 
 
-def _advise(chain):
-    """What to do about an error of the Hub's libraries, given with its causes."""
-
-    def among(*types):
-        return any(isinstance(link, types) for link in chain)
-
-    # A broken connection comes up as the HTTP library's own error, which the Hub's libraries do not always wrap.
-    broken = any(type(link).__module__.startswith("http") for link in chain)
-    status = next((r.status_code for link in chain if (r := getattr(link, "response", None)) is not None), None)
-    # A gated repository is a kind of repository that is not found, so it has to be asked for first.
-    if among(errors.GatedRepoError):
-        return (
-            "is gated: accept its licence on its Hub page, then give a token of that account "
-            "(token.txt, HF_TOKEN or `hf auth login`)"
-        )
-    if status == 401 or "401 Client Error" in str(chain[0]):
-        return "the Hub refused the token, or the name: check both (token.txt, HF_TOKEN or `hf auth login`)"
-    if among(errors.RepositoryNotFoundError) or type(chain[0]).__name__ == "DatasetNotFoundError":
-        return "there is no such repository on the Hub, or it is private and the token is not allowed in"
-    if broken or among(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
-        return "is not on this machine and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE)"
-    wrapped = type(chain[0]).__name__ == "DatasetGenerationError"  # which says nothing itself
-    return str(chain[1 if wrapped else 0]).strip().split("\n")[0]
+def _advise(error):
+    """What to do about an error of the Hub's libraries."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    seen = " ".join(f"{link} {type(link).__mro__}" for link in chain)
+    for sign, advice in ADVICE.items():
+        if sign in seen:
+            return advice
+    silent = type(error).__name__ == "DatasetGenerationError"  # says nothing itself
+    return str(chain[1] if silent else error).strip().split("\n")[0]
 
 
 def prepare_libraries(options):

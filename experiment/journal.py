@@ -3,7 +3,9 @@
 import json
 import os
 
-from experiment import UserError, own_mistakes, results, say
+from experiment import UserError, os_errors, own_mistakes, results, say
+
+FIELDS = (*results.COMPARED, *results.SELECTED)  # of a run: another value makes another journal
 
 
 class Journal(dict):
@@ -26,31 +28,28 @@ class Journal(dict):
         super().__init__()
         self.path, self.run = path, dict(run)
         self._own = path if process == 0 else path.with_name(f"{path.stem}.part{process}{path.suffix}")
-        self._own_end = None  # where its last whole record ends, in bytes; None: the next batch makes the file (anew)
-        if not overwrite:
-            for file in filter(os.path.exists, [path, *self._find_parts()]):
-                if self._read(file):
-                    say(f"{file}: its last line was cut off while it was written; that question is asked again")
-        elif process == 0:
+        self._is_whole = False  # whether our own file ends with a whole line that was written here
+        if overwrite and process == 0:
             self._remove_parts()
+        for file in [] if overwrite else filter(os.path.exists, [path, *self._find_parts()]):
+            if self._read(file):
+                say(f"{file}: its last line was cut off while it was written; that question is asked again")
 
     @own_mistakes()
     def append(self, records):
         """Writes the records that are not there yet, and syncs them to disk."""
         fresh = {record["id"]: record for record in records if record["id"] not in self}
-        if fresh and self._own_end is None:
-            self._write_own(fresh)
-        elif fresh:
-            try:
-                with open(self._own, "r+b") as file:
-                    file.seek(self._own_end)
-                    file.truncate()  # a line that was cut off
-                    file.writelines(map(_to_line, fresh.values()))
-                    file.flush()
-                    os.fsync(file.fileno())
-                    self._own_end = file.tell()
-            except OSError as error:
-                raise UserError(f"{self._own}: cannot be written ({error.strerror})") from None
+        if not fresh:
+            return
+        if self._is_whole:
+            self._is_whole = False
+            with os_errors(f"{self._own}: cannot be written"), open(self._own, "ab") as file:
+                file.writelines(map(_to_line, fresh.values()))
+                file.flush()
+                os.fsync(file.fileno())
+        else:  # anew, with all that is known: what is there is another run's, or its last line is cut off
+            self._write_own({**self, **fresh})
+        self._is_whole = True
         self.update(fresh)
 
     def finish(self, ids):
@@ -59,15 +58,14 @@ class Journal(dict):
         For process 0. The file has the same bytes however the work was interrupted or shared. Raises UserError where
         a record is missing.
         """
-        parts, order = self._find_parts(), list(self)
-        for part in parts:
+        for part in self._find_parts():
             self._read(part)
         if missing := [question_id for question_id in ids if question_id not in self]:
             raise UserError(f"{self.path}: lacks {len(missing)} records ({missing[0]!r}): the same command goes on")
         records = {question_id: self[question_id] for question_id in ids}
         self.clear()
         self.update(records)
-        if parts or order != list(self) or self._own_end is None or self._own_end < self.path.stat().st_size:
+        if not self.path.exists() or self.path.read_bytes() != self._to_bytes(self):
             self._write_own(self)
         self._remove_parts()
 
@@ -83,49 +81,41 @@ class Journal(dict):
         for path in self._find_parts(""):  # and what write_whole() left beside a part when it was killed
             path.unlink(missing_ok=True)
 
+    def _to_bytes(self, records):
+        return b"".join(map(_to_line, [{"run": self.run}, *records.values()]))
+
     def _write_own(self, records):
         with results.write_whole(self._own, "wb") as file:
-            file.writelines(map(_to_line, [{"run": self.run}, *records.values()]))
-            end = file.tell()
-        self._own_end = end
+            file.write(self._to_bytes(records))
 
     def _read(self, path):
         """Takes over a file's records, where none before it had them. Returns whether its last line was cut off."""
-        run, records, end = None, {}, 0
+        records, number = {}, 1
         try:
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if not line.endswith(b"\n"):
-                        break
-                    if number == 1:
-                        run = _parse(line, {"run": results.OBJECT})["run"]
-                    else:
-                        record = _parse(line, results.RECORD)
-                        if records.setdefault(record["id"], record) is not record:
-                            raise ValueError("its id stands twice")
-                    end += len(line)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+            with os_errors(f"{path}: cannot be read"):
+                *lines, cut_off = path.read_bytes().split(b"\n")
+            run = _parse(lines[0] if lines else b"{}", {"run": results.OBJECT})["run"]
+            for line in lines[1:]:
+                number += 1
+                record = _parse(line, results.RECORD)
+                if records.setdefault(record["id"], record) is not record:
+                    raise ValueError("its id stands twice")
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: is damaged ({error}): remove that line, or --overwrite") from None
-        if run is None:
-            raise UserError(f"{path}, line 1: names no run: this is no journal; remove it, or --overwrite")
-        results.refuse_other_run(path, run, self.run, (*results.COMPARED, *results.SELECTED))
+            damaged = "that line" if number > 1 else "the file"
+            raise UserError(f"{path}, line {number}: is damaged ({error}): remove {damaged}, or --overwrite") from None
+        results.refuse_other_run(path, run, self.run, FIELDS)
         if not self:
             self.run = run
-        if path == self._own:
-            self._own_end = end
         self.update({**records, **self})
-        return not line.endswith(b"\n")
+        return bool(cut_off)
 
 
 def is_begun(path, run):
     """Whether the file at `path` is a journal of this run."""
     try:
         with open(path, "rb") as file:
-            found = json.loads(file.readline())["run"]
-        return not results.differences(found, run, (*results.COMPARED, *results.SELECTED))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return not results.differences(_parse(file.readline(), {"run": results.OBJECT})["run"], run, FIELDS)
+    except (OSError, ValueError, RecursionError):
         return False
 
 

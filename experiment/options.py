@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment import UserError, catalogue
+from experiment.rankings import RANKINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = {  # what --demo changes
@@ -48,6 +49,7 @@ def option(default, help, **settings):
 
 
 NUMBER = {"type": positive, "metavar": "N"}
+NAMES = {"choices": RANKINGS, "nargs": "+", "metavar": "NAME"}
 KS = {"type": latents_to_mask, "nargs": "+"}  # of rounds 2 and 3
 
 
@@ -70,7 +72,7 @@ class Options:
     ablation: str = option(
         "zero", "mean: masked latents get their mean (give it in round 1 too)", choices=("zero", "mean")
     )
-    ranking: tuple[str, ...] = option(("baseline",), "what to rank latents by, one or more", nargs="+", metavar="NAME")
+    ranking: tuple[str, ...] = option(("baseline",), "what to rank latents by: %(choices)s", **NAMES)
     activations: Path | None = option(None, "round 1's file (default: activations_RANKING.json)", type=Path)
     k: tuple[str, ...] = option(("50%",), "latents to mask: numbers, or percentages of the active ones; 0: none", **KS)
     output_dir: Path | None = option(None, "for all files (default: runs/demo, or runs/MODEL/RELEASE/ID)", type=Path)
@@ -102,31 +104,27 @@ def parse(argv, doc, masks):
     if "list_saes" in given:
         print(catalogue.list_saes(given["list_saes"]))
         sys.exit(0)
-    chosen = defaults | given
+    if (ROOT / "token.txt").is_file():
+        defaults["token_file"] = ROOT / "token.txt"
+    chosen = defaults | given | _settle_names(given, defaults)
     chosen |= {name: tuple(dict.fromkeys(chosen[name])) for name in ("ranking", "k")}  # each once
-    _check(Options(**chosen))
-    options = Options(**(chosen | _settle_names(given, defaults)))
-    token_file = ROOT / "token.txt" if (ROOT / "token.txt").is_file() else None
-    folder = options.output_dir or _name_output_dir(options)
-    return dataclasses.replace(options, output_dir=folder, token_file=options.token_file or token_file)
+    options = Options(**chosen)
+    _check(options)
+    return dataclasses.replace(options, output_dir=options.output_dir or _name_output_dir(options))
 
 
 def _build_parser(doc, masks, defaults):
-    from experiment.rankings import RANKINGS
-
     raw = argparse.RawDescriptionHelpFormatter
     # SUPPRESS: an option that is not given is absent, so that a release can say its model.
     parser = _Parser(description=doc, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Options):
         default, settings = defaults[field.name], dict(field.metadata)
-        if field.name == "ranking":
-            settings |= {"choices": tuple(RANKINGS), "help": f"{settings['help']}: {', '.join(RANKINGS)}"}
         if default is False:
             settings["action"] = "store_true"
         elif default is not None:
-            settings["help"] += f" (default: {' '.join(default) if isinstance(default, tuple) else default or 'none'})"
+            shown = " ".join(default) if isinstance(default, tuple) else str(default) or "none"
+            settings["help"] += f" (default: {shown})".replace("%", "%%")
         if field.name != "k" or masks:
-            settings["help"] = settings["help"].replace("%", "%%")
             parser.add_argument("--" + field.name.replace("_", "-"), **settings)
     text = "print the instruction-tuned releases in SAELens' table (with WORD in their name), and stop"
     parser.add_argument("--list-saes", nargs="?", const="", metavar="WORD", help=text)
@@ -153,17 +151,16 @@ def _settle_names(given, defaults):
     """Model and SAE id where the release says them. Refuses names that do not belong together. Downloads nothing."""
     if not given.keys() & {"model", "sae_release", "sae_id"}:
         return {}
-    release, sae_id = given.get("sae_release", defaults["sae_release"]), given.get("sae_id", "")
+    release = given.get("sae_release", defaults["sae_release"])
+    sae_id = given.get("sae_id", defaults["sae_id"] if release == defaults["sae_release"] else "")
     on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", release) and release not in catalogue.sae_table()
     if on_hub or Path(bundled(release)).is_dir():
         return {"sae_id": sae_id}  # a folder, or a repository on the Hub, may hold one SAE that has no id
-    model = given.get("model", DEMO["model"] if "demo" in given else None)
-    of_demo = model == DEMO["model"]
-    default_id = defaults["sae_id"] if release == defaults["sae_release"] else None
-    model_of_release, sae_id = catalogue.find_sae(release, sae_id, None if of_demo else model, default_id)
-    if of_demo:
-        raise UserError(f"--sae-release {release}: belongs to {model_of_release}, not to {model}")
-    return {"model": model_of_release, "sae_id": sae_id}
+    its_model, sae_id = catalogue.find_sae(release, sae_id)
+    model = given.get("model", DEMO["model"] if "demo" in given else its_model)
+    if model == DEMO["model"] or not catalogue.same_model(model, its_model):
+        raise UserError(f"--sae-release {release}: belongs to {its_model}, not to {model}")
+    return {"model": model, "sae_id": sae_id}
 
 
 def _name_output_dir(options):

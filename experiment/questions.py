@@ -1,15 +1,17 @@
 """SQuAD questions in, scores out. Knows nothing of models."""
 
 import collections
-import dataclasses
 import hashlib
 import json
 import random
 import re
 import string
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from experiment import UserError
+from experiment import UserError, os_errors
+from experiment.results import load_json, parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +30,18 @@ def load(dataset, split):
     nested form), or a local folder or Hub data set with SQuAD's columns, of which `split` is read.
     Raises UserError, naming the row, for anything that is not a question, and for an id that stands twice.
     """
-    questions, unanswerable, sha = [], 0, hashlib.sha256()
-    ids, contexts = set(), {}
+    questions, ids, sha = [], set(), hashlib.sha256()
     for where, row in _read_rows(dataset, split):
-        question = _check(row, f"{dataset}, {where}")
+        question = _make_question(row, f"{dataset}, {where}")
         if question.id in ids:
             raise UserError(f"{dataset}, {where}: the id {question.id!r} stands twice")
         ids.add(question.id)
-        if not question.truths:
-            unanswerable += 1
-            continue
-        # SQuAD asks five questions on a context: they share one string.
-        context = contexts.setdefault(question.context, question.context)
-        questions.append(dataclasses.replace(question, context=context))
-        sha.update(json.dumps([question.id, question.context, question.question, question.truths]).encode())
+        if question.truths:
+            questions.append(question)
+            sha.update(json.dumps([question.id, question.context, question.question, question.truths]).encode())
     if not questions:
-        forms = " (its form must be a list of questions, or SQuAD's nested one)" if dataset.endswith(".json") else ""
-        raise UserError(f"{dataset}: no question with a ground truth in it{forms}")
-    return questions, unanswerable, sha.hexdigest()
+        raise UserError(f"{dataset}: no question with a ground truth in it")
+    return questions, len(ids) - len(questions), sha.hexdigest()
 
 
 def is_local(dataset):
@@ -55,40 +51,30 @@ def is_local(dataset):
 
 def _read_rows(dataset, split):
     """Yields (where, row), the row with SQuAD's columns unless the data set is wrong."""
-    if not is_local(dataset):
+    if dataset.endswith(".jsonl"):
+        with os_errors(f"{dataset}: cannot be read"), open(dataset, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"line {number}", parse_json(line, f"{dataset}, line {number}")
+        return
+    if dataset.endswith(".json"):
+        rows = load_json(Path(dataset))
+        if not isinstance(rows, list):
+            yield from _flatten(dataset, rows)
+            return
+    else:
         import datasets  # slow to import, and a file does not need it
 
         rows = datasets.load_dataset(dataset, split=split or None)
         if isinstance(rows, dict):
             raise UserError(f"{dataset}: has the splits {', '.join(map(str, rows))}: give one as --split")
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-        return
-    number = 0  # of the line that is being read
-    try:
-        with open(dataset, encoding="utf-8") as file:
-            if dataset.endswith(".json"):
-                yield from _read_json(dataset, json.load(file))
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"line {number}", json.loads(line)
-    except OSError as error:
-        raise UserError(f"{dataset}: cannot be read ({error.strerror}): check --dataset") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{dataset}: is not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        line = f", line {number}" if number else ""
-        raise UserError(f"{dataset}{line}: is not JSON ({error})") from None
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _read_json(path, content):
-    """Yields (where, row) of a list of rows, or of SQuAD's nested form."""
-    if isinstance(content, list):
-        yield from ((f"row {number}", row) for number, row in enumerate(content, 1))
-    if not isinstance(content, dict):
-        return
+def _flatten(path, content):
+    """Yields (where, row) of SQuAD's nested form."""
     try:
-        for article in content.get("data", []):
+        for article in content["data"]:
             for paragraph in article["paragraphs"]:
                 for qa in paragraph["qas"]:
                     # SQuAD v2.0's unanswerable questions have answers that are only plausible.
@@ -99,20 +85,20 @@ def _read_json(path, content):
         raise UserError(f"{path}: is neither a list of questions nor in SQuAD's nested form ({error!r})") from None
 
 
-def _check(row, where):
+def _make_question(row, where):
     try:
         truths = row["answers"]["text"]
-        question = Question(row["id"], row["context"], row["question"], tuple(truths))
+        texts = [row["id"], row["context"], row["question"], *truths]
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{where}: lacks one of SQuAD's columns id, context, question, answers.text ({error})"
         ) from None
-    texts = (question.id, question.context, question.question, *question.truths)
     if not isinstance(truths, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: id, context, question and the answers' texts must be strings")
     if any(re.search(r"[\ud800-\udfff]", text) for text in texts):
         raise UserError(f"{where}: holds half a character (a lone surrogate)")
-    return question
+    # SQuAD asks five questions on a context: interned, they share one string.
+    return Question(row["id"], sys.intern(row["context"]), row["question"], tuple(truths))
 
 
 def select(questions, limit=None, sample=None, seed=42):

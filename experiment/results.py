@@ -12,7 +12,7 @@ from pathlib import Path
 
 import filelock
 
-from experiment import UserError
+from experiment import UserError, os_errors
 
 # What changes a result by design. Versions, device and batch size are in a run too, for readers, and not compared.
 COMPARED = (
@@ -48,10 +48,8 @@ def refuse_other_run(path, found, wanted, fields):
 
 def make_folder(path):
     """Makes the output folder where it is missing, and returns it."""
-    try:
+    with os_errors(f"--output-dir {path}: cannot be made"):
         Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {path}: cannot be made ({error.strerror})") from None
     return Path(path)
 
 
@@ -60,40 +58,43 @@ def lock(folder):
 
     The kernel releases it too when this process ends, however it does.
     """
-    try:
-        return filelock.FileLock(Path(folder) / ".lock").acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"{folder}: another round is writing here: wait for it, or give another --output-dir") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+    with os_errors(f"{folder}: cannot be written"):
+        try:
+            return filelock.FileLock(Path(folder) / ".lock").acquire(timeout=0)
+        except filelock.Timeout:
+            says = f"{folder}: another round is writing here: wait for it, or give another --output-dir"
+            raise UserError(says) from None
 
 
 @contextlib.contextmanager
 def write_whole(path, mode="w"):
     """A file that appears at `path` whole when the block ends, or not at all: written beside, synced, moved."""
     beside = path.with_name(path.name + ".part")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-        with open(beside, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        with os_errors(f"{path}: cannot be written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, mode, **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
 
 
 def load_json(path):
+    with os_errors(f"{path}: cannot be read"):
+        return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text, where):
+    """The value in a JSON text, or in its bytes. where: what names it if it is none."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{where}: is not JSON ({error})") from None
 
 
 # What the files hold: {field: (a test of its value, what it is a test for)}. A field with a ? may be missing.
@@ -188,12 +189,11 @@ def write_results(path, entries):
 def read_results(path, run, overwrite):
     """The entries of results.json, of any ranking. Those of another run are refused, or left out if `overwrite`."""
     entries, fields = load_json(path) if path.exists() else [], [field for field in COMPARED if field != "ranking"]
-    if not isinstance(entries, list) or any(find_problem(entry, {"run": OBJECT}) for entry in entries):
+    if not isinstance(entries, list):
         raise UserError(f"{path}: is not a file of results: move it away")
-    for entry in [] if overwrite else entries:
-        refuse_other_run(path, entry["run"], run, fields)
-    entries = [entry for entry in entries if not differences(entry["run"], run, fields)]
     for entry in entries:
         if problem := find_problem(entry, ENTRY):
             raise UserError(f"{path}: holds an entry that is damaged ({problem}): move the file away")
-    return entries
+        if not overwrite:
+            refuse_other_run(path, entry["run"], run, fields)
+    return [entry for entry in entries if not differences(entry["run"], run, fields)]

@@ -58,6 +58,14 @@ from experiment import guard, questions  # noqa: E402
 from experiment import options as command_line  # noqa: E402
 from experiment.hub import prepare_libraries  # noqa: E402
 
+LONGEST = ("rounds", "faults", "oracle", "families", "loading", "benchmarks", "readme")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that two workers with a file each at a time end together."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture
 def hub():

@@ -1,15 +1,16 @@
 """README's benchmark commands at a tiny size: every row and column of the table is there, with figures that can be."""
 
+import contextlib
+import io
 import math
-import os
 import re
-import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
-from experiment import UserError
+from experiment import UserError, guard
 
 COMMANDS = {
     "demo": ("--demo", "--questions", "16", "--naive-questions", "2", "--repeats", "1"),
@@ -29,22 +30,22 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def printed():
-    """What the commands print, run side by side: most of it is the time that imports take."""
-    processes = {
-        name: subprocess.Popen(
-            [sys.executable, "benchmarks/throughput.py", *arguments],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},  # two threads each would wait for each other's processors
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name, arguments in COMMANDS.items()
-    }
-    found = {name: (*process.communicate(), process.returncode) for name, process in processes.items()}
-    for _, err, code in found.values():
-        assert code == 0, err
-    return {name: out for name, (out, *_) in found.items()}
+    """What the commands print, run in this process, which has the libraries loaded."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        patch.setenv("OMP_NUM_THREADS", "1")  # of the process that plain Transformers run in
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        import throughput
+
+        for name, arguments in COMMANDS.items():
+            patch.setattr(sys, "argv", ["throughput.py", *arguments])
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                assert guard(throughput.main) == 0
+            found[name] = out.getvalue()
+        torch.set_num_threads(threads)
+    return found
 
 
 def read_table(text):

@@ -190,6 +190,12 @@ def test_latent_statistics():
     assert found["active"] == pytest.approx(11 / 3) and found["k_at_50%"] == pytest.approx(5 / 3)
     assert found["same_context_percent"] == {"topk": 50, "bottomk": 100}
     assert estimates.latent_statistics(SAMPLES, ["x", "y", "z"])["same_context_percent"]["topk"] is None
+    # What questions on different contexts share does not count.
+    wider = estimates.latent_statistics([*SAMPLES, SAMPLES[0], SAMPLES[0]], ["x", "x", "y", "y", "z"])
+    assert wider["same_context_percent"] == {
+        "topk": pytest.approx(100 * 1 / (2 + 1.5)),
+        "bottomk": pytest.approx(100 * 2 / (2 + 1.5)),
+    }
     # Three on one context: each pair's shared latents over each pair's mean length, pooled.
     pooled = estimates.latent_statistics(SAMPLES, ["x"] * 3)["same_context_percent"]
     assert pooled == {"topk": pytest.approx(100 * (1 + 0 + 0) / (2 + 1.5 + 1.5)), "bottomk": pytest.approx(40)}

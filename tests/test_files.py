@@ -76,8 +76,8 @@ def with_latents(**changed):
 
 
 JOURNALS = {
-    "empty": ("", "line 1: names no run"),
-    "a torn first line": ('{"run": {}}', "line 1: names no run"),
+    "empty": ("", "line 1: is damaged (run is not an object): remove the file"),
+    "a torn first line": ('{"run": {}}', "line 1: is damaged (run is not an object): remove the file"),
     "no run": ("{}\n", "line 1: is damaged"),
     "run a number": ('{"run": 3}\n', "line 1: is damaged"),
     "damaged in the middle": ('{"run": {}}\nnonsense\n' + json.dumps(RECORD) + "\n", "line 2: is damaged"),
@@ -124,9 +124,9 @@ RESULTS = {
     "not utf-8": (b"\xff", "is not JSON"),
     "deep": ("[" * 100_000, "is not JSON"),
     "an object": ("{}", "is not a file of results"),
-    "a list of numbers": ("[1]", "is not a file of results"),
-    "no run": (json.dumps([without("run")]), "is not a file of results"),
-    "run a number": (with_entry(run=3), "is not a file of results"),
+    "a list of numbers": ("[1]", "holds an entry that is damaged (it is not an object)"),
+    "no run": (json.dumps([without("run")]), "holds an entry that is damaged (run is not"),
+    "run a number": (with_entry(run=3), "holds an entry that is damaged (run is not"),
     "no ranking": (with_entry(run=without("ranking", RUN)), "holds an entry that is damaged (run is not"),
     "no round": (json.dumps([without("round")]), "holds an entry that is damaged (round is not"),
     "round a number": (with_entry(round=2), "holds an entry that is damaged (round is not a text)"),
@@ -139,7 +139,7 @@ RESULTS = {
     "f1 a list": (with_entry(f1=[60.0]), "holds an entry that is damaged (f1 is not a number)"),
     "accuracy true": (with_entry(accuracy=True), "holds an entry that is damaged (accuracy is not a number)"),
     "no intervals": (json.dumps([without("intervals")]), "holds an entry that is damaged (intervals is not"),
-    "another run's": (json.dumps([UNMASKED, {"run": RUN | {"model": "other"}}]), 'model "other"'),
+    "another run's": (with_entry(run=RUN | {"model": "other"}), 'model "other"'),
 }
 
 

@@ -23,9 +23,9 @@ DATA = {  # name: (file name, content, what the line says)
     "id twice": ("d.jsonl", json.dumps(ROW) + "\n" + json.dumps(ROW), "line 2: the id '1' stands twice"),
     "all unanswerable": ("d.jsonl", json.dumps(ROW | {"answers": {"text": []}}), "no question with a ground truth"),
     "half a character": ("d.jsonl", json.dumps(ROW | {"id": "\ud800"}), "half a character"),
-    "not utf-8": ("d.jsonl", b"\xff\xfe", "is not UTF-8"),
-    "json: a number": ("d.json", "7", "no question"),
-    "json: empty object": ("d.json", "{}", "form must be a list of questions, or SQuAD's"),
+    "not utf-8": ("d.jsonl", b'{"id": "\xff"}', "line 1: is not JSON"),
+    "json: a number": ("d.json", "7", "neither a list"),
+    "json: empty object": ("d.json", "{}", "neither a list of questions nor in SQuAD's nested form"),
     "json: empty list": ("d.json", "[]", "no question"),
     "json: deep": ("d.json", "[" * 100_000, "is not JSON"),
     "json: qas a number": ("d.json", '{"data": [{"paragraphs": [{"context": "c", "qas": 3}]}]}', "neither a list"),
@@ -39,6 +39,8 @@ SAMPLE = {"id": "questions-000-0", "answer": "a", "em": 1.0, "f1": 1.0, "active"
 RUN = json.loads((ROOT / "activations_baseline.json").read_text())["run"]
 THEIRS = {"original": [1], "have_gradient": [1], "no_gradient": [1]}
 RECORD = {"id": "questions-000-0", "text": "t", "answer": "a", "em": 1.0, "f1": 1.0, "accuracy": 1.0, "named": 1.0}
+ENTRY = {"run": RUN, "round": "false", "k": "50%", "population": "0f", "intervals": {}, "n": 1}
+ENTRY |= dict.fromkeys(("em", "f1", "accuracy"), 100.0)
 
 
 def activations(run=None, **changed):
@@ -72,7 +74,7 @@ OF_THE_SAE = {  # these show once the SAE is loaded
 }
 OF_THE_ROUND = {  # what stands in round 1's way: file name, content, what the line says
     "journal damaged": ("predictions_baseline.jsonl", '{"run": {}}\nnonsense\n', "line 2: is damaged"),
-    "journal empty": ("predictions_baseline.jsonl", "", "line 1: names no run"),
+    "journal empty": ("predictions_baseline.jsonl", "", "line 1: is damaged"),
     "journal of another run": (
         "predictions_baseline.jsonl",
         json.dumps({"run": RUN | {"model": "other"}}) + "\n" + json.dumps(RECORD) + "\n",
@@ -87,7 +89,7 @@ OF_THE_ROUND = {  # what stands in round 1's way: file name, content, what the l
     "results an object": ("results.json", "{}", "is not a file of results"),
     "results of another run": (
         "results.json",
-        json.dumps([{"run": {"model": "other"}, "round": "false", "k": "50%"}]),
+        json.dumps([ENTRY | {"run": RUN | {"model": "other"}}]),
         'model "other"',
     ),
     "activations of another run": (
@@ -156,6 +158,14 @@ def test_files_of_another_round(case, refused, tmp_path, monkeypatch):
     name, content, says = OF_THE_ROUND[case]
     write(tmp_path / name, content)
     assert str(tmp_path / name) in refused("baseline", [], says)
+
+
+def test_results_of_another_run_beside_its_journal(refused, tmp_path):
+    """They make way only for the run whose journal is there: one that an interrupted --overwrite left."""
+    other = RUN | {"model": "other"}
+    write(tmp_path / "predictions_baseline.jsonl", json.dumps({"run": other}) + "\n" + json.dumps(RECORD) + "\n")
+    write(tmp_path / "results.json", json.dumps([ENTRY | {"run": other}]))
+    refused("baseline_after_false", [], "results.json: is of another run")
 
 
 @pytest.mark.parametrize("case", TEMPLATES)

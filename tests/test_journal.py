@@ -103,7 +103,7 @@ def test_every_cut(tmp_path, whole, capsys, fast_disk):
     for cut in range(len(whole) + 1):
         (tmp_path / NAME).write_bytes(whole[:cut])
         if cut < ends[1]:  # never seen: the file appears with its first batch
-            with pytest.raises(UserError, match="line 1: names no run"):
+            with pytest.raises(UserError, match="line 1: is damaged"):
                 open_journal(tmp_path)
             go_on(tmp_path, overwrite=True)
         else:
@@ -256,6 +256,14 @@ def test_another_run(tmp_path, process, changed, says):
         open_journal(tmp_path, run=RUN | LATE | changed)
     assert str(caught.value).startswith(f"{tmp_path / next(iter(before))}: is of another run ({says})")
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("field", ["limit", "sample", "seed", "ranking_seed", "masked", "k", "activations"])
+def test_another_selection(tmp_path, field):
+    """What need not agree where a file of activations is read makes another journal."""
+    open_journal(tmp_path, run=RUN | {field: 7}).append(RECORDS)
+    with pytest.raises(UserError, match=f"is of another run .{field} 7, now 8"):
+        open_journal(tmp_path, run=RUN | {field: 8})
 
 
 def test_same_run(tmp_path):

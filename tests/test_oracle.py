@@ -13,7 +13,7 @@ import common
 from experiment import answers, passes, prompts, questions, rankings, splice
 from experiment.estimates import shared_percent
 
-COUNT = 60
+COUNT = 36
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_answers_and_rankings(demo, asked, size, share):
                 assert len(ours[name]) == len(active) // 2 > 0
                 assert_same_latents(ours[name], theirs[name], theirs["scores"])
             exact += ours["topk"] == theirs["topk"] and ours["bottomk"] == theirs["bottomk"]
-    assert ranked >= 50 and exact >= 0.95 * ranked
+    assert ranked >= 30 and exact >= 0.95 * ranked
 
 
 def test_log_probs_of_the_unmasked_answer(demo, asked):
@@ -424,7 +424,7 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
         with torch.no_grad(), passes.hooked(double.model, double.hook_name, replace) as lm:
             return lm(torch.tensor([ids] * len(ids)), logits_to_keep=1).logits[:, -1].softmax(-1)[:, token]
 
-    for latent in scores.topk(3).indices.tolist():
+    for latent in scores.topk(2).indices.tolist():
         slopes = (probabilities(latent, 0.01) - probabilities(latent, -0.01)) / 0.02  # dP/dH * H at each position
         assert scores[latent].item() == pytest.approx(slopes.relu().mean().item(), rel=0.01)
 
@@ -433,6 +433,7 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
 def test_rankings_in_half_precision(demo, sequences, dtype):
     model, _ = demo
     half, _ = load("--dtype", dtype)
+    sequences = pick(sequences, *range(20))
     found, trace = answers.answer(half, sequences.prompts, range(len(sequences.ids)), 50)
     same = [n for n, one in enumerate(found) if one.tokens == sequences.generated[n]]
     assert len(same) >= 0.95 * len(found)

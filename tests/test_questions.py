@@ -96,13 +96,13 @@ def test_a_data_set_that_needs_a_split(tmp_path):
         ("d.jsonl", "[" * 100_000, "line 1: is not JSON"),
         ("d.json", "[" * 100_000, "is not JSON"),
         ("d.json", '{"data": [}', "is not JSON"),
-        ("d.json", '"\udcff"', "is not UTF-8"),
+        ("d.json", '"\udcff"', "is not JSON ('utf-8' codec"),
         ("d.json", '{"data": 3}', "neither a list of questions nor"),
         ("d.json", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1"}]}]}]}', "neither a list"),
         ("d.json", json.dumps([ROWS[0], ROWS[0] | {"id": "x", "context": ["c"]}]), "row 2: id, context, question"),
         ("d.json", json.dumps(nested([ROWS[0], ROWS[0]])), "id '4-4-0': the id '4-4-0' stands twice"),
         ("d.json", json.dumps(nested([UNANSWERABLE])), "no question with a ground truth in it"),
-        ("d.json", json.dumps({"rows": ROWS}), "must be a list of questions, or SQuAD's nested one"),
+        ("d.json", json.dumps({"rows": ROWS}), "neither a list of questions nor"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(name, content, says, tmp_path):

@@ -171,7 +171,7 @@ def test_half_precision(full, dtype, tmp_path, monkeypatch, capsys):
     """A half-precision model with a float32 SAE, the default on CUDA: all rounds and rankings, against float32."""
     _, exact = full
     names = ["--ranking", "baseline", "gradsae", "gradsae-answer", "matched", "random"]
-    given = ["--dtype", dtype, "--limit", 40, *names]
+    given = ["--dtype", dtype, "--limit", 24, *names]
     _, found = run_rounds(tmp_path, monkeypatch, capsys, *given)
     run, _ = read_journal(tmp_path / "predictions_baseline.jsonl")
     assert (run["dtype"], run["sae_dtype"]) == (dtype, "float32")
@@ -180,7 +180,7 @@ def test_half_precision(full, dtype, tmp_path, monkeypatch, capsys):
         agree = sum(exact[name][question_id]["answer"] == found[name][question_id]["answer"] for question_id in both)
         with capsys.disabled():
             print(f"\n{dtype}, predictions_{name}: {agree} of {len(both)} answers agree with float32", end="")
-        wanted = [question_id for question_id in list(exact["baseline"])[:40] if question_id in exact[name]]
+        wanted = [question_id for question_id in list(exact["baseline"])[:24] if question_id in exact[name]]
         assert len(both) >= 0.95 * len(wanted) and agree >= 0.95 * len(both)
 
 
@@ -225,7 +225,7 @@ def test_published_format(full, demo, demo_questions, tmp_path, monkeypatch, cap
 
 def test_finished_and_resumed_rounds(tmp_path, monkeypatch, capsys):
     """A journal cut short goes on to the same bytes; a finished one prints its table and loads nothing."""
-    arguments = ["--demo", "--limit", "60", "--batch-tokens", "2000", "--output-dir", tmp_path]
+    arguments = ["--demo", "--limit", "45", "--batch-tokens", "1500", "--output-dir", tmp_path]
     for script, name in ROUNDS:
         code, table, err = run_script(script, arguments, monkeypatch, capsys)
         assert code == 0, err
@@ -270,7 +270,7 @@ def test_another_runs_files(tmp_path, monkeypatch, capsys):
 def test_several_rankings_and_k_at_once(full, tmp_path, monkeypatch, capsys):
     """Three commands: the model is loaded once each, every file is what a single command of its own leaves."""
     names = list(rankings.RANKINGS)
-    given = ["--limit", 40, "--ranking", *names]
+    given = ["--limit", 24, "--ranking", *names]
     loads, load = [], common.load
     monkeypatch.setattr(common, "load", lambda *arguments: loads.append(1) or load(*arguments))
     ks = ["--k", "0", "1", "10", "50%"]
@@ -295,7 +295,7 @@ def test_several_rankings_and_k_at_once(full, tmp_path, monkeypatch, capsys):
         texts[name] = [r["text"] for r in read_journal(tmp_path / f"predictions_{prefix}false.jsonl")[1].values()]
     assert len({tuple(text) for text in texts.values()}) >= 4
     # One of them alone, in a folder of its own, and asked for later.
-    alone = ["--limit", 40, "--output-dir", tmp_path / "alone", "--demo"]
+    alone = ["--limit", 24, "--output-dir", tmp_path / "alone", "--demo"]
     for more in ([], ["--ranking", "gradsae"]):
         assert run_script("baseline", [*alone, *more], monkeypatch, capsys)[0] == 0
     for name in ("activations_gradsae.json", "activations_baseline.json", "predictions_gradsae.jsonl"):
