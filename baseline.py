@@ -36,9 +36,10 @@ def main():
                 for name in names:
                     journals[name].append([records[name] for records in found])
         # 5. Write the activations, compare, print
-        kept = rounds.finish_round_1(round_, entries, journals, KEEP_F1)
-        if chosen.ablation == "mean":
-            activations.store_means(round_, model, kept)
+        if rounds.is_last(round_):
+            kept = rounds.finish_round_1(round_, entries, journals, KEEP_F1)
+            if chosen.ablation == "mean":
+                activations.store_means(round_, model or common.load_for(round_, {}), kept)
 
 
 def answer_and_rank(round_, model, batch, names):

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import re
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -23,13 +24,14 @@ from experiment import (
     estimates,
     passes,
     questions,
+    rankings,
     results,
     rounds,
     say,
 )
 from experiment.hub import check_fit, hub_errors, prepare_libraries
 from experiment.options import bundled
-from experiment.prompts import BRACKETS, build_prompt, find_special_ids, tokenize
+from experiment.prompts import BRACKETS, find_special_ids
 from experiment.rounds import Round
 from experiment.splice import Splice
 
@@ -175,12 +177,14 @@ def settle_model(model, tokenizer):
 def load(options, tokenizer):
     """The model with the SAE in it. The SAE comes first: a wrong name costs seconds then, not the model's download."""
     say(f"Loading {options.sae_release} and {options.model} ...")
+    start = time.monotonic()
     sae = load_sae(options)
     check_fit(options, sae)
     model = load_model(options, tokenizer)
     if sae.cfg.metadata.hook_name not in model.hook_dict:
         place = sae.cfg.metadata.hook_name
         raise UserError(f"{options.sae_release}: is for {place}, a place that {options.model} does not have")
+    say(f"Loaded in {time.monotonic() - start:.0f} s.")
     bypass = find_special_ids(tokenizer) if options.exclude_special_tokens else ()
     return passes.SplicedModel(model, Splice(sae, options.error_term, bypass))
 
@@ -218,14 +222,7 @@ def prepare(options):
         "device": device,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-    def prompt(question):
-        return build_prompt(template, question.context, question.question)
-
-    def prompt_ids(question):
-        return tokenize(tokenizer, prompt(question))
-
-    return Round(options, state, tokenizer, prompt, prompt_ids, found, asked, run)
+    return Round(options, state, tokenizer, found, asked, run)
 
 
 def load_for(round_, journals, ranked=None):
@@ -270,8 +267,9 @@ def masked_round(options, which):
                 for key, found in zip(keys, zip(*answers.in_halves(answer, batch))):
                     journals[key].append([score(round_.tokenizer, q, a) for q, a in zip(batch, found)])
         # 5. Compare with the unmasked answers to the same questions; write and print
-        fresh = [rounds.compare(round_, ranked[key[0]], key[1], journal, asked) for key, journal in journals.items()]
-        rounds.write_results(round_, entries, fresh)
+        if rounds.is_last(round_):
+            fresh = [rounds.compare(ranked[name], k, journal, asked) for (name, k), journal in journals.items()]
+            rounds.write_results(round_, entries, fresh)
 
 
 def answer_masked(round_, model, batch, ranked, keys, means, drafts, bar):
@@ -281,7 +279,7 @@ def answer_masked(round_, model, batch, ranked, keys, means, drafts, bar):
         for ranking, k in keys:
             bar.set_postfix_str(f"{ranking}, K = {k}")
             samples = [ranked[ranking].samples[question.id] for question in batch]
-            latents = [activations.pick_latents(sample, ranked[ranking].which, k)[0] for sample in samples]
+            latents = [rankings.pick_latents(sample, ranked[ranking].which, k)[0] for sample in samples]
             yield model.splice.mask(latents, means)
 
     prompts, contexts = [round_.prompt_ids(q) for q in batch], [q.context for q in batch]

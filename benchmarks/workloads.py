@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM  # noqa: E402
 
 import common  # noqa: E402
-from experiment import activations, answers, options, passes, questions, rankings  # noqa: E402
+from experiment import answers, options, passes, questions, rankings  # noqa: E402
 from experiment.prompts import build_prompt, find_bracket, tokenize  # noqa: E402
 from experiment.splice import Splice  # noqa: E402
 
@@ -204,7 +204,7 @@ class Found:
 
     def latents(self, which, k):
         """Those that rounds 2 and 3 mask."""
-        return self.lists[which][: activations.count_masked(k, self.active)]
+        return self.lists[which][: rankings.count_masked(k, self.active)]
 
 
 def round_1(work, batches, names=("baseline",)):

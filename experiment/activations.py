@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from experiment import UserError, answers, rankings, results, say
+from experiment import UserError, answers, results, say
 from experiment.options import ROOT
 
 
@@ -116,23 +116,6 @@ def check_latents(ranked, model):
                 raise UserError(f"{where} names latent {max(latents)}, but the SAE has {model.splice.d_sae}")
             if tokens and max(tokens) >= words:
                 raise UserError(f"{where} names token {max(tokens)}, but the model has {words}")
-
-
-def pick_latents(sample, which, k):
-    """The latents that a question has masked, and whether its list has as many as K asks for.
-
-    K is a number, or a percentage (rounded down) of the latents active at the last position. Of the matched ranking
-    as many are masked as it takes to remove as much as the baseline's first K.
-    """
-    count, latents = count_masked(k, len(sample["active"])), sample[which]
-    if f"target_{which}" not in sample or not count:
-        return latents[:count], len(latents) >= count
-    target, removed = [0, *sample[f"target_{which}"][:count]][-1], sample[f"removed_{which}"]
-    return latents[: rankings.count_to_reach(removed, target)], max(removed, default=0) >= target
-
-
-def count_masked(k, active):
-    return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)
 
 
 def store_means(round_, model, kept):

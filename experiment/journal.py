@@ -53,13 +53,15 @@ class Journal(dict):
         self.update(fresh)
 
     def finish(self, ids):
-        """Makes one file of what all processes wrote, in the order of `ids`, and removes their parts.
+        """Makes one file of what all processes wrote, in the order of `ids`, removes their parts, and returns the
+        records. For process 0.
 
-        For process 0. The file has the same bytes however the work was interrupted or shared. Raises UserError where
-        a record is missing.
+        The file has the same bytes however the work was interrupted or shared. Raises UserError where a record is
+        missing.
         """
         for part in self._find_parts():
             self._read(part)
+        ids = list(ids)
         if missing := [question_id for question_id in ids if question_id not in self]:
             raise UserError(f"{self.path}: lacks {len(missing)} records ({missing[0]!r}): the same command goes on")
         records = {question_id: self[question_id] for question_id in ids}
@@ -68,11 +70,7 @@ class Journal(dict):
         if not self.path.exists() or self.path.read_bytes() != self._to_bytes(self):
             self._write_own(self)
         self._remove_parts()
-
-    def reload(self):
-        """Reads what all processes have written. For those other than process 0, once it has called finish()."""
-        self.clear()
-        self._read(self.path)
+        return list(self.values())
 
     def _find_parts(self, ending=".jsonl"):
         return sorted(self.path.parent.glob(f"{self.path.stem}.part[0-9]*{ending}"))

@@ -164,6 +164,23 @@ def top_and_bottom(scores, k):
     return ids[descending[:k]].tolist(), ids[ascending[:k]].tolist()
 
 
+def pick_latents(sample, which, k):
+    """The latents that a question has masked, and whether its list has as many as K asks for.
+
+    K is a number, or a percentage (rounded down) of the latents active at the last position. Of the matched ranking
+    as many are masked as it takes to remove as much as the baseline's first K.
+    """
+    count, latents = count_masked(k, len(sample["active"])), sample[which]
+    if f"target_{which}" not in sample or not count:
+        return latents[:count], len(latents) >= count
+    target, removed = [0, *sample[f"target_{which}"][:count]][-1], sample[f"removed_{which}"]
+    return latents[: count_to_reach(removed, target)], max(removed, default=0) >= target
+
+
+def count_masked(k, active):
+    return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)
+
+
 def count_to_reach(removed, target):
     """The smallest number of a list's latents that remove as much as `target`; all where none do."""
     return next((n for n, value in enumerate(removed, 1) if value >= target), len(removed))

@@ -1,23 +1,30 @@
-"""ONE table of all that a folder holds, a pandas DataFrame; terminal, CSV, LaTeX and figure are made of it.
+"""ONE table of all that a folder holds, a pandas DataFrame; terminal, CSV, LaTeX, figure and page are made of it.
+
+    python -m experiment.report runs/demo                              # scores the saved answers again
+    python -m experiment.report runs/A runs/B --output-dir runs/both   # layers, widths or models side by side
 
 Knows nothing of models. pandas and matplotlib are imported where they are used: only the end of a round needs them.
 """
 
+import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
+from experiment import UserError, guard, results
 from experiment.estimates import DROP_ONLY, MASKS, METRICS
 
 SETTINGS = {"error_term": "drop", "ablation": "zero"}  # and the paper's choice, which runs that lack one made too
-TEXTS = ["ranking", "masked", "questions", "k", *SETTINGS, "population"]  # which together no two rows share
+TEXTS = ["ranking", "masked", "questions", "k", *SETTINGS, "population"]  # which, in one folder, no two rows share
+# Of several folders: those of these settings that differ are columns too.
+COLUMNS = [name for name in results.COMPARED if name not in ("ranking", "questions", *SETTINGS)] + ["limit", "sample"]
 BOUNDS = ("", "_low", "_high")
 LEVELS = [f"{metric}{bound}" for metric in METRICS if metric not in DROP_ONLY for bound in BOUNDS]
 DROPS = [f"{metric}_drop{bound}" for metric in METRICS for bound in BOUNDS]
 NUMBERS = ["mean_k", "fewer_than_k", "removed", "n", *LEVELS, *DROPS, "paper_em", "paper_f1"]
 PAPER = Path(__file__).with_name("paper.json")
 
-ROW = ["ranking", "masked", "K", "set"]  # of the table as a reader sees it: what says which row it is
 SCORES = {"EM": "em", "EM drop": "em_drop", "F1": "f1", "F1 drop": "f1_drop"}
 OTHERS = {"named": "named", "named drop": "named_drop"}
 OTHERS |= {"answer": "answer_log_prob_drop", "format": "format_log_prob_drop"}
@@ -31,23 +38,19 @@ NOTES = {
     "fewer": "fewer: questions that have fewer than K latents to mask.",
     "paper": "paper: EM / F1 in GradSAE, arXiv 2505.08080.",
 }
-PANELS = {"em": "EM (%)", "f1": "F1 (%)", "answer_log_prob_drop": "answer's log prob.,\ndrop (nats a token)"}
-MARKERS = "os^Dv*"  # of the figure: a marker a line
-STYLE = {"font.size": 7, "legend.frameon": False, "lines.linewidth": 1, "lines.markersize": 4, "errorbar.capsize": 2}
-# TrueType, for publishers refuse Matplotlib's Type 3 fonts; a salt in place of the random ids of an SVG.
-STYLE |= {"pdf.fonttype": 42, "svg.hashsalt": "results"}
 
 
 def frame(entries):
     """The entries of results.json as one DataFrame: texts, then numbers, in percent or nats, NaN where there is none.
 
     Rows: the questions unmasked (all asked, then kept), one a population, which its hash tells apart, for two can have
-    equal n; then one a ranking, mask and K.
+    equal n; then one a ranking, mask and K. Settings in which the entries differ are columns, the first ones.
     """
     import pandas
 
+    differing = find_differing(entries)
     unmasked = [entry for entry in entries if "masked" not in entry]
-    masked = sorted((entry for entry in entries if "masked" in entry), key=_place)
+    masked = sort_masked(entries)
     rows = [_row(entry, entry["all"], "all asked", entry["population_all"]) for entry in unmasked]
     rows += [_row(entry, entry, "kept", entry["population"]) for entry in unmasked]
     rows += [_row(entry, entry["clean"], "kept", entry["population"]) for entry in masked if entry["clean"]]
@@ -56,24 +59,54 @@ def frame(entries):
         row |= {name: entry.get(name) for name in ("k", "mean_k", "fewer_than_k", "removed")}
         row |= dict(zip(("paper_em", "paper_f1"), find_published(entry) or ()))
         row |= {name: entry["run"].get(name, default) for name, default in SETTINGS.items()}
-        others = [row[name] for name, default in SETTINGS.items() if row[name] != default]
-        masks = " ".join([MASKS[entry["masked"]], *others])
-        rows.append(row | {"ranking": entry["run"]["ranking"], "masked": masks})
-    table = pandas.DataFrame(rows, columns=TEXTS + NUMBERS).drop_duplicates(TEXTS, ignore_index=True)
-    return table.astype(dict.fromkeys(NUMBERS, float) | {"n": "Int64", "fewer_than_k": "Int64"})
+        rows.append(row | {"ranking": entry["run"]["ranking"], "masked": name_mask(entry)})
+    table = pandas.DataFrame(rows, columns=differing + TEXTS + NUMBERS)
+    table = table.astype(dict.fromkeys(NUMBERS, float) | {"n": "Int64", "fewer_than_k": "Int64"})
+    return table.drop_duplicates(differing + TEXTS, ignore_index=True)
 
 
-def _place(entry):
-    """The sorting key of a masked round's entry. Of K that mask equally many, numbers stand before percentages."""
-    run, k = SETTINGS | entry["run"], entry["k"]
-    settings = [run[name] != SETTINGS[name] for name in SETTINGS]
-    order_k = entry["mean_k"], k.endswith("%"), float(k.removesuffix("%"))
-    return run["ranking"], list(MASKS).index(entry["masked"]), settings, order_k
+def find_differing(entries):
+    """Those of COLUMNS in which the entries' runs differ: none in one folder, but for what was selected."""
+    values = {name: {_write_setting(entry["run"].get(name)) for entry in entries} for name in COLUMNS}
+    return [name for name in COLUMNS if len(values[name] - ({""} if name in results.WHERE_BOTH else set())) > 1]
+
+
+def _write_setting(value):
+    return "" if value is None else str(value)
+
+
+def sort_masked(entries):
+    """The entries of masked rounds, by ranking, mask, setting and K; folders stay in their order.
+
+    Of K that mask equally many, numbers stand before percentages.
+    """
+    differing = find_differing(entries)
+    folders = list(dict.fromkeys(_settings_of(entry, differing) for entry in entries))
+
+    def place(entry):
+        run, k = SETTINGS | entry["run"], entry["k"]
+        settings = [run[name] != SETTINGS[name] for name in SETTINGS]
+        order_k = entry["mean_k"], k.endswith("%"), float(k.removesuffix("%"))
+        folder = folders.index(_settings_of(entry, differing))
+        return run["ranking"], list(MASKS).index(entry["masked"]), folder, settings, order_k
+
+    return sorted((entry for entry in entries if "masked" in entry), key=place)
+
+
+def _settings_of(entry, names):
+    return tuple(_write_setting(entry["run"].get(name)) for name in names)
+
+
+def name_mask(entry):
+    """ "TopK" or "BottomK", and what of SETTINGS is not the paper's."""
+    run = SETTINGS | entry["run"]
+    return " ".join([MASKS[entry["masked"]], *(run[name] for name in SETTINGS if run[name] != SETTINGS[name])])
 
 
 def _row(entry, figures, questions, population):
     """An unmasked row. figures: those of `entry` itself, or of a part of it."""
-    row = {"ranking": "", "masked": "none", "questions": questions, "k": "", "population": population}
+    row = {name: _write_setting(entry["run"].get(name)) for name in COLUMNS}
+    row |= {"ranking": "", "masked": "none", "questions": questions, "k": "", "population": population}
     row |= {"error_term": entry["run"].get("error_term", "drop"), "ablation": "", "n": figures["n"]}
     return row | _numbers(figures, "")
 
@@ -105,8 +138,9 @@ def to_csv(table):
 
 def to_latex(table):
     """`frame`'s table as a booktabs tabular: all intervals, and the paper's figures beside ours."""
-    cells, notes = _write_cells(table)
-    aligned = "".join("l" if name in ROW else "r" for name in cells)
+    cells, notes = write_cells(table)
+    texts = cells.columns.get_loc("n")
+    aligned = "l" * texts + "r" * (len(cells.columns) - texts)
     tabular = cells.to_latex(index=False, escape=True, column_format=aligned)
     tabular = re.sub(r"(?<=[ \[])-(?=\d)", "$-$", tabular)  # a minus, not a hyphen
     return "".join(f"% {note}\n" for note in ("Needs \\usepackage{booktabs}.", *notes)) + tabular
@@ -114,26 +148,31 @@ def to_latex(table):
 
 def terminal(table):
     """`frame`'s table for 100 columns, in two halves: EM and F1 with their intervals, then the rest."""
-    cells, notes = _write_cells(table)
+    cells, notes = write_cells(table)
     cells = cells.drop(columns="named drop", errors="ignore")
+    row = cells.columns[: cells.columns.get_loc("n")]
     without = cells.columns.drop(["EM", "F1"])
     cells[without] = cells[without].replace(r" \[.*", "", regex=True)
     cells = cells.apply(lambda column: column.str.ljust(column.str.len().max()))
     texts = []
-    for names in ([*ROW, "n", *SCORES], cells.columns.drop(["n", *SCORES], errors="ignore")):
+    for names in ([*row, "n", *SCORES], cells.columns.drop(["n", *SCORES], errors="ignore")):
         half = cells[[name for name in names if name in cells]]
         heads = [re.sub(".* drop", "drop", name) for name in half]
         texts.append(half.to_string(index=False, header=heads, justify="left"))
     return re.sub(" +$", "", "\n\n".join([*texts, "\n".join(notes)]), flags=re.MULTILINE)
 
 
-def _write_cells(table):
+def write_cells(table):
     """The table as a reader sees it, a DataFrame of texts without the columns that are empty, and notes on them."""
     import pandas
 
-    names = table.ranking.where(table.masked != "none", table.questions)
-    cells = {"ranking": names, "masked": table.masked, "K": table.k.str.rjust(4)}
-    if table.population[table.questions == "kept"].nunique() > 1:
+    is_masked, differing = table.masked != "none", table.columns[: table.columns.get_loc("ranking")]
+    cells = write_settings(table)
+    cells |= {"ranking": table.ranking.where(is_masked, table.questions), "masked": table.masked}
+    cells["masked"] = table.masked.where(is_masked | (table.error_term == "drop"), "none " + table.error_term)
+    cells["K"] = table.k.str.rjust(4)
+    kept = table[table.questions == "kept"]
+    if kept.population.nunique() > len(kept[[*differing, "error_term"]].drop_duplicates()):
         cells["set"] = table.population.str[:6]
     cells["n"] = _write("{:5}", table.n)
     for name, column in (SCORES | OTHERS).items():
@@ -144,6 +183,25 @@ def _write_cells(table):
     cells["paper"] = _write("{:6.2f} / {:6.2f}", table.paper_em, table.paper_f1)
     cells = {name: list(texts) for name, texts in cells.items() if any(map(str.strip, texts))}
     return pandas.DataFrame(cells), [note for name, note in NOTES.items() if name in cells]
+
+
+def write_settings(table):
+    """{setting: a text for each row} of the settings that differ, but for those that say no more than earlier ones."""
+    told, rows = [], [()] * len(table)
+    for name in table.columns[: table.columns.get_loc("ranking")]:
+        longer = [(*row, text) for row, text in zip(rows, table[name])]
+        if len(set(longer)) > len(set(rows)):
+            told, rows = [*told, name], longer
+    return {name: _shorten(table[name]) for name in told}
+
+
+def _shorten(texts):
+    """Of paths that differ in some of their parts (layer_9/width_131k, layer_20/width_131k), these parts."""
+    parts = [text.split("/") for text in texts]
+    places = [place for place, found in enumerate(zip(*parts)) if len(set(found)) > 1]
+    if len(set(map(len, parts))) > 1 or not places:
+        return list(texts)
+    return ["/".join(part[place] for place in places) for part in parts]
 
 
 def _write(form, *columns):
@@ -173,61 +231,47 @@ def describe(statistics, ranking):
     return "\n".join(lines)
 
 
-def draw(file, entries, format):
-    """Writes `make_figure`'s figure to a binary file as "png", "pdf" or "svg": for the same entries the same bytes."""
-    import matplotlib
+def write(path, folders, entries):
+    """Writes results.csv, .tex, .html and, where something was masked, .png and .pdf to the folder `path`.
 
-    dates = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    with matplotlib.rc_context(STYLE):
-        make_figure(entries).savefig(file, format=format, dpi=300, metadata=dates[format])
-
-
-def make_figure(entries):
-    """EM and F1 against K with their intervals, and the drop in the answer's log probability where there is one.
-
-    As wide as a paper's column (3.3 inches), of at most six lines, the paper's settings and TopK first. entries: of
-    masked rounds at least one.
+    folders: the Folders that the page shows.  entries: of all of them.
     """
-    from matplotlib.figure import Figure
+    from experiment import figure, page
 
-    table = frame(entries)
-    masked = table[table.masked != "none"]
-    masked = masked.assign(line=masked.ranking + " " + masked.masked)
-    lines = sorted(masked.line.unique(), key=lambda line: (line.count(" "), "BottomK" in line))
-    more, lines = len(lines[len(MARKERS) :]), lines[: len(MARKERS)]
-    shown = masked[masked.line.isin(lines)]
-    unmasked = table[(table.masked == "none") & (table.questions == "kept") & table.population.isin(shown.population)]
-    # K that mask the same latents in every line share a place, as 10 and 50% do where the lists end before 10.
-    order = shown.groupby("k", sort=False).mean_k.min().sort_values(kind="stable").index
-    same = shown.pivot_table(index="k", columns="line", values=["mean_k", "em", "f1"]).loc[order]
-    places = same.groupby(list(same), dropna=False, sort=False).ngroup()
-    panels = [metric for metric in PANELS if shown[metric].notna().any()]
-    figure = Figure(figsize=(3.3, 1 + 1.5 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True)
-    axes[1].sharey(axes[0])
-    for axis, metric in zip(axes, panels):
-        for number, line in enumerate(lines):
-            # Beside each other, or one line's intervals would hide another's.
-            beside = places + 0.07 * (number - (len(lines) - 1) / 2)
-            _draw_line(axis, shown[shown.line == line], metric, beside, number)
-        for level in unmasked[metric].dropna().head(1):
-            axis.axhline(level, color="0", linestyle=":", linewidth=0.9, label="unmasked")
-        axis.set_ylabel(PANELS[metric])
-    ticks = range(places.max() + 1)
-    axes[-1].set_xticks(ticks, [" = ".join(places.index[places == tick]) for tick in ticks])
-    axes[-1].set_xlabel("K, latents masked a question")
-    handles, labels = axes[0].get_legend_handles_labels()
-    title = f"{more} more lines: see results.csv" if more else None
-    columns = 2 if max(map(len, labels)) <= 22 else 1
-    figure.legend(handles, labels, loc="outside lower center", title=title, ncols=columns)
-    return figure
+    table, files = frame(entries), figure.draw(entries) if any("masked" in entry for entry in entries) else {}
+    svg = files.pop("svg", b"").decode()
+    files |= {"csv": to_csv(table).encode(), "tex": to_latex(table).encode()}
+    for ending, content in files.items():
+        with results.write_whole(path / f"results.{ending}", "wb") as file:
+            file.write(content)
+    with results.write_whole(path / "results.html") as file:
+        page.write(file, folders, entries, svg)
 
 
-def _draw_line(axis, rows, metric, places, number):
-    """A line with its intervals, a marker of its own, TopK solid, BottomK dashed and hollow: no need of colour."""
-    rows = rows.assign(x=rows.k.map(places)).drop_duplicates("x").dropna(subset=metric)
-    spread = [rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]]
-    grey, solid = str(0.12 * number), "TopK" in rows.line.iloc[0]
-    look = {"color": grey, "marker": MARKERS[number], "markerfacecolor": grey if solid else "white"}
-    look |= {"label": rows.line.iloc[0], "linestyle": "-" if solid else "--"}
-    axis.errorbar(rows.x, rows[metric], spread, **look)
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m experiment.report", description=__doc__, formatter_class=raw)
+    parser.error = _refuse
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="that rounds have written")
+    parser.add_argument("--output-dir", type=Path, help="for the files (default: the one folder, or runs/together)")
+    chosen = parser.parse_args()
+    from experiment import folders
+
+    found = [folders.read(path) for path in dict.fromkeys(chosen.folders)]
+    if len(found) == 1:
+        entries = folders.rescore(found[0]) if found[0].questions else found[0].entries
+    else:
+        entries = folders.join(found)
+    path = chosen.output_dir or (found[0].path if len(found) == 1 else Path("runs", "together"))
+    with results.lock(path):
+        results.write_results(path / "results.json", entries)
+        write(path, found, entries)
+    print(f"{terminal(frame(entries))}\n\nAll files: {path}")
+
+
+def _refuse(message):
+    raise UserError(f"{message} (--help lists the options)")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

@@ -46,19 +46,13 @@ def refuse_other_run(path, found, wanted, fields):
         raise UserError(f"{path}: is of another run ({named}): repeat its options, or give --output-dir or --overwrite")
 
 
-def make_folder(path):
-    """Makes the output folder where it is missing, and returns it."""
-    with os_errors(f"--output-dir {path}: cannot be made"):
-        Path(path).mkdir(parents=True, exist_ok=True)
-    return Path(path)
-
-
 def lock(folder):
-    """Refuses a second writer in the same folder. Returns a context manager that releases the lock.
+    """Makes the folder, and refuses a second writer in it. Returns a context manager that releases the lock.
 
     The kernel releases it too when this process ends, however it does.
     """
-    with os_errors(f"{folder}: cannot be written"):
+    with os_errors(f"--output-dir {folder}: cannot be written"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
         try:
             return filelock.FileLock(Path(folder) / ".lock").acquire(timeout=0)
         except filelock.Timeout:

@@ -2,15 +2,27 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from accelerate import PartialState
 from tqdm import tqdm
 
-from experiment import UserError, activations, answers, catalogue, estimates, questions, report, results, say
+from experiment import (
+    UserError,
+    activations,
+    answers,
+    catalogue,
+    estimates,
+    folders,
+    questions,
+    rankings,
+    report,
+    results,
+    say,
+)
 from experiment.journal import Journal, is_begun
 from experiment.options import Options
+from experiment.prompts import build_prompt, tokenize
 from experiment.questions import Question
 
 WORDS = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
@@ -27,11 +39,15 @@ class Round:
     options: Options
     state: PartialState
     tokenizer: object
-    prompt: Callable[[Question], str]
-    prompt_ids: Callable[[Question], list[int]]
     questions: list[Question]
     asked: list[Question]
     run: dict
+
+    def prompt(self, question):
+        return build_prompt(self.run["prompt_template"], question.context, question.question)
+
+    def prompt_ids(self, question):
+        return tokenize(self.tokenizer, self.prompt(question))
 
     def run_of(self, ranking, **more):
         """The run of a ranking of the same answers."""
@@ -51,15 +67,20 @@ class Round:
 @contextlib.contextmanager
 def writing(round_):
     """Keeps the output folder to this round, and gives the entries that its results.json holds already."""
-    folder = results.make_folder(round_.options.output_dir)
+    folder, options = round_.options.output_dir, round_.options
     with results.lock(folder) if round_.state.is_main_process else contextlib.nullcontext():
-        overwrite = round_.options.overwrite or any(map(round_.is_begun, round_.options.ranking))
+        overwrite = options.overwrite or any(map(round_.is_begun, options.ranking))
         entries = results.read_results(folder / "results.json", round_.run, overwrite)
         round_.state.wait_for_everyone()
         yield entries
-        round_.state.wait_for_everyone()
         if round_.state.num_processes > 1:
             round_.state.destroy_process_group()
+
+
+def is_last(round_):
+    """Waits until all processes have done their share. Whether this is the one that goes on: it finishes the round."""
+    round_.state.wait_for_everyone()
+    return round_.state.is_main_process
 
 
 def is_finished(asked, journals):
@@ -100,17 +121,6 @@ def share_batches(round_, model, asked, journals, label, drafts=None):
                 bar.update(len(batch) * len(keys))
 
 
-def finish_journal(round_, journal, asked):
-    """All records of a round, whichever process made them, in the order of the questions."""
-    round_.state.wait_for_everyone()
-    if round_.state.is_main_process:
-        journal.finish([question.id for question in asked])
-    round_.state.wait_for_everyone()
-    if not round_.state.is_main_process:
-        journal.reload()
-    return [journal[question.id] for question in asked]
-
-
 def write_results(round_, entries, fresh):
     """Puts fresh entries in the place of those of the same round, ranking and K, and writes and prints the table."""
 
@@ -118,16 +128,10 @@ def write_results(round_, entries, fresh):
         return entry["round"], entry["run"]["ranking"], entry["k"], entry["run"].get("ablation", "zero")
 
     entries = [old for old in entries if key(old) not in [key(new) for new in fresh]] + fresh
-    if round_.state.is_main_process:
-        folder, table = round_.options.output_dir, report.frame(entries)
-        results.write_results(folder / "results.json", entries)
-        for name, text in (("csv", report.to_csv(table)), ("tex", report.to_latex(table))):
-            with results.write_whole(folder / f"results.{name}") as file:
-                file.write(text)
-        if any("masked" in entry for entry in entries):
-            with results.write_whole(folder / "results.png", "wb") as file:
-                report.draw(file, entries, "png")
-        print(f"\n{report.terminal(table)}", flush=True)
+    path = round_.options.output_dir
+    results.write_results(path / "results.json", entries)
+    report.write(path, [folders.read(path, round_.questions, round_.options.activations)], entries)
+    print(f"\n{report.terminal(report.frame(entries))}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,7 +145,7 @@ def finish_round_1(round_, entries, journals, keep_f1):
     """
     options, asked, samples, fresh = round_.options, round_.asked, {}, []
     for name, journal in journals.items():
-        records = finish_journal(round_, journal, asked)
+        records = journal.finish(question.id for question in asked)
         samples[name] = [make_sample(record) for record in records if "active" in record]
     kept = {question: record for question, record in zip(asked, records) if "active" in record}
     right = sum(record["f1"] >= keep_f1 for record in records)
@@ -151,21 +155,19 @@ def finish_round_1(round_, entries, journals, keep_f1):
     figures |= {"all": summarize(records, [question.context for question in asked])}
     figures |= {"population": name_population(kept), "population_all": name_population(asked)} | counts
     for name, journal in journals.items():
-        if round_.state.is_main_process:
-            run = journal.run | {"asked": counts["asked"], "kept": counts["kept"]}
-            results.write_activations(activations.name_file(options, name), run, samples[name])
+        run = journal.run | {"asked": counts["asked"], "kept": counts["kept"]}
+        results.write_activations(activations.name_file(options, name), run, samples[name])
         statistics = describe_latents(round_, samples, name, contexts)
         fresh.append(figures | {"round": "baseline", "k": None, "run": journal.run, "statistics": statistics})
     write_results(round_, entries, fresh)
-    if round_.state.is_main_process:
-        for entry in fresh:
-            name = entry["run"]["ranking"]
-            print(f"\n{name}: {report.describe(entry['statistics'], name)}")
-        print(
-            f"\nRound 1: {counts['asked']} questions asked, {counts['kept']} answered right and kept "
-            f"({100 * counts['kept'] / counts['asked']:.1f}%), {counts['wrong']} answered wrong, "
-            f"{counts['unranked']} right but without any [ to rank at. All files: {options.output_dir}"
-        )
+    for entry in fresh:
+        name = entry["run"]["ranking"]
+        print(f"\n{name}: {report.describe(entry['statistics'], name)}")
+    print(
+        f"\nRound 1: {counts['asked']} questions asked, {counts['kept']} answered right and kept "
+        f"({100 * counts['kept'] / counts['asked']:.1f}%), {counts['wrong']} answered wrong, "
+        f"{counts['unranked']} right but without any [ to rank at. All files: {options.output_dir}"
+    )
     return kept
 
 
@@ -200,9 +202,9 @@ def name_journal(run, which, k):
     return "_".join(names + ([] if k == "50%" else [f"k{k.replace('%', 'pct')}"]))
 
 
-def compare(round_, found, k, journal, asked):
+def compare(found, k, journal, asked):
     """The entry of results.json of one ranking and K: means, drops from the unmasked answers to the same questions."""
-    records = finish_journal(round_, journal, asked)
+    records = journal.finish(question.id for question in asked)
     samples, contexts = [found.samples[question.id] for question in asked], [question.context for question in asked]
     after = estimates.collect_columns(records, samples)
     if found.has_answers:
@@ -213,7 +215,7 @@ def compare(round_, found, k, journal, asked):
         figures = estimates.compare(estimates.collect_columns(before, samples), after, contexts)
     else:
         figures = estimates.summarize(after, contexts) | {"clean": None, "drop": None}
-    picked = [activations.pick_latents(sample, found.which, k) for sample in samples]
+    picked = [rankings.pick_latents(sample, found.which, k) for sample in samples]
     name, masked = f"removed_{found.which}", [latents for latents, _ in picked]
     removed = [s[name][len(latents) - 1] if latents else 0.0 for s, latents in zip(samples, masked) if name in s]
     fewer = sum(not enough for _, enough in picked)

@@ -6,7 +6,7 @@ import oracle
 import pytest
 
 import common
-from experiment import questions
+from experiment import prompts, questions
 
 PARSED = {
     "Result = [[ Oslo ]]": "Oslo",
@@ -137,6 +137,6 @@ def test_scores_agree_with_a_third_party():
 def test_prompt_fields_are_filled_once():
     template = "{context}|{question}|{other}"
     assert (
-        common.build_prompt(template, "has {question} in it", "q {context}")
+        prompts.build_prompt(template, "has {question} in it", "q {context}")
         == "has {question} in it|q {context}|{other}"
     )

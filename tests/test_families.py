@@ -17,7 +17,7 @@ from conftest import load, options, read_journal, run_script
 from sae_lens.saes.sae import SAEMetadata
 
 import common
-from experiment import answers, passes, rankings, report, splice
+from experiment import answers, figure, passes, rankings, splice
 
 TOKENS = 8
 HEAD = "Answer the following question based on the context.\nContext:\n{context}\n\nQuestion:\n{question}\n\n"
@@ -135,7 +135,7 @@ def make_sae(sae_class, sae_config, more, d_in, hook_name):
 def test_three_rounds(name, tmp_path, monkeypatch, capsys):
     installed = []  # TransformerLens would install torchvision for Gemma 3's processor
     monkeypatch.setattr(subprocess, "check_call", lambda *arguments, **_: installed.append(arguments))
-    monkeypatch.setattr(report, "draw", lambda *_: None)  # takes a second, and says nothing of a family
+    monkeypatch.setattr(figure, "draw", lambda entries: {})  # takes a second, and says nothing of a family
     model_folder, sae_folder = make_family(name, tmp_path)
     _, _, (bos, eos, _, end_of_turn, _), prompt_text, (*_, hook_name) = FAMILIES[name]
     names = ["--model", model_folder, "--sae-release", sae_folder, "--max-new-tokens", TOKENS]

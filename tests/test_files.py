@@ -338,12 +338,10 @@ def test_whole_or_absent(tmp_path, monkeypatch):
 
 
 def test_folder(tmp_path):
-    assert results.make_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
-    assert results.make_folder(tmp_path / "a" / "b").is_dir()
+    with results.lock(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
     write(tmp_path / "file", "")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=f"--output-dir {path}: cannot be made"):
-            results.make_folder(path)
         with pytest.raises(UserError, match="cannot be written"):
             results.write_results(path / "results.json", [])
         with pytest.raises(UserError, match=f"{path}: cannot be written"):

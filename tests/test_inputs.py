@@ -125,7 +125,12 @@ def refused(tmp_path, monkeypatch, capsys):
         before = read_all(tmp_path)
         arguments = ["--demo", "--output-dir", tmp_path, *arguments]
         code, out, err = run_script(script, arguments, monkeypatch, capsys)
-        news = ("Loading ", "Round 1: ", str(tmp_path))  # what is being done, and what was found in a file
+        news = (
+            "Loading ",
+            "Loaded in ",
+            "Round 1: ",
+            str(tmp_path),
+        )  # what is being done, and what was found in a file
         lines = [line for line in err.splitlines() if line and not line.startswith(news)]
         assert (code, out, len(lines)) == (2, "", 1), err
         assert lines[0].startswith(f"{script}.py: ") and says in lines[0], err

@@ -105,8 +105,8 @@ def test_prompts_are_the_papers(demo, asked):
     _, tokenizer = demo
     template = common.choose_template("auto", tokenizer)
     for case in asked:
-        text = common.build_prompt(template, case["question"].context, case["question"].question)
-        assert common.tokenize(tokenizer, text) == case["prompt"]
+        text = prompts.build_prompt(template, case["question"].context, case["question"].question)
+        assert prompts.tokenize(tokenizer, text) == case["prompt"]
         assert case["prompt"].count(tokenizer.bos_token_id) == 1
 
 

@@ -12,6 +12,7 @@ import pandas
 import pytest
 
 from experiment import report
+from experiment.figure import draw, make_figure
 
 PERCENT = ("em", "f1", "accuracy", "named")
 LOGS = ("answer_log_prob", "format_log_prob")
@@ -164,6 +165,52 @@ def test_settings():
     assert re.search(r"baseline +TopK mean +1 +595 +85\.00", report.terminal(table))
 
 
+LAYERS = [{"sae_id": f"layer_{n}/width_131k/canonical", "hook_name": f"blocks.{n}.hook_resid_post"} for n in (9, 20)]
+
+
+def several():
+    """The entries of two folders: layers 9 and 20, each with questions of its own."""
+    return [
+        entry
+        for run, population, clean in zip(LAYERS, ("f00d" * 16, "beef" * 16), (99.5, 98.0))
+        for entry in (
+            unmasked(population=population, value=clean, run=run),
+            masked("baseline", "topk", "1", 90.0, population=population, clean=clean, run=run),
+            masked("baseline", "bottomk", "1", 97.0, population=population, clean=clean, run=run),
+        )
+    ]
+
+
+def test_settings_that_differ_between_folders_are_columns():
+    table = report.frame(several())
+    assert [*table.columns[:3]] == ["sae_id", "hook_name", "ranking"] and len(table) == 2 * 4
+    assert rows(table[4:], "masked", "sae_id", "em_drop") == [
+        ["TopK", LAYERS[0]["sae_id"], 9.5],
+        ["TopK", LAYERS[1]["sae_id"], 8.0],
+        ["BottomK", LAYERS[0]["sae_id"], 2.5],
+        ["BottomK", LAYERS[1]["sae_id"], 1.0],
+    ]
+    # A reader sees what differs, once: the places say no more than the ids. Nor do the sets of questions.
+    text = report.terminal(table)
+    assert "hook_name" not in text and "set" not in text.split("\n\n")[0]
+    assert re.search(r"^layer_9 +all asked +none +651", text, re.MULTILINE)
+    assert re.search(r"^layer_20 +baseline +TopK +1 +595 +90\.00", text, re.MULTILINE)
+    assert [row[0] for row in latex_cells(report.to_latex(table))] == ["sae_id"] + ["layer_9", "layer_20"] * 4
+    # What a run is not sure of before the SAE is loaded is no difference, and one folder has no such columns.
+    early = unmasked(run=LAYERS[0])
+    early["run"] = early["run"] | {"hook_name": None}
+    assert report.find_differing([early, *several()[:3]]) == []
+
+
+def test_settings_that_say_more_are_shown():
+    runs = [{"model": model, "d_sae": width} for model in ("a", "b") for width in (16, 131)]
+    table = report.frame([masked("baseline", "topk", "1", 90.0 + n, run=run) for n, run in enumerate(runs)])
+    assert [*report.write_settings(table)] == ["model", "d_sae"]
+    assert rows(table[table.masked == "TopK"], "model", "d_sae", "em") == [
+        ["a", "16", 90], ["a", "131", 91], ["b", "16", 92], ["b", "131", 93]
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Terminal
 
@@ -302,7 +349,7 @@ def test_the_papers_figures_stand_beside_its_own_setting():
     entries = [masked("gradsae", "topk", "50%", 30.0, run=PAPERS), masked("gradsae", "topk", "2", 90.0, run=PAPERS)]
     entries += [masked("baseline", "bottomk", "1", 90.0, run=run | {"model": "google/gemma-2-9b-it"})]
     table = report.frame(entries)
-    assert rows(table[1:].fillna(-1), "k", "paper_em", "paper_f1") == [
+    assert rows(table[table.masked != "none"].fillna(-1), "k", "paper_em", "paper_f1") == [
         ["1", 100, 100],
         ["2", -1, -1],
         ["50%", 30.58, 43.33],
@@ -423,7 +470,7 @@ def test_figure_draws_the_tables_numbers():
                for m in ("topk", "bottomk") for k, v in values.items()]  # fmt: skip
     for entry in entries:
         entry["f1"], entry["intervals"]["f1"] = entry["em"] + 2, [entry["em"], entry["em"] + 3]
-    figure = report.make_figure(entries)
+    figure = make_figure(entries)
     assert figure.get_size_inches()[0] == 3.3 and ticks(figure) == ["1", "10", "50%"]
     assert [axis.get_ylabel()[:6] for axis in figure.axes] == ["EM (%)", "F1 (%)", "answer"]
     em, f1, logs = (drawn(figure, panel) for panel in range(3))
@@ -438,13 +485,13 @@ def test_figure_draws_the_tables_numbers():
     levels = [[line.get_ydata()[0] for line in axis.lines if line.get_label() == "unmasked"] for axis in figure.axes]
     assert levels == [[99.5], [99.5], []] and "unmasked" in legend(figure)
     # Not the level of other questions.
-    figure = report.make_figure([unmasked(value=50.0, population="beef" * 16), *entries])
+    figure = make_figure([unmasked(value=50.0, population="beef" * 16), *entries])
     assert [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_label() == "unmasked"] == [99.5]
 
 
 def test_figure_without_log_probabilities_or_reference():
     entry = masked("baseline", "topk", "1", 80.0) | {"clean": None, "drop": None}
-    figure = report.make_figure([entry])
+    figure = make_figure([entry])
     assert (
         len(figure.axes) == 2 and drawn(figure, 0)["baseline TopK"][1] == [80] and legend(figure) == ["baseline TopK"]
     )
@@ -454,30 +501,30 @@ def test_k_that_mask_the_same_are_one_point():
     """Lists that end at 50% make K = 10 and 50% one mask; another line's larger K must not be drawn into it."""
     same = [masked(r, "topk", k, 75.0, mean_k=6.2) for r in ("baseline", "gradsae") for k in ("10", "50%")]
     ones = [masked(r, "topk", "1", 97.0) for r in ("baseline", "gradsae")]
-    figure = report.make_figure(same + ones)
+    figure = make_figure(same + ones)
     assert ticks(figure) == ["1", "10 = 50%"]
     assert all(len(x) == 2 and y == [97, 75] for x, y, _, _ in drawn(figure, 0).values())
     # One ranking's lists are longer: 10 and 50% are two masks there, so they are two points for all.
-    figure = report.make_figure([*same[:3], masked("gradsae", "topk", "50%", 60.0, mean_k=9.0), *ones])
+    figure = make_figure([*same[:3], masked("gradsae", "topk", "50%", 60.0, mean_k=9.0), *ones])
     assert ticks(figure) == ["1", "10", "50%"] and drawn(figure, 0)["baseline TopK"][1] == [97, 75, 75]
     # Equally many, but not the same ones: questions of 10 and 30 active latents have 10 at 50% on average.
     by_chance = [masked("baseline", "topk", "10", 75.0), masked("baseline", "topk", "50%", 72.0, mean_k=10.0)]
-    assert ticks(report.make_figure(by_chance)) == ["10", "50%"]
+    assert ticks(make_figure(by_chance)) == ["10", "50%"]
 
 
 def test_nothing_masked_is_a_point_of_its_own_line():
     entries = [masked(r, "topk", k, v) for r in ("baseline", "gradsae") for k, v in (("1", 97.0), ("10", 60.0))]
     entries += [masked("baseline", "topk", "0", 99.5, mean_k=0.0)]
-    figure = report.make_figure(entries)
+    figure = make_figure(entries)
     assert ticks(figure) == ["0", "1", "10"] and "unmasked" in legend(figure)
     assert [points[1] for points in drawn(figure, 0).values()] == [[99.5, 97, 60], [97, 60]]
 
 
 def test_at_most_six_lines_each_with_a_look_of_its_own():
-    figure = report.make_figure(comparison(settings=({}, {"ablation": "mean"})))
+    figure = make_figure(comparison(settings=({}, {"ablation": "mean"})))
     assert len(drawn(figure, 0)) == 6 and figure.legends[0].get_title().get_text().startswith("18 more lines")
     assert all(label.endswith(" TopK") for label in drawn(figure, 0))
-    figure = report.make_figure(comparison(rankings=3))
+    figure = make_figure(comparison(rankings=3))
     lines = [container[0] for container in figure.axes[0].containers]
     assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == len(lines) == 6
     for line, label in zip(lines, drawn(figure, 0), strict=True):
@@ -487,23 +534,23 @@ def test_at_most_six_lines_each_with_a_look_of_its_own():
     assert not figure.legends[0].get_title().get_text() and len(legend(figure)) == 7
 
 
-@pytest.mark.parametrize(("format", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")])
-def test_figure_files(tmp_path, format, start):
+def test_figure_files():
     """The same bytes for the same entries, whenever they are drawn, a column wide."""
-    written = []
-    for name in ("a", "b"):
-        with open(tmp_path / name, "wb") as file:
-            report.draw(file, comparison(rankings=1), format)
-        written.append((tmp_path / name).read_bytes())
-    assert written[0] == written[1] and written[0].startswith(start)
-    for date in (b"CreationDate", b"<dc:date>", b"Date</"):
-        assert date not in written[0]
-    if format == "png":
-        assert int.from_bytes(written[0][16:20], "big") == 990  # 3.3 inches at 300 dots an inch
-    if format == "svg":
-        assert b'width="237.6pt"' in written[0]
-    if format == "pdf":
-        assert b"/Type3" not in written[0]  # publishers refuse such fonts
+    files = draw(comparison(rankings=1))
+    assert files == draw(comparison(rankings=1)) and files.keys() == {"png", "pdf", "svg"}
+    for format, start in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
+        assert files[format].startswith(start)
+        assert not any(date in files[format] for date in (b"CreationDate", b"<dc:date>", b"Date</"))
+    assert int.from_bytes(files["png"][16:20], "big") == 990  # 3.3 inches at 300 dots an inch
+    assert b'width="237.6pt"' in files["svg"]
+    assert b"/Type3" not in files["pdf"]  # publishers refuse such fonts
+
+
+def test_figure_of_several_folders():
+    figure = make_figure(several())
+    assert drawn(figure, 0).keys() == {f"baseline {m}K layer_{n}" for m in ("Top", "Bottom") for n in (9, 20)}
+    levels = [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert levels == [99.5, 98] and legend(figure).count("unmasked") == 1
 
 
 def test_import_is_light():

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, read_journal, run_script
 
 import common
-from experiment import activations, prompts, rankings, results
+from experiment import prompts, rankings, results
 
 ROUNDS = [("baseline", "baseline"), ("baseline_after_false", "false"), ("baseline_after_true", "true")]
 METRICS = ("em", "f1", "accuracy", "named")
@@ -203,7 +203,7 @@ def test_published_format(full, demo, demo_questions, tmp_path, monkeypatch, cap
     folder, found = full
     _, tokenizer = demo
     template = common.choose_template("auto", tokenizer)
-    texts = {q.id: common.build_prompt(template, q.context, q.question) for q in demo_questions}
+    texts = {q.id: prompts.build_prompt(template, q.context, q.question) for q in demo_questions}
     samples = json.loads((folder / "activations_baseline.json").read_text())["samples"][:60]
     theirs = [{}]
     for sample in samples:
@@ -424,7 +424,7 @@ def test_questions_of_other_forms(demo_questions, tmp_path, monkeypatch, capsys)
 
 
 def test_k_of_a_question():
-    assert [activations.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
+    assert [rankings.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
 
 
 def test_activations_of_different_questions(full, tmp_path, monkeypatch, capsys):
