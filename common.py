@@ -273,15 +273,22 @@ def masked_round(options, which):
 
 
 def answer_masked(round_, model, batch, ranked, keys, means, drafts, bar):
-    """The Answers [question][ranking and K] of a batch, under each question's own mask."""
+    """The Answers [question][ranking and K] of a batch, under each question's own mask. Masks that are the same for all
+    questions of the batch, as those of K = 0 are, are run once."""
+    lists, numbers = [], []  # [mask][question][latent], each mask once; of each ranking and K its mask
+    for ranking, k in keys:
+        samples = [ranked[ranking].samples[question.id] for question in batch]
+        latents = [rankings.pick_latents(sample, ranked[ranking].which, k)[0] for sample in samples]
+        if latents not in lists:
+            lists.append(latents)
+        numbers.append(lists.index(latents))
 
     def masks():
-        for ranking, k in keys:
-            bar.set_postfix_str(f"{ranking}, K = {k}")
-            samples = [ranked[ranking].samples[question.id] for question in batch]
-            latents = [rankings.pick_latents(sample, ranked[ranking].which, k)[0] for sample in samples]
+        for number, latents in enumerate(lists):
+            bar.set_postfix_str("{}, K = {}".format(*keys[numbers.index(number)]))
             yield model.splice.mask(latents, means)
 
     prompts, contexts = [round_.prompt_ids(q) for q in batch], [q.context for q in batch]
     known, longest = [drafts[question.id] for question in batch], round_.options.max_new_tokens
-    return list(zip(*answers.answer_masked(model, prompts, contexts, known, masks(), longest)))
+    found = list(answers.answer_masked(model, prompts, contexts, known, masks(), longest))
+    return list(zip(*(found[number] for number in numbers)))

@@ -19,10 +19,11 @@ def collect_columns(records, samples):
     if all("log_probs" in record for record in records) and all("inside" in sample for sample in samples):
         columns |= {name: [] for name in DROP_ONLY}
         for record, sample in zip(records, samples):
-            log_probs = np.array(record["log_probs"])
-            inside = np.isin(np.arange(len(log_probs)), sample["inside"])
-            for name, part in zip(DROP_ONLY, (log_probs[inside], log_probs[~inside])):
-                columns[name].append(_mean(part))
+            parts = [], []
+            for place, value in enumerate(record["log_probs"]):
+                parts[place not in sample["inside"]].append(value)
+            for name, part in zip(DROP_ONLY, parts):
+                columns[name].append(sum(part) / len(part) if part else float("nan"))
     return columns
 
 

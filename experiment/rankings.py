@@ -113,9 +113,9 @@ def rank_matched(model, sequences, seed):
     """The fair control: as at random, but none of those that the baseline masks at K = 50%. Rounds 2 and 3 mask as many
     as remove as much of the residual stream as the baseline's K."""
     scores = rank_at_random(model, sequences, seed)
-    for row, active, lists in zip(scores, sequences.active, rank(model, "baseline", sequences, seed)):
-        half = len(active) // 2
-        row[lists["topk"][:half] + lists["bottomk"][:half]] = 0
+    for row, means, active in zip(scores, rank_by_mean_activation(model, sequences, seed), sequences.active):
+        for ids in top_and_bottom(means, len(active) // 2):
+            row[ids] = 0
     return scores
 
 

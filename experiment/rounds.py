@@ -208,9 +208,9 @@ def compare(found, k, journal, asked):
     samples, contexts = [found.samples[question.id] for question in asked], [question.context for question in asked]
     after = estimates.collect_columns(records, samples)
     if found.has_answers:
-        before = [
-            questions.score(sample["answer"], sample["answer"], question.truths) | sample
-            for sample, question in zip(samples, asked)
+        before = [  # what older files lack is scored again
+            sample if "named" in sample else questions.score(sample["answer"], sample["answer"], q.truths) | sample
+            for sample, q in zip(samples, asked)
         ]
         figures = estimates.compare(estimates.collect_columns(before, samples), after, contexts)
     else:
