@@ -142,7 +142,7 @@ def rank(model, name, sequences, seed):
     for which in ("topk", "bottomk"):
         removed = compute_removed(model.splice, sequences.ranked, [found[which] for found in lists])
         for found, norms in zip(lists, removed):
-            found[f"removed_{which}"] = [float(f"{norm:.4g}") for norm in norms]  # files of a readable size
+            found[f"removed_{which}"] = norms
     if name == "matched":
         for found, baseline in zip(lists, rank(model, "baseline", sequences, seed)):
             for which in ("topk", "bottomk"):
@@ -188,32 +188,34 @@ def count_to_reach(removed, target):
 
 def compute_removed(splice, trace, lists):
     """What masking the first 1, 2, ... of a sequence's latents takes away, over the norm of its residual stream: a list
-    of numbers for each of `lists`, one list of latents a sequence.
+    of numbers for each of `lists`, one list of latents a sequence. Four digits, for files of a readable size.
 
-    The norm of `A_S W_dec[S]` over all positions; the squares of all prefixes S stand on the diagonal of a cumulative
-    sum of (A^T A) * (W W^T).
+    The norm of `A_S W_dec[S]` over all positions. Its square grows, with the nth latent of a list, by the nth row of
+    (A^T A) * (W W^T) up to the diagonal, all but the diagonal twice.
     """
     import torch
 
-    latents, device = trace.latents, splice.device
+    latents, d_sae, device = trace.latents, splice.d_sae, splice.device
     rows, columns = (index.repeat_interleave(latents.counts) for index in (trace.rows, trace.columns))  # [entry]
     longest, width = max(map(len, lists)), int(trace.columns.max()) + 1
     squares = latents.residual.to(device).flatten(1).float().square().sum(1) * latents.spliced  # [pos]
     norms = squares.new_zeros(len(lists), 1).index_add_(0, trace.rows, squares.unsqueeze(1)).sqrt()
-    size, removed = max(1, ROOM // (splice.d_sae + longest * (width + splice.sae.cfg.d_in + 3 * longest))), []
+    size, removed = max(1, ROOM // (d_sae + longest * (width + splice.sae.cfg.d_in + 3 * longest))), []
     for first in range(0, len(lists), size):
         part = lists[first : first + size]
-        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in part], device=device).long()
-        place = torch.full((len(part), splice.d_sae), -1, device=device)  # in its list, of each latent
-        for row, ids in enumerate(part):
-            place[row, ids] = torch.arange(len(ids), device=device)
-        inside = ((rows >= first) & (rows < first + size)).nonzero().flatten()
-        inside = inside[place[rows[inside] - first, latents.ids[inside]] >= 0]
-        row = rows[inside] - first
+        padded = torch.tensor([ids + [d_sae] * (longest - len(ids)) for ids in part], device=device).long()
+        places = torch.full((len(part), d_sae + 1), -1, device=device)  # of each latent in its sequence's list
+        places.scatter_(1, padded, torch.arange(longest, device=device).expand_as(padded))
+        entries = ((rows >= first) & (rows < first + size)).nonzero().flatten()
+        place = places[rows[entries] - first, latents.ids[entries]]
+        listed = (place >= 0).nonzero().flatten()
+        entries, place = entries[listed], place[listed]
         acts = torch.zeros(len(part), width, longest, device=device)
-        acts[row, columns[inside], place[row, latents.ids[inside]]] = latents.values[inside].float()
-        decoder = splice.sae.W_dec[padded].float()  # [sequence, longest, d_in]
+        acts[rows[entries] - first, columns[entries], place] = latents.values[entries].float()
+        decoder = splice.sae.W_dec[padded.clamp(max=d_sae - 1)].float()  # [sequence, longest, d_in]
         products = (acts.mT @ acts) * (decoder @ decoder.mT)
-        found = products.cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() / norms[first : first + size]
-        removed += [numbers[: len(ids)] for numbers, ids in zip(found.tolist(), part)]
+        growth = 2 * products.tril().sum(2) - products.diagonal(dim1=1, dim2=2)
+        found = (growth.cumsum(1).clamp(min=0).sqrt() / norms[first : first + size]).double()
+        power = (10 ** (3 - found.clamp(min=1e-9).log10().floor())).round()
+        removed += [numbers[: len(ids)] for numbers, ids in zip(((found * power).round() / power).tolist(), part)]
     return removed

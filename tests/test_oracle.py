@@ -481,7 +481,7 @@ def test_what_masks_remove(demo, sequences, monkeypatch):
             acts = sae.encode(residual)
             for n, found in enumerate(numbers, 1):
                 expected = (acts[:, ids[:n]] @ sae.W_dec[ids[:n]]).norm() / residual.norm()
-                assert found == pytest.approx(expected.item(), rel=1e-4)
+                assert found == pytest.approx(expected.item(), rel=6e-4)  # of four digits
     assert rankings.compute_removed(model.splice, few.ranked, [[]] * 5) == [[]] * 5
 
 
