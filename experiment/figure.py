@@ -12,9 +12,12 @@ STYLE |= {"pdf.fonttype": 42, "svg.hashsalt": "results"}
 
 
 def draw(entries):
-    """`make_figure`'s figure as {"png": bytes, "pdf": ..., "svg": ...}: for the same entries the same bytes."""
+    """`make_figure`'s figure as {"png": bytes, "pdf": ..., "svg": ...}: for the same entries the same bytes. Empty
+    where nothing was masked."""
     import matplotlib
 
+    if (report.frame(entries).masked == "none").all():
+        return {}
     dates, files = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}, {}
     with matplotlib.rc_context(STYLE):
         figure = make_figure(entries)
@@ -30,8 +33,8 @@ def draw(entries):
 def make_figure(entries):
     """EM and F1 against K with their intervals, and the drop in the answer's log probability where there is one.
 
-    As wide as a paper's column (3.3 inches), of at most six lines, the paper's settings and TopK first. entries: of
-    masked rounds at least one.
+    As wide as a paper's column (3.3 inches), of at most six lines, the paper's settings and TopK first; dotted: the
+    unmasked level, and that of K = 0. entries: of masked rounds at least one.
     """
     from matplotlib.figure import Figure
 

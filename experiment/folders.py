@@ -130,7 +130,7 @@ def join(folders):
         if not any(run.get(name) == other.get(name) for other in others for name in names):
             raise UserError(f"{folder.path}: has neither model, SAE nor questions in common with the other folders")
     entries = [entry for folder in folders for entry in folder.entries]
-    if (report.frame(entries).masked != "none").sum() < sum("masked" in entry for entry in entries):
+    if (report.frame(entries).masked != "none").sum() < sum("masked" in e and e["k"] != "0" for e in entries):
         raise UserError("the folders hold the same ranking, mask and K of the same settings: they cannot be told apart")
     return entries
 

@@ -95,8 +95,8 @@ const NUMBERS = { EM: "number", F1: "number", Named: "number optional", Latents:
 function answerRow(names, found, changed, misparsed, count) {
   const cells = names.map((name) => element("td", { textContent: name }));
   const answer = element("td", { className: "answer" }, found[ANSWER] || "(empty)");
-  if (changed) answer.append(element("span", { className: "tag", textContent: "changed" }));
-  if (misparsed) answer.append(element("span", { className: "tag", textContent: "named, parsed wrong" }));
+  if (changed) answer.append(" ", element("span", { className: "tag", textContent: "changed" }));
+  if (misparsed) answer.append(" ", element("span", { className: "tag", textContent: "named, parsed wrong" }));
   if (found[TEXT] !== found[ANSWER]) answer.append(element("code", { textContent: found[TEXT] }));
   const numbers = [100 * found[EM], (100 * found[F1]).toFixed(0), found[NAMED] ? "yes" : "no", count];
   cells.push(

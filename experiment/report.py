@@ -44,7 +44,8 @@ def frame(entries):
     """The entries of results.json as one DataFrame: texts, then numbers, in percent or nats, NaN where there is none.
 
     Rows: the questions unmasked (all asked, then kept), one a population, which its hash tells apart, for two can have
-    equal n; then one a ranking, mask and K. Settings in which the entries differ are columns, the first ones.
+    equal n; then one a ranking, mask and K, and a single one of K = 0, which is the same for all of them. Settings in
+    which the entries differ are columns, the first ones.
     """
     import pandas
 
@@ -54,12 +55,14 @@ def frame(entries):
     rows = [_row(entry, entry["all"], "all asked", entry["population_all"]) for entry in unmasked]
     rows += [_row(entry, entry, "kept", entry["population"]) for entry in unmasked]
     rows += [_row(entry, entry["clean"], "kept", entry["population"]) for entry in masked if entry["clean"]]
-    for entry in masked:
+    for entry in sorted(masked, key=lambda entry: entry["k"] != "0"):
         row = _row(entry, entry, "kept", entry["population"]) | _numbers(entry["drop"] or {}, "_drop")
         row |= {name: entry.get(name) for name in ("k", "mean_k", "fewer_than_k", "removed")}
         row |= dict(zip(("paper_em", "paper_f1"), find_published(entry) or ()))
-        row |= {name: entry["run"].get(name, default) for name, default in SETTINGS.items()}
-        rows.append(row | {"ranking": entry["run"]["ranking"], "masked": name_mask(entry)})
+        if entry["k"] != "0":
+            row |= {"ranking": entry["run"]["ranking"], "masked": name_mask(entry)}
+            row |= {"ablation": entry["run"].get("ablation", SETTINGS["ablation"])}
+        rows.append(row)
     table = pandas.DataFrame(rows, columns=differing + TEXTS + NUMBERS)
     table = table.astype(dict.fromkeys(NUMBERS, float) | {"n": "Int64", "fewer_than_k": "Int64"})
     return table.drop_duplicates(differing + TEXTS, ignore_index=True)
@@ -238,7 +241,7 @@ def write(path, folders, entries):
     """
     from experiment import figure, page
 
-    table, files = frame(entries), figure.draw(entries) if any("masked" in entry for entry in entries) else {}
+    table, files = frame(entries), figure.draw(entries)
     svg = files.pop("svg", b"").decode()
     files |= {"csv": to_csv(table).encode(), "tex": to_latex(table).encode()}
     for ending, content in files.items():

@@ -101,9 +101,11 @@ def test_the_pages_table_is_results_json(opened, folder):
     rows = [dict(zip(heads, cells[start:])) for start in range(0, len(cells), len(heads))]
     entries = json.loads((folder / "results.json").read_text())
     masked = [entry for entry in entries if "masked" in entry]
-    assert len(rows) == len(body) == 2 + len(masked) == 2 + len(RANKINGS) * len(KS) * 2
+    assert len(masked) == len(RANKINGS) * len(KS) * 2
+    assert len(rows) == len(body) == 3 + len(RANKINGS) * (len(KS) - 1) * 2  # K = 0 is one row
     for entry in masked:
         names = entry["run"]["ranking"], {"topk": "TopK", "bottomk": "BottomK"}[entry["masked"]], entry["k"]
+        names = ("kept", "none", "0") if entry["k"] == "0" else names
         (row,) = [row for row in rows if (row["ranking"], row["masked"], row["K"].strip()) == names]
         low, high = entry["intervals"]["f1"]
         assert row["F1"].split() == [f"{entry['f1']:.2f}", f"[{low:.1f},", f"{high:.1f}]"]

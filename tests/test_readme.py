@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import ROOT, run_script
 
-from experiment import rankings
+from experiment import guard, rankings, report
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = ("baseline", "baseline_after_false", "baseline_after_true")
@@ -43,6 +43,18 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         code, out, err = run_script(script, given, monkeypatch, capsys)
         assert code == 0, (script, arguments, err)
         assert "baseline" in out or "kept" in out
+    # What the folders hold is put together, and scored again: runs/A, runs/B and runs/demo are these here.
+    folders = {"runs/A": tmp_path / "drop", "runs/B": tmp_path / "keep", "runs/demo": tmp_path / "drop"}
+    folders |= {"runs/both": tmp_path / "both"}
+    reports = re.findall(r"^ {4}python -m experiment\.report (.*)$", README, re.MULTILINE)
+    assert len(reports) == 2
+    for arguments in reports:
+        given = [str(folders.get(argument, argument)) for argument in arguments.split()]
+        monkeypatch.setattr("sys.argv", ["report", *given])
+        assert guard(report.main) == 0
+        assert "kept" in capsys.readouterr().out
+    for ending in ("json", "csv", "tex", "html", "png", "pdf"):
+        assert (tmp_path / "both" / f"results.{ending}").stat().st_size
 
 
 def test_the_table_in_readme_has_the_columns_that_are_printed(tmp_path, monkeypatch, capsys):

@@ -264,7 +264,7 @@ def test_terminal_table_fits_in_100_columns(more):
     assert head.split() == [*row, "n", "EM", "drop", "F1", "drop"]
     other = ["named", "answer", "format", "removed", "mean", "K", "fewer", "paper"]
     assert other_head.split() == [*row, *other]
-    assert len(first) == len(second) == len(table) >= 74
+    assert len(first) == len(second) == len(table) >= 64
     assert "12345" in text and "-12.345" in text and "0.123" in text and "100.00 / 100.00" in text
     # Every line has its columns at the same places: an interval ends where the next column may begin.
     assert len({line.index("[") for line in first}) == 1
@@ -299,7 +299,7 @@ def test_csv_and_latex_hold_the_same_numbers():
     table = report.frame(entries)
     in_csv = [*csv.DictReader(io.StringIO(report.to_csv(table)))]
     head, *lines = latex_cells(report.to_latex(table))
-    assert len(in_csv) == len(lines) == len(table) == 2 + 3 * 6 * 2 * 2
+    assert len(in_csv) == len(lines) == len(table) == 3 + 3 * 5 * 2 * 2
     assert [*in_csv[0]] == [*table.columns] == report.TEXTS + report.NUMBERS
     in_latex = [dict(zip(head, line)) for line in lines]
     pairs = {"em": "EM", "f1_drop": "F1 drop", "named_drop": "named drop", "format_log_prob_drop": "format"}
@@ -512,12 +512,22 @@ def test_k_that_mask_the_same_are_one_point():
     assert ticks(make_figure(by_chance)) == ["10", "50%"]
 
 
-def test_nothing_masked_is_a_point_of_its_own_line():
+def test_nothing_masked_is_one_row_and_a_level():
+    """K = 0 is the same for each ranking and mask; where no other K is there, there is no figure to draw."""
+    nothing = [masked(r, m, "0", 99.5, mean_k=0.0) for r in ("baseline", "gradsae") for m in ("topk", "bottomk")]
     entries = [masked(r, "topk", k, v) for r in ("baseline", "gradsae") for k, v in (("1", 97.0), ("10", 60.0))]
-    entries += [masked("baseline", "topk", "0", 99.5, mean_k=0.0)]
-    figure = make_figure(entries)
-    assert ticks(figure) == ["0", "1", "10"] and "unmasked" in legend(figure)
-    assert [points[1] for points in drawn(figure, 0).values()] == [[99.5, 97, 60], [97, 60]]
+    table = report.frame([unmasked(), *entries, *nothing])
+    assert rows(table, "ranking", "masked", "k")[1:4] == [
+        ["", "none", ""],
+        ["", "none", "0"],
+        ["baseline", "TopK", "1"],
+    ]
+    assert table.em_drop[2] == masked("baseline", "topk", "0", 99.5)["drop"]["em"] and len(table) == 3 + 4
+    figure = make_figure([*entries, *nothing])
+    assert ticks(figure) == ["1", "10"] and "unmasked" in legend(figure)
+    assert [points[1] for points in drawn(figure, 0).values()] == [[97, 60], [97, 60]]
+    assert 99.5 in [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert draw(nothing) == {} == draw([unmasked()])
 
 
 def test_at_most_six_lines_each_with_a_look_of_its_own():
