@@ -329,8 +329,8 @@ def draw_masks(d_sae):
     return [[[], *few[1:]], many]
 
 
-def answer_masked(model, windowed, drafts, masks):
-    made = map(model.splice.mask, masks)
+def answer_masked(model, windowed, drafts, masks, means=None):
+    made = (model.splice.mask(lists, means) for lists in masks)
     found = answers.answer_masked(model, windowed.prompts, windowed.contexts, drafts, made, STEPS)
     return [[answer.tokens for answer in of_mask] for of_mask in found]
 
@@ -423,14 +423,16 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
 
 
 @pytest.mark.parametrize("hook_name", ["blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"])
+@pytest.mark.parametrize(("error_term", "ablation"), [("keep", "zero"), ("drop", "mean")])
 @pytest.mark.parametrize("windowed", [512], indirect=True)
-def test_masked_answers_with_the_error_term(hook_name, windowed):
+def test_masked_answers_of_other_kinds(hook_name, error_term, ablation, windowed):
     """Against a loop over Transformers' own model, the whole sequence again for every token."""
-    model, masks = splice_into(windowed, hook_name, "keep"), draw_masks(96)
+    model, masks = splice_into(windowed, hook_name, error_term), draw_masks(96)
+    means = torch.rand(96) if ablation == "mean" else None
 
     def generate(prompt, masked):
         ids, place = [], hook_name.partition(".1.")[2]
-        handle = splice_by_hand(get_layers(windowed.plain)[1], place, True, model.splice.sae, masked, "keep")
+        handle = splice_by_hand(get_layers(windowed.plain)[1], place, True, model.splice.sae, masked, error_term, means)
         with torch.no_grad():
             while len(ids) < STEPS and not (ids and ids[-1] in model.end_ids):
                 ids.append(int(windowed.plain(torch.tensor([prompt + ids])).logits[0, -1].argmax()))
@@ -442,7 +444,7 @@ def test_masked_answers_with_the_error_term(hook_name, windowed):
     found, _ = answers.answer(model, windowed.prompts, windowed.contexts, STEPS)
     assert [answer.tokens for answer in found] == drafts
     assert expected[0] != expected[1] != drafts
-    assert answer_masked(model, windowed, drafts, masks) == expected
+    assert answer_masked(model, windowed, drafts, masks, means) == expected
 
 
 @pytest.mark.parametrize("hook_name", ["blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"])

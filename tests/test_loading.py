@@ -49,6 +49,17 @@ def test_demo_model_is_loaded_as_the_real_one_would_be(demo):
     assert tokenizer.tokenize("<start_of_turn>Result = [[")[0] == "<start_of_turn>"
 
 
+def test_what_ends_an_answer():
+    """The model's own ids, the tokenizer's end of sequence, the end of turn: each counts, also where the others lack it
+    (Llama 3's tokenizer ends at <|eot_id|>, its model has two ids more)."""
+    model, tokenizer = load()
+    eos, end_of_turn = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    for own, ends in (([7, eos], [eos, 7, end_of_turn]), (9, [eos, 9, end_of_turn]), (None, [eos, end_of_turn])):
+        model.lm.generation_config.eos_token_id = own
+        common.settle_model(model.model, tokenizer)
+        assert model.lm.generation_config.eos_token_id == sorted(ends)
+
+
 def test_base_models_are_named(tmp_path, capsys):
     """A folder's model by its chat template; the demo's has none, but was tuned."""
     shutil.copytree(ROOT / "demo" / "model", tmp_path / "base")

@@ -151,6 +151,14 @@ def test_log_probs_of_the_unmasked_answer(demo, asked):
         assert one.log_probs == pytest.approx(expected, abs=2e-4)
 
 
+def test_log_probs_of_half_precision_logits_are_single():
+    torch.manual_seed(0)
+    logits = (8 * torch.randn(300, 50)).bfloat16()
+    tokens = torch.randint(50, (300,))
+    expected = logits.double().log_softmax(-1)[torch.arange(300), tokens].tolist()
+    assert answers.pick_log_probs(logits, tokens) == pytest.approx(expected, rel=1e-5)
+
+
 def log_probs_by_hand(model, prompt, generated, masked):
     def replace(residual, hook):
         acts = model.splice.sae.encode(residual).clone()
@@ -298,6 +306,14 @@ def test_rows_that_have_ended_leave_the_batch(demo, asked, monkeypatch):
     steps = [width for width in widths if width]
     assert len(steps) == len(going)
     assert all(wanted <= width < 2 * wanted or width == wanted for wanted, width in zip(going, steps))
+
+
+def test_padding_is_not_encoded(demo, asked):
+    model, _ = demo
+    prompts = [case["prompt"] for case in asked[:9]]
+    _, trace = answers.answer(model, prompts, range(9), 1)  # a context each: nothing is shared
+    encoded, padded = int(trace.latents.spliced.sum()), len(trace.latents.spliced)
+    assert encoded == sum(map(len, prompts)) < padded and not trace.latents.counts[~trace.latents.spliced].any()
 
 
 def test_hook_points_set_aside_change_nothing(demo, asked):
@@ -541,7 +557,13 @@ def test_special_tokens_bypass_the_sae(demo, sequences):
     assert not torch.allclose(everywhere, expected, rtol=1e-2, atol=1e-2)
     _, trace = answers.answer(other, [ids], "x", 1)
     scores = rankings.mean(other, trace)[0]
-    torch.testing.assert_close(scores, sae.encode(seen[0][0, counted]).mean(0), rtol=1e-4, atol=1e-5)
+    residual = seen[0][0, counted]
+    acts = sae.encode(residual)
+    torch.testing.assert_close(scores, acts.mean(0), rtol=1e-4, atol=1e-5)
+    latents = rankings.top_and_bottom(scores, 3)[0]
+    (removed,) = rankings.compute_removed(other.splice, trace, [latents])
+    expected = (acts[:, latents] @ sae.W_dec[latents]).norm() / residual.norm()
+    assert removed[-1] == pytest.approx(expected.item(), rel=6e-4)
 
 
 def test_a_sure_model_keeps_its_gradient(demo, sequences):

@@ -380,6 +380,25 @@ def test_a_ranking_of_ones_own(tmp_path, monkeypatch, capsys, demo, demo_questio
         assert [scores[i].item() for i in sample["topk"][:6]] == pytest.approx(scores.topk(6).values.tolist(), rel=1e-4)
 
 
+def test_kept_from_an_f1_of_0_9_on(full, demo_questions, tmp_path, monkeypatch, capsys):
+    """Not exact matches alone. With answers of ten words, for the demo's are short."""
+    more = "one two three four five six seven eight nine".split()
+    chosen = [q for q in demo_questions if full[1]["baseline"][q.id]["em"] and len(q.truths[0].split()) == 1][:3]
+    rows = [
+        {"id": q.id, "context": q.context, "question": q.question,
+         "answers": {"text": [" ".join([q.truths[0], *more[: 9 - wrong], *["other"] * wrong])]}}
+        for wrong, q in enumerate(chosen)
+    ]  # fmt: skip
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parse = common.parse_answer
+    monkeypatch.setattr(common, "parse_answer", lambda text: " ".join([parse(text), *more]))
+    given = ["--dataset", tmp_path / "questions.jsonl"]
+    _, found = run_rounds(tmp_path, monkeypatch, capsys, *given, rounds=ROUNDS[:1])
+    assert [record["f1"] for record in found["baseline"].values()] == [1.0, 0.9, 0.8]
+    samples = json.loads((tmp_path / "activations_baseline.json").read_text())["samples"]
+    assert [sample["id"] for sample in samples] == [q.id for q in chosen[:2]]
+
+
 def test_nothing_kept(tmp_path, monkeypatch, capsys):
     """A round 1 that keeps no question says so, whatever the ranking; there is nothing to mask then."""
     questions = [json.loads(line) for line in (ROOT / "demo" / "questions.jsonl").read_text().splitlines()[:5]]
@@ -425,6 +444,8 @@ def test_questions_of_other_forms(demo_questions, tmp_path, monkeypatch, capsys)
 
 def test_k_of_a_question():
     assert [rankings.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
+    reached = [rankings.count_to_reach([1.0, 2.0, 3.0], target) for target in (0.5, 1.0, 2.0, 2.5, 9.0)]
+    assert reached == [1, 1, 2, 3, 3]  # as much is enough, and all where nothing is
 
 
 def test_activations_of_different_questions(full, tmp_path, monkeypatch, capsys):
