@@ -35,9 +35,10 @@ from experiment.prompts import BRACKETS, find_special_ids
 from experiment.rounds import Round
 from experiment.splice import Splice
 
+ANSWER_BEGINS = "Result = [["
 INSTRUCTION = (
     "Answer the following question based on the context.\nContext:\n{context}\n\nQuestion:\n{question}\n\n"
-    'Please organize your final answer in this format: "Result = [[ label ]]"\n'
+    f'Please organize your final answer in this format: "{ANSWER_BEGINS} label ]]"\n'
 )
 # Each by the special token that a tokenizer of its family has. Gemma's is the paper's, to the letter: the turn is
 # left open, and the model begins its answer in it. The tokenizer adds BOS.

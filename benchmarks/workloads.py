@@ -64,20 +64,24 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """bracket(tokens): the place of the last [ in an answer, up to which its latents are ranked, or None."""
+    """bracket(tokens): the place of the last [ in an answer, up to which its latents are ranked, or None.
+    guess: tokens that answers are expected to begin with; those of a random model never do."""
 
     model: passes.SplicedModel
     prompts: list[list[int]]
     contexts: list
     new_tokens: int
     bracket: Callable
+    guess: list[int]
 
 
 def load_demo(chosen):
     """The bundled model and SAE, and prompts of its questions."""
     tokenizer = common.load_tokenizer(chosen)
     bracket = functools.partial(find_bracket, tokenizer)
-    return Workload(common.load(chosen, tokenizer), *demo_prompts(chosen, tokenizer), chosen.max_new_tokens, bracket)
+    guess = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
+    prompts = demo_prompts(chosen, tokenizer)
+    return Workload(common.load(chosen, tokenizer), *prompts, chosen.max_new_tokens, bracket, guess)
 
 
 def demo_prompts(chosen, tokenizer):
@@ -112,7 +116,7 @@ def load_shape(shape, chosen, count):
         model = passes.SplicedModel(common.settle_model(bridge, tokenizer), Splice(sae))
     model.end_ids = {shape.config["vocab_size"]}  # no token ends an answer: the number of new tokens is fixed
     prompts, contexts = make_prompts(count, shape.config["vocab_size"])
-    return Workload(model, prompts, contexts, NEW_TOKENS, lambda tokens: BRACKET)
+    return Workload(model, prompts, contexts, NEW_TOKENS, lambda tokens: BRACKET, guess=[3, 4, 5])
 
 
 def make_lm(shape, device, dtype):
@@ -212,7 +216,7 @@ def round_1(work, batches, names=("baseline",)):
 
     def answer(batch):
         prompts, contexts = [work.prompts[i] for i in batch], [work.contexts[i] for i in batch]
-        given, trace = answers.answer(work.model, prompts, contexts, work.new_tokens)
+        given, trace = answers.answer(work.model, prompts, contexts, work.new_tokens, work.guess)
         tokens = [one.tokens for one in given]
         brackets = [min(work.bracket(ids) or BRACKET, len(ids) - 1) for ids in tokens]
         insides = [[place] for place in brackets]

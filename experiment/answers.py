@@ -21,6 +21,8 @@ from experiment import say
 from experiment.passes import Layout, find_shared
 from experiment.splice import Latents, join
 
+NO_TOKEN = -1  # ends a draft whose next token is not known
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -99,24 +101,33 @@ def in_halves(work, batch):
 
 
 @torch.no_grad()
-def answer(model, prompts, contexts, max_new_tokens):
-    """Greedy Answers, unmasked, and their Trace. prompts: lists of token ids; contexts: for each a key."""
-    nothing = [[]] * len(prompts)
-    layout, cache, seen = lay_out(model, prompts, nothing, contexts, max_new_tokens), new_cache(model), []
+def answer(model, prompts, contexts, max_new_tokens, guess=()):
+    """Greedy Answers, unmasked, and their Trace. prompts: lists of token ids; contexts: for each a key.
+
+    guess: tokens with which most answers begin: where the model says the same, they take no step each.
+    """
+    too_long = max(map(len, prompts)) + len(guess) + max_new_tokens > model.window
+    drafts = [[] if too_long else [*guess[: max_new_tokens - 1], NO_TOKEN]] * len(prompts)
+    layout, cache, seen = lay_out(model, prompts, drafts, contexts, max_new_tokens), new_cache(model), []
+    outputs = find_outputs(drafts, layout.rest_ids.shape[1], model.device)
+
+    def run(ids, attention, cache):
+        return model.run(ids, attention, cache, outputs=outputs if ids is layout.rest_ids else None)
+
     with model.ready(seen):
-        logits = model.run_shared(layout, cache, model.run)[-1]
-        found, steps = go_on_from(model, nothing, logits, cache, layout.attention, None, max_new_tokens)
+        logits = model.run_shared(layout, cache, run)[-1]
+        found, attention, steps = go_on_from(model, drafts, logits, cache, layout.attention, None, max_new_tokens)
     lengths = [len(prompt) + len(one.tokens) - 1 for prompt, one in zip(prompts, found)]
-    return found, trace(layout, steps, join(seen), lengths)
+    return found, trace(layout, attention, steps, join(seen), lengths)
 
 
-def trace(layout, steps, latents, lengths):
+def trace(layout, attention, steps, latents, lengths):
     """The Trace of what a batch's passes have seen.
 
-    steps: for each step of generation the rows that were in it: what they had generated last was run then.
-    lengths: of the sequences; a row may stay in the batch after its end.
+    attention: what of the layout is of the sequences.  steps: for each step of generation the rows that were in it:
+    what they had generated last was run then.  lengths: of the sequences; a row may stay in the batch after its end.
     """
-    rows, columns = layout.attention.nonzero(as_tuple=True)
+    rows, columns = attention.nonzero(as_tuple=True)
     stepped = torch.tensor([row for step in steps for row in step], dtype=torch.long, device=rows.device)
     first = layout.prefix_ids.numel() + layout.rest_ids.numel()
     positions = torch.cat([layout.places[rows, columns], first + torch.arange(len(stepped), device=rows.device)])
@@ -155,7 +166,8 @@ def answer_masked(model, prompts, contexts, drafts, masks, max_new_tokens):
             logits = model.run(layout.ids, layout.attention, cache, mask, outputs, start, replacement)
             for number in range(model.boundary or 0):
                 cache.layers[number] = copy.copy(below.layers[number])  # updates replace its tensors
-            yield go_on_from(model, drafts, logits, cache, layout.attention, mask, max_new_tokens, redo)[0]
+            found, *_ = go_on_from(model, drafts, logits, cache, layout.attention, mask, max_new_tokens, redo)
+            yield found
 
 
 def new_cache(model):
@@ -187,37 +199,41 @@ def go_on_from(model, drafts, logits, cache, attention, mask, max_new_tokens, re
     """Each draft as far as the model says the same, and greedily on from there.
 
     logits: at `find_outputs`.  redo: the prompts, where the cache is of no use for what differs from its draft.
-    Returns Answers, and the steps of `go_on`.
+    Returns Answers, the attention without what drafts have behind their first difference, and the steps of `go_on`.
     """
     lengths = [max(1, len(draft)) for draft in drafts]
     said = [part.tolist() for part in logits.argmax(-1).split(lengths)]
-    targets = torch.tensor([token for draft, own in zip(drafts, said) for token in draft or own], device=logits.device)
-    found = iter(pick_log_probs(logits, targets))
+    whole = [bool(draft) and draft[-1] != NO_TOKEN for draft in drafts]  # whether a draft is what is to be scored
+    scored = [token for draft, own, known in zip(drafts, said, whole) for token in (draft if known else own)]
+    found = iter(pick_log_probs(logits, torch.tensor(scored, device=logits.device)))
     log_probs = [[next(found) for _ in range(n)] for n in lengths]
     tokens, left = [], []
     for row, (draft, own) in enumerate(zip(drafts, said)):
         agree = next((i for i, (a, b) in enumerate(zip(draft, own)) if a != b), len(draft))
         tokens.append(own[: agree + 1])  # the first token that differs is the model's own
+        if not whole[row]:
+            del log_probs[row][agree + 1 :]
         if not has_ended(model, tokens[row], max_new_tokens):
             left.append(row)
+    width = attention.shape[1]
+    ends = [width - n + len(generated) for n, generated in zip(lengths, tokens)]
+    columns = torch.arange(width, device=attention.device)
+    attention = attention * (columns < torch.tensor(ends, device=attention.device).unsqueeze(1))
     if not left:
-        return [Answer(*of_row) for of_row in zip(tokens, log_probs)], []
-    # The cache of those that go on ends with their last token but one: what the draft has behind it is not attended to.
-    generated = [len(tokens[row]) for row in left]
+        return [Answer(*of_row) for of_row in zip(tokens, log_probs)], attention, []
+    # The cache of those that go on ends with their last token but one.
     index = torch.tensor(left, device=attention.device)
     mask = mask and mask.take(index)
     if redo is None:
         keep(cache, index)
-        attention = attention[index]
-        for place, (row, n) in enumerate(zip(left, generated)):
-            attention[place, attention.shape[1] - lengths[row] + n :] = 0
+        going_on = attention[index]
     else:
         layout = Layout([redo[row] + tokens[row][:-1] for row in left], model.pad_id, model.device)
-        cache, attention = new_cache(model), layout.attention
-        model.run(layout.rest_ids, attention, cache, mask)
-    own = {row: log_probs[row] for row in left if not drafts[row]}
-    steps = go_on(model, tokens, left, own, cache, attention, mask, max_new_tokens)
-    return [Answer(*of_row) for of_row in zip(tokens, log_probs)], steps
+        cache, going_on = new_cache(model), layout.attention
+        model.run(layout.rest_ids, going_on, cache, mask)
+    own = {row: log_probs[row] for row in left if not whole[row]}
+    steps = go_on(model, tokens, left, own, cache, going_on, mask, max_new_tokens)
+    return [Answer(*of_row) for of_row in zip(tokens, log_probs)], attention, steps
 
 
 def go_on(model, tokens, going, log_probs, cache, attention, mask, max_new_tokens):

@@ -42,8 +42,8 @@ def generate(model, sae, tokenizer, prompt, masked=(), max_new_tokens=50, end_of
     return generated
 
 
-def score_latents(model, sae, sequence):
-    """The mean activation of every latent over the sequence, and the latents that are not zero at its last position."""
+def activations(model, sae, sequence):
+    """Of every latent at every position of the sequence, [pos, d_sae]."""
     seen = []
 
     def keep_residual(residual, hook):
@@ -51,7 +51,12 @@ def score_latents(model, sae, sequence):
 
     with torch.no_grad(), model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, keep_residual)]):
         model(torch.tensor([sequence]))
-        acts = sae.encode(read(sae, seen[0]))[0]
+        return sae.encode(read(sae, seen[0]))[0]
+
+
+def score_latents(model, sae, sequence):
+    """The mean activation of every latent over the sequence, and the latents that are not zero at its last position."""
+    acts = activations(model, sae, sequence)
     active = [c for c, value in enumerate(acts[-1].tolist()) if value != 0]
     return acts.mean(dim=0).tolist(), active
 

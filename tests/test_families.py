@@ -398,6 +398,16 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
     shares = windowed.window == 512
     assert [kind for kind, _ in seen[:3]] == (["whole", "whole", "step"] if shares else ["whole", "step", "step"])
 
+    for guess in (drafts[0][:2], drafts[1][:4], [7, *drafts[2][:1]]):  # what answers begin with: right for some
+        found, trace = answers.answer(model, prompts, windowed.contexts, STEPS, guess)
+        assert [answer.tokens for answer in found] == drafts
+        sequences = [prompt + draft[:-1] for prompt, draft in zip(prompts, drafts)]
+        lengths = list(map(len, sequences))
+        assert trace.rows.bincount().tolist() == lengths
+        for row, means in enumerate(rankings.mean(model, trace.select(range(len(prompts)), lengths))):
+            acts = oracle.activations(windowed.bridge, model.splice.sae, sequences[row])
+            torch.testing.assert_close(means, acts.mean(0), rtol=1e-4, atol=1e-5)
+
     wrong = [[*draft[:2], 7, 8, 9][:STEPS] for draft in drafts]
     for of_rows in (drafts, [[]] * len(prompts), wrong, [*drafts[:1], [], *wrong[2:]]):
         del seen[:]

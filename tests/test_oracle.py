@@ -59,8 +59,8 @@ def sequences(demo, ranked):
     return make_sequences(tokenizer, ranked, *found)
 
 
-def answer_all(model, cases, most=50):
-    return answers.answer(model, [case["prompt"] for case in cases], contexts_of(cases), most)
+def answer_all(model, cases, most=50, guess=()):
+    return answers.answer(model, [case["prompt"] for case in cases], contexts_of(cases), most, guess)
 
 
 def make_sequences(tokenizer, cases, found, trace):
@@ -114,14 +114,27 @@ def test_prompts_are_the_papers(demo, asked):
 # Round 1
 
 
-@pytest.mark.parametrize(("size", "share"), [(1, True), (7, True), (60, True), (7, False), (60, False)])
-def test_answers_and_rankings(demo, asked, size, share):
-    """In batches that split the questions differently, what the questions of a context share run once or not."""
+@pytest.mark.parametrize(
+    ("size", "share", "guess"),
+    [
+        (1, True, "Result = [["),
+        (7, True, "Result = [["),
+        (60, True, ""),
+        (60, True, "Result = [["),
+        (60, True, "Result = [[ no such thing"),
+        (7, False, "Result is"),
+        (60, False, "No"),
+    ],
+)
+def test_answers_and_rankings(demo, asked, size, share, guess):
+    """In batches that split the questions differently, what the questions of a context share run once or not, what
+    answers begin with guessed right, in part, or wrong."""
     model, tokenizer = demo
+    guess = tokenizer(guess, add_special_tokens=False)["input_ids"]
     exact = ranked = 0
     for batch in in_batches(asked, size):
         contexts = contexts_of(batch) if share else range(len(batch))
-        found, trace = answers.answer(model, [case["prompt"] for case in batch], contexts, 50)
+        found, trace = answers.answer(model, [case["prompt"] for case in batch], contexts, 50, guess)
         assert [one.tokens for one in found] == [case["generated"] for case in batch]
         rows = [n for n, case in enumerate(batch) if case["ranking"]]
         cuts = [prompts.find_bracket(tokenizer, one.tokens) for one in found]
@@ -142,10 +155,11 @@ def test_answers_and_rankings(demo, asked, size, share):
     assert ranked >= 30 and exact >= 0.95 * ranked
 
 
-def test_log_probs_of_the_unmasked_answer(demo, asked):
+@pytest.mark.parametrize("guessed", [0, 2, 3, 5])  # of the first answer's tokens
+def test_log_probs_of_the_unmasked_answer(demo, asked, guessed):
     """Of each generated token, against a whole forward pass a question."""
     model, _ = demo
-    found, _ = answer_all(model, asked[:9])
+    found, _ = answer_all(model, asked[:9], guess=asked[0]["generated"][:guessed])
     for case, one in zip(asked, found):
         expected = log_probs_by_hand(model, case["prompt"], case["generated"], [])
         assert one.log_probs == pytest.approx(expected, abs=2e-4)
@@ -218,7 +232,8 @@ def test_answers_cut_at_the_longest(demo, ranked, masked, most):
     model, _ = demo
     lists, expected = masked
     drafts = [case["generated"][:most] for case in ranked]
-    assert [one.tokens for one in answer_all(model, ranked, most)[0]] == drafts
+    for guess in ([], ranked[0]["generated"][:5]):
+        assert [one.tokens for one in answer_all(model, ranked, most, guess)[0]] == drafts
     found = answer_masked(model, ranked, drafts, lists, 60, most)
     for name, texts in expected.items():
         assert [answer.tokens for answer in found[name]] == [ids[:most] for ids in texts]
