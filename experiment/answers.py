@@ -269,9 +269,10 @@ def has_ended(model, tokens, max_new_tokens):
 
 
 def keep(cache, index):
-    """Only these rows of the cache."""
+    """Only these rows of the cache, ascending: where it is all of them, without a copy."""
     for layer in cache.layers:
-        layer.batch_select_indices(index.to(layer.keys.device))
+        if len(index) < len(layer.keys):
+            layer.batch_select_indices(index.to(layer.keys.device))
 
 
 def pick_log_probs(logits, tokens):
