@@ -32,9 +32,11 @@ def main():
             model = common.load_for(round_, journals)
             # 4. Answer, score, keep, rank
             for batch, names, _ in rounds.share_batches(round_, model, round_.asked, journals, label="Round 1"):
-                found = answers.in_halves(lambda part, names=names: answer_and_rank(round_, model, part, names), batch)
+                answered = answers.in_halves(
+                    lambda part, names=names: answer_and_rank(round_, model, part, names), batch
+                )
                 for name in names:
-                    journals[name].append([records[name] for records in found])
+                    journals[name].append([records[name] for records in answered])
         # 5. Write the activations, compare, print
         if rounds.is_last(round_):
             kept = rounds.finish_round_1(round_, entries, journals, KEEP_F1)
@@ -54,9 +56,9 @@ def answer_and_rank(round_, model, batch, names):
     tokenizer, token_ids = round_.tokenizer, [round_.prompt_ids(question) for question in batch]
     contexts = [question.context for question in batch]
     guess = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]  # saves time where it is right
-    found, trace = answers.answer(model, token_ids, contexts, round_.options.max_new_tokens, guess)
-    records = [common.score(tokenizer, question, answer) for question, answer in zip(batch, found)]
-    brackets = [prompts.find_bracket(tokenizer, answer.tokens) for answer in found]
+    batch_answers, trace = answers.answer(model, token_ids, contexts, round_.options.max_new_tokens, guess)
+    records = [common.score(tokenizer, question, answer) for question, answer in zip(batch, batch_answers)]
+    brackets = [prompts.find_bracket(tokenizer, answer.tokens) for answer in batch_answers]
     kept = [n for n, record in enumerate(records) if record["f1"] >= KEEP_F1 and brackets[n] is not None]
     by_ranking = [dict.fromkeys(names, record) for record in records]
     if not kept:
@@ -64,9 +66,9 @@ def answer_and_rank(round_, model, batch, names):
     sequences = rankings.Sequences(
         ids=[batch[n].id for n in kept],
         prompts=[token_ids[n] for n in kept],
-        generated=[found[n].tokens for n in kept],
+        generated=[batch_answers[n].tokens for n in kept],
         brackets=[brackets[n] for n in kept],
-        insides=[prompts.find_answer(tokenizer, found[n].tokens) for n in kept],
+        insides=[prompts.find_answer(tokenizer, batch_answers[n].tokens) for n in kept],
         rows=kept,
         trace=trace,
     )

@@ -208,10 +208,10 @@ def prepare(options):
         if bundled(options.model) == options.model:  # the demo's has no chat template, but was tuned
             say(f"Warning: {options.model} looks like a base model: such a model was not trained to follow the prompt.")
     with hub_errors(options.dataset):
-        found, unanswerable, digest = questions.load(bundled(options.dataset), options.split)
+        all_questions, unanswerable, digest = questions.load(bundled(options.dataset), options.split)
     if unanswerable:
         say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
-    asked = questions.select(found, options.limit, options.sample, options.seed)
+    asked = questions.select(all_questions, options.limit, options.sample, options.seed)
     names = ("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens")
     names += ("dataset", "max_new_tokens", "limit", "sample", "batch_tokens")
     run = {name: getattr(options, name) for name in names} | {
@@ -223,15 +223,15 @@ def prepare(options):
         "device": device,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    return Round(options, state, tokenizer, found, asked, run)
+    return Round(options, state, tokenizer, all_questions, asked, run)
 
 
 def load_for(round_, journals, ranked=None):
     """The model with its SAE; what only the SAE says goes into the journals' runs, and is held against them."""
     model = load(round_.options, round_.tokenizer)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
-    for found in (ranked or {}).values():
-        results.refuse_other_run(found.path, found.run, of_sae, of_sae)
+    for file in (ranked or {}).values():
+        results.refuse_other_run(file.path, file.run, of_sae, of_sae)
     for journal in journals.values():
         results.refuse_other_run(journal.path, journal.run, of_sae, of_sae)
         journal.run |= of_sae
@@ -248,8 +248,8 @@ def masked_round(options, which):
     with rounds.writing(round_) as entries:
         # 2. What an earlier run left: a journal for each ranking and K
         journals = {
-            (ranking, k): round_.journal(rounds.name_journal(found.run, which, k), found.run | {"k": k})
-            for ranking, found in ranked.items()
+            (ranking, k): round_.journal(rounds.name_journal(file.run, which, k), file.run | {"k": k})
+            for ranking, file in ranked.items()
             for k in options.k
         }
         if not rounds.is_finished(asked, journals):
@@ -265,8 +265,8 @@ def masked_round(options, which):
                 def answer(part, keys=keys, bar=bar):
                     return answer_masked(round_, model, part, ranked, keys, means, drafts, bar)
 
-                for key, found in zip(keys, zip(*answers.in_halves(answer, batch))):
-                    journals[key].append([score(round_.tokenizer, q, a) for q, a in zip(batch, found)])
+                for key, given in zip(keys, zip(*answers.in_halves(answer, batch))):
+                    journals[key].append([score(round_.tokenizer, q, a) for q, a in zip(batch, given)])
         # 5. Compare with the unmasked answers to the same questions; write and print
         if rounds.is_last(round_):
             fresh = [rounds.compare(ranked[name], k, journal, asked) for (name, k), journal in journals.items()]
@@ -291,5 +291,5 @@ def answer_masked(round_, model, batch, ranked, keys, means, drafts, bar):
 
     prompts, contexts = [round_.prompt_ids(q) for q in batch], [q.context for q in batch]
     known, longest = [drafts[question.id] for question in batch], round_.options.max_new_tokens
-    found = list(answers.answer_masked(model, prompts, contexts, known, masks(), longest))
-    return list(zip(*(found[number] for number in numbers)))
+    by_mask = list(answers.answer_masked(model, prompts, contexts, known, masks(), longest))
+    return list(zip(*(by_mask[number] for number in numbers)))

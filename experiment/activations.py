@@ -100,7 +100,7 @@ def match_prompts(round_, samples):
 
 def find_asked(round_, ranked):
     """The questions that are masked: those selected that the files have."""
-    ids = [{question_id for question_id in found.samples} for found in ranked.values()]
+    ids = [{question_id for question_id in file.samples} for file in ranked.values()]
     if any(other != ids[0] for other in ids):
         raise UserError("the activations files are of different questions: run baseline.py with all these rankings")
     return [question for question in round_.asked if question.id in ids[0]]
@@ -109,9 +109,9 @@ def find_asked(round_, ranked):
 def check_latents(ranked, model):
     """Refuses latents that the SAE, and tokens that the model does not have."""
     words = model.lm.get_input_embeddings().num_embeddings
-    for found in ranked.values():
-        for question_id, sample in found.samples.items():
-            where, latents, tokens = f"{found.path}: question {question_id}", sample[found.which], sample.get("tokens")
+    for file in ranked.values():
+        for question_id, sample in file.samples.items():
+            where, latents, tokens = f"{file.path}: question {question_id}", sample[file.which], sample.get("tokens")
             if latents and max(latents) >= model.splice.d_sae:
                 raise UserError(f"{where} names latent {max(latents)}, but the SAE has {model.splice.d_sae}")
             if tokens and max(tokens) >= words:

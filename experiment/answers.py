@@ -21,7 +21,7 @@ from experiment import say
 from experiment.passes import Layout, find_shared
 from experiment.splice import Latents, join
 
-NO_TOKEN = -1  # ends a draft whose next token is not known
+NO_TOKEN = -1  # ends a draft that is only the beginning of an answer
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def answer(model, prompts, contexts, max_new_tokens, guess=()):
     guess: tokens with which most answers begin: where the model says the same, they take no step each.
     """
     too_long = max(map(len, prompts)) + len(guess) + max_new_tokens > model.window
-    drafts = [[] if too_long else [*guess[: max_new_tokens - 1], NO_TOKEN]] * len(prompts)
+    drafts = [[*([] if too_long else guess[: max_new_tokens - 1]), NO_TOKEN]] * len(prompts)
     layout, cache, seen = lay_out(model, prompts, drafts, contexts, max_new_tokens), new_cache(model), []
     outputs = find_outputs(drafts, layout.rest_ids.shape[1], model.device)
 
@@ -116,9 +116,9 @@ def answer(model, prompts, contexts, max_new_tokens, guess=()):
 
     with model.ready(seen):
         logits = model.run_shared(layout, cache, run)[-1]
-        found, attention, steps = go_on_from(model, drafts, logits, cache, layout.attention, None, max_new_tokens)
-    lengths = [len(prompt) + len(one.tokens) - 1 for prompt, one in zip(prompts, found)]
-    return found, trace(layout, attention, steps, join(seen), lengths)
+        answers, attention, steps = go_on_from(model, drafts, logits, cache, layout.attention, None, max_new_tokens)
+    lengths = [len(prompt) + len(one.tokens) - 1 for prompt, one in zip(prompts, answers)]
+    return answers, trace(layout, attention, steps, join(seen), lengths)
 
 
 def trace(layout, attention, steps, latents, lengths):
@@ -144,6 +144,7 @@ def answer_masked(model, prompts, contexts, drafts, masks, max_new_tokens):
 
     drafts: the unmasked answers, lists of token ids, possibly empty.
     """
+    drafts = [draft or [NO_TOKEN] for draft in drafts]
     layout = lay_out(model, prompts, drafts, contexts if model.boundary else None, max_new_tokens)
     (count, width), below = layout.ids.shape, new_cache(model)
     rows = torch.arange(count, device=model.splice.device).repeat_interleave(width)
@@ -166,8 +167,8 @@ def answer_masked(model, prompts, contexts, drafts, masks, max_new_tokens):
             logits = model.run(layout.ids, layout.attention, cache, mask, outputs, start, replacement)
             for number in range(model.boundary or 0):
                 cache.layers[number] = copy.copy(below.layers[number])  # updates replace its tensors
-            found, *_ = go_on_from(model, drafts, logits, cache, layout.attention, mask, max_new_tokens, redo)
-            yield found
+            answers, *_ = go_on_from(model, drafts, logits, cache, layout.attention, mask, max_new_tokens, redo)
+            yield answers
 
 
 def new_cache(model):
@@ -188,8 +189,8 @@ def lay_out(model, prompts, drafts, contexts, max_new_tokens):
 
 
 def find_outputs(drafts, width, device):
-    """Rows and columns of what says each draft's tokens, draft after draft; of an empty one what comes first."""
-    lengths = [max(1, len(draft)) for draft in drafts]
+    """Rows and columns of what says each draft's tokens, draft after draft."""
+    lengths = list(map(len, drafts))
     rows = torch.arange(len(drafts)).repeat_interleave(torch.tensor(lengths))
     columns = torch.cat([torch.arange(width - n, width) for n in lengths])
     return rows.to(device), columns.to(device)
@@ -201,17 +202,18 @@ def go_on_from(model, drafts, logits, cache, attention, mask, max_new_tokens, re
     logits: at `find_outputs`.  redo: the prompts, where the cache is of no use for what differs from its draft.
     Returns Answers, the attention without what drafts have behind their first difference, and the steps of `go_on`.
     """
-    lengths = [max(1, len(draft)) for draft in drafts]
+    lengths = list(map(len, drafts))
     said = [part.tolist() for part in logits.argmax(-1).split(lengths)]
-    whole = [bool(draft) and draft[-1] != NO_TOKEN for draft in drafts]  # whether a draft is what is to be scored
-    scored = [token for draft, own, known in zip(drafts, said, whole) for token in (draft if known else own)]
-    found = iter(pick_log_probs(logits, torch.tensor(scored, device=logits.device)))
-    log_probs = [[next(found) for _ in range(n)] for n in lengths]
+    given = [draft[-1] != NO_TOKEN for draft in drafts]  # an answer whose log probabilities are asked for
+    scored = [draft if is_given else own for draft, own, is_given in zip(drafts, said, given)]
+    targets = torch.tensor([token for ids in scored for token in ids], device=logits.device)
+    each = iter(pick_log_probs(logits, targets))
+    log_probs = [[next(each) for _ in range(n)] for n in lengths]
     tokens, left = [], []
     for row, (draft, own) in enumerate(zip(drafts, said)):
         agree = next((i for i, (a, b) in enumerate(zip(draft, own)) if a != b), len(draft))
         tokens.append(own[: agree + 1])  # the first token that differs is the model's own
-        if not whole[row]:
+        if not given[row]:
             del log_probs[row][agree + 1 :]
         if not has_ended(model, tokens[row], max_new_tokens):
             left.append(row)
@@ -231,7 +233,7 @@ def go_on_from(model, drafts, logits, cache, attention, mask, max_new_tokens, re
         layout = Layout([redo[row] + tokens[row][:-1] for row in left], model.pad_id, model.device)
         cache, going_on = new_cache(model), layout.attention
         model.run(layout.rest_ids, going_on, cache, mask)
-    own = {row: log_probs[row] for row in left if not whole[row]}
+    own = {row: log_probs[row] for row in left if not given[row]}
     steps = go_on(model, tokens, left, own, cache, going_on, mask, max_new_tokens)
     return [Answer(*of_row) for of_row in zip(tokens, log_probs)], attention, steps
 
@@ -257,11 +259,11 @@ def go_on(model, tokens, going, log_probs, cache, attention, mask, max_new_token
         logits = model.run(ids, attention, cache, mask)
         steps.append(going)
         chosen = logits.argmax(-1)
-        found = pick_log_probs(logits, chosen) if log_probs else None
+        chosen_log_probs = pick_log_probs(logits, chosen) if log_probs else None
         for place, token in zip(places, chosen[list(places)].tolist()):
             tokens[going[place]].append(token)
             if going[place] in log_probs:
-                log_probs[going[place]].append(found[place])
+                log_probs[going[place]].append(chosen_log_probs[place])
 
 
 def has_ended(model, tokens, max_new_tokens):
@@ -277,10 +279,10 @@ def keep(cache, index):
 
 def pick_log_probs(logits, tokens):
     """The log probability of a token [output] in each row of logits [output, vocab], in nats."""
-    found = []
+    log_probs = []
     for part, chosen in zip(logits.split(256), tokens.split(256)):  # in single precision, a part at a time
-        found += part.float().log_softmax(-1).gather(1, chosen[:, None]).flatten().tolist()
-    return found
+        log_probs += part.float().log_softmax(-1).gather(1, chosen[:, None]).flatten().tolist()
+    return log_probs
 
 
 def gradients(model, sequences, next_ids, trace):

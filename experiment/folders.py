@@ -37,14 +37,14 @@ def read(path, known=None, activations=None):
     """
     entries = read_entries(path / "results.json")
     journals = list(_read_journals(path))
-    found = [
+    answered = [
         (entry, journal)
         for entry in [entry for entry in entries if "masked" not in entry] + report.sort_masked(entries)
         for journal in journals
         if not results.differences(journal.run, entry["run"], FIELDS) and _is_whole(journal, entry)
     ]
-    round_1 = {entry["run"]["ranking"]: journal for entry, journal in found if "masked" not in entry}
-    masked = [(entry, journal) for entry, journal in found if "masked" in entry]
+    round_1 = {entry["run"]["ranking"]: journal for entry, journal in answered if "masked" not in entry}
+    masked = [(entry, journal) for entry, journal in answered if "masked" in entry]
     runs = {entry["run"]["ranking"]: entry["run"] for entry, _ in masked}
     samples = {name: round_1.get(name) or _read_samples(path, run, activations) for name, run in runs.items()}
     answers = next(iter((round_1 or samples).values()), {})
@@ -53,7 +53,7 @@ def read(path, known=None, activations=None):
     else:
         kept = list(dict.fromkeys(name for _, records in masked for name in records))
     if known is None:
-        known = _load_questions(entries[0]["run"]) if found else []
+        known = _load_questions(entries[0]["run"]) if answered else []
     return Folder(path, entries, {question.id: question for question in known}, answers, kept, masked, samples)
 
 
@@ -107,9 +107,9 @@ def _read_samples(path, run, activations):
 
 def _load_questions(run):
     try:
-        found, _, digest = questions.load(bundled(run["dataset"]), run["split"])
+        known, _, digest = questions.load(bundled(run["dataset"]), run["split"])
         if digest == run["questions"]:
-            return found
+            return known
         reason = "is not what it was when the answers were made"
     except (UserError, OSError, ValueError, KeyError) as error:
         reason = f"cannot be read ({error})"

@@ -93,12 +93,12 @@ def collect(folders):
             name = number, entry["run"]["ranking"], entry["masked"]
             lists += [] if name in lists else [name]
             columns.append((number, entry, records, lists.index(name)))
-    contexts, found = {}, {}
+    contexts, by_key = {}, {}
     for folder in folders:
         for name in folder.kept:
             key = folder.entries[0]["run"].get("questions"), name
-            if key not in found:
-                found[key] = _question(folders, columns, len(lists), key, contexts)
+            if key not in by_key:
+                by_key[key] = _question(folders, columns, len(lists), key, contexts)
     return {
         "right": RIGHT_F1,
         "contexts": list(contexts),
@@ -114,7 +114,7 @@ def collect(folders):
             for number, e, _, place in columns
         ],
         "lists": [{"folder": f, "name": f"{ranking} {report.MASKS[which]}"} for f, ranking, which in lists],
-        "questions": list(found.values()),
+        "questions": list(by_key.values()),
     }
 
 

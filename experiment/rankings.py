@@ -95,8 +95,8 @@ def _score_by_gradient(model, sequences, places):
     size, scores = -(-len(places) // 16), sequences.ranked.latents.values.new_zeros(len(places), model.splice.d_sae)
     for start in range(0, len(numbers), size):
         part = numbers[start : start + size]
-        for n, found in zip(part, in_halves(work, part)):
-            scores[n] = found
+        for n, row in zip(part, in_halves(work, part)):
+            scores[n] = row
     return scores
 
 
@@ -140,16 +140,16 @@ def rank(model, name, sequences, seed):
         length = LONGEST if name == "matched" else max(100, len(active) // 2)
         lists.append(dict(zip(("topk", "bottomk"), top_and_bottom(row, length))))
     for which in ("topk", "bottomk"):
-        removed = compute_removed(model.splice, sequences.ranked, [found[which] for found in lists])
-        for found, norms in zip(lists, removed):
-            found[f"removed_{which}"] = norms
+        removed = compute_removed(model.splice, sequences.ranked, [sample[which] for sample in lists])
+        for sample, norms in zip(lists, removed):
+            sample[f"removed_{which}"] = norms
     if name == "matched":
-        for found, baseline in zip(lists, rank(model, "baseline", sequences, seed)):
+        for sample, baseline in zip(lists, rank(model, "baseline", sequences, seed)):
             for which in ("topk", "bottomk"):
-                found[f"target_{which}"] = baseline[f"removed_{which}"]
-                enough = count_to_reach(found[f"removed_{which}"], max(found[f"target_{which}"], default=0))
+                sample[f"target_{which}"] = baseline[f"removed_{which}"]
+                enough = count_to_reach(sample[f"removed_{which}"], max(sample[f"target_{which}"], default=0))
                 for field in (which, f"removed_{which}"):
-                    found[field] = found[field][:enough]
+                    sample[field] = sample[field][:enough]
     return lists
 
 
@@ -215,7 +215,7 @@ def compute_removed(splice, trace, lists):
         decoder = splice.sae.W_dec[padded.clamp(max=d_sae - 1)].float()  # [sequence, longest, d_in]
         products = (acts.mT @ acts) * (decoder @ decoder.mT)
         growth = 2 * products.tril().sum(2) - products.diagonal(dim1=1, dim2=2)
-        found = (growth.cumsum(1).clamp(min=0).sqrt() / norms[first : first + size]).double()
-        power = (10 ** (3 - found.clamp(min=1e-9).log10().floor())).round()
-        removed += [numbers[: len(ids)] for numbers, ids in zip(((found * power).round() / power).tolist(), part)]
+        shares = (growth.cumsum(1).clamp(min=0).sqrt() / norms[first : first + size]).double()
+        power = (10 ** (3 - shares.clamp(min=1e-9).log10().floor())).round()
+        removed += [numbers[: len(ids)] for numbers, ids in zip(((shares * power).round() / power).tolist(), part)]
     return removed

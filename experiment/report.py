@@ -201,7 +201,7 @@ def write_settings(table):
 def _shorten(texts):
     """Of paths that differ in some of their parts (layer_9/width_131k, layer_20/width_131k), these parts."""
     parts = [text.split("/") for text in texts]
-    places = [place for place, found in enumerate(zip(*parts)) if len(set(found)) > 1]
+    places = [place for place, names in enumerate(zip(*parts)) if len(set(names)) > 1]
     if len(set(map(len, parts))) > 1 or not places:
         return list(texts)
     return ["/".join(part[place] for place in places) for part in parts]
@@ -260,15 +260,15 @@ def main():
     chosen = parser.parse_args()
     from experiment import folders
 
-    found = [folders.read(path) for path in dict.fromkeys(chosen.folders)]
-    if len(found) == 1:
-        entries = folders.rescore(found[0]) if found[0].questions else found[0].entries
+    given = [folders.read(path) for path in dict.fromkeys(chosen.folders)]
+    if len(given) == 1:
+        entries = folders.rescore(given[0]) if given[0].questions else given[0].entries
     else:
-        entries = folders.join(found)
-    path = chosen.output_dir or (found[0].path if len(found) == 1 else Path("runs", "together"))
+        entries = folders.join(given)
+    path = chosen.output_dir or (given[0].path if len(given) == 1 else Path("runs", "together"))
     with results.lock(path):
         results.write_results(path / "results.json", entries)
-        write(path, found, entries)
+        write(path, given, entries)
     print(f"{terminal(frame(entries))}\n\nAll files: {path}")
 
 

@@ -25,11 +25,11 @@ WHERE_BOTH = ("hook_name", "d_sae", "ranking_seed")  # compared where both runs 
 DEFAULTS = {"error_term": "drop"}  # of files older than the field
 
 
-def differences(found, wanted, fields):
+def differences(made, wanted, fields):
     """Names each of `fields` in which two runs differ, with both values; an empty text where they agree."""
     named = []
     for field in fields:
-        old, new = (run.get(field, DEFAULTS.get(field)) for run in (found, wanted))
+        old, new = (run.get(field, DEFAULTS.get(field)) for run in (made, wanted))
         if old != new and not (field in WHERE_BOTH and None in (old, new)):
             named.append(f"{field} {_shorten(old)}, now {_shorten(new)}")
     return "; ".join(named)
@@ -40,9 +40,9 @@ def _shorten(value):
     return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
 
 
-def refuse_other_run(path, found, wanted, fields):
-    """Raises UserError where the run `found` in a file differs in `fields` from the one that is wanted now."""
-    if named := differences(found, wanted, fields):
+def refuse_other_run(path, made, wanted, fields):
+    """Raises UserError where the run `made` in a file differs in `fields` from the one that is wanted now."""
+    if named := differences(made, wanted, fields):
         raise UserError(f"{path}: is of another run ({named}): repeat its options, or give --output-dir or --overwrite")
 
 

@@ -186,7 +186,9 @@ def describe_latents(round_, samples, name, contexts):
     options = round_.options
     statistics = estimates.latent_statistics(samples[name], contexts)
     others = {other: samples[other] for other in samples if other != name}
-    statistics["overlap"] = {other: estimates.ranking_overlap(samples[name], found) for other, found in others.items()}
+    statistics["overlap"] = {
+        other: estimates.ranking_overlap(samples[name], theirs) for other, theirs in others.items()
+    }
     for latent in statistics["most_frequent_topk"]:
         latent["neuronpedia"] = catalogue.neuronpedia_page(options.sae_release, options.sae_id, latent["latent"])
     return statistics
@@ -202,12 +204,12 @@ def name_journal(run, which, k):
     return "_".join(names + ([] if k == "50%" else [f"k{k.replace('%', 'pct')}"]))
 
 
-def compare(found, k, journal, asked):
+def compare(ranked, k, journal, asked):
     """The entry of results.json of one ranking and K: means, drops from the unmasked answers to the same questions."""
     records = journal.finish(question.id for question in asked)
-    samples, contexts = [found.samples[question.id] for question in asked], [question.context for question in asked]
+    samples, contexts = [ranked.samples[question.id] for question in asked], [question.context for question in asked]
     after = estimates.collect_columns(records, samples)
-    if found.has_answers:
+    if ranked.has_answers:
         before = [  # what older files lack is scored again
             sample if "named" in sample else questions.score(sample["answer"], sample["answer"], q.truths) | sample
             for sample, q in zip(samples, asked)
@@ -215,21 +217,21 @@ def compare(found, k, journal, asked):
         figures = estimates.compare(estimates.collect_columns(before, samples), after, contexts)
     else:
         figures = estimates.summarize(after, contexts) | {"clean": None, "drop": None}
-    picked = [rankings.pick_latents(sample, found.which, k) for sample in samples]
-    name, masked = f"removed_{found.which}", [latents for latents, _ in picked]
+    picked = [rankings.pick_latents(sample, ranked.which, k) for sample in samples]
+    name, masked = f"removed_{ranked.which}", [latents for latents, _ in picked]
     removed = [s[name][len(latents) - 1] if latents else 0.0 for s, latents in zip(samples, masked) if name in s]
     fewer = sum(not enough for _, enough in picked)
     if fewer:
         say(f"{fewer} of {len(asked)} questions have fewer than {k} ranked latents: all they have are masked.")
     return figures | {
-        "round": WORDS[found.which],
-        "masked": found.which,
+        "round": WORDS[ranked.which],
+        "masked": ranked.which,
         "k": k,
         "run": journal.run,
         "mean_k": sum(map(len, masked)) / len(masked),
         "fewer_than_k": fewer,
         "removed": 100 * sum(removed) / len(removed) if removed else None,
-        "missing": found.missing,
+        "missing": ranked.missing,
         "population": name_population(asked),
     }
 
