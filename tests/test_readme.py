@@ -39,7 +39,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     for script, arguments in order:
         demo = [] if "--demo" in arguments else ["--demo"]
         folder = tmp_path / ("keep" if "keep" in arguments else "drop")
-        given = [*arguments, *demo, "--limit", 6, "--output-dir", folder]
+        given = [*arguments, *demo, "--limit", 4, "--output-dir", folder]
         code, out, err = run_script(script, given, monkeypatch, capsys)
         assert code == 0, (script, arguments, err)
         assert "baseline" in out or "kept" in out

@@ -171,7 +171,7 @@ def test_half_precision(full, dtype, tmp_path, monkeypatch, capsys):
     """A half-precision model with a float32 SAE, the default on CUDA: all rounds and rankings, against float32."""
     _, exact = full
     names = ["--ranking", "baseline", "gradsae", "gradsae-answer", "matched", "random"]
-    given = ["--dtype", dtype, "--limit", 24, *names]
+    given = ["--dtype", dtype, "--limit", 16, *names]
     _, found = run_rounds(tmp_path, monkeypatch, capsys, *given)
     run, _ = read_journal(tmp_path / "predictions_baseline.jsonl")
     assert (run["dtype"], run["sae_dtype"]) == (dtype, "float32")
@@ -180,7 +180,7 @@ def test_half_precision(full, dtype, tmp_path, monkeypatch, capsys):
         agree = sum(exact[name][question_id]["answer"] == found[name][question_id]["answer"] for question_id in both)
         with capsys.disabled():
             print(f"\n{dtype}, predictions_{name}: {agree} of {len(both)} answers agree with float32", end="")
-        wanted = [question_id for question_id in list(exact["baseline"])[:24] if question_id in exact[name]]
+        wanted = [question_id for question_id in list(exact["baseline"])[:16] if question_id in exact[name]]
         assert len(both) >= 0.95 * len(wanted) and agree >= 0.95 * len(both)
 
 
@@ -225,7 +225,7 @@ def test_published_format(full, demo, demo_questions, tmp_path, monkeypatch, cap
 
 def test_finished_and_resumed_rounds(tmp_path, monkeypatch, capsys):
     """A journal cut short goes on to the same bytes; a finished one prints its table and loads nothing."""
-    arguments = ["--demo", "--limit", "45", "--batch-tokens", "1500", "--output-dir", tmp_path]
+    arguments = ["--demo", "--limit", "30", "--batch-tokens", "1500", "--output-dir", tmp_path]
     for script, name in ROUNDS:
         code, table, err = run_script(script, arguments, monkeypatch, capsys)
         assert code == 0, err
@@ -236,7 +236,7 @@ def test_finished_and_resumed_rounds(tmp_path, monkeypatch, capsys):
         assert (code, out) == (0, table) and "is finished" in err
         path = tmp_path / f"predictions_{name}.jsonl"
         lines = whole[path.name].splitlines(keepends=True)
-        path.write_bytes(b"".join(lines[:30]) + lines[30][:20])  # the 30th record was being written
+        path.write_bytes(b"".join(lines[:20]) + lines[20][:20])  # the 20th record was being written
         code, out, err = run_script(script, arguments, monkeypatch, capsys)
         assert (code, out) == (0, table) and "its last line was cut off" in err
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
