@@ -439,7 +439,7 @@ def test_masked_answers_of_other_kinds(hook_name, error_term, ablation, windowed
     """Against a loop over Transformers' own model, the whole sequence again for every token."""
     monkeypatch.setattr(splice, "DENSE", 1)  # the way of sparse activations, which these are not
     model, masks = splice_into(windowed, hook_name, error_term), draw_masks(96)
-    means = torch.rand(96) if ablation == "mean" else None
+    means = 4 * torch.rand(96) if ablation == "mean" else None  # far from what is active
 
     def generate(prompt, masked):
         ids, place = [], hook_name.partition(".1.")[2]
