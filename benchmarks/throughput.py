@@ -7,9 +7,10 @@
 
 With --shape nothing is downloaded: a Gemma 2 of that shape with random weights, a random JumpReLU SAE, prompts of
 SQuAD's lengths, 12 new tokens. The masked answers of random models differ from the unmasked ones nearly always: the
-worst case, for unmasked answers serve as drafts. All rows are of the same questions, medians of --repeats after a
-warm-up. Plain Transformers run in a process of their own, before and after the others, which has no TransformerLens in
-it: that changes Gemma 2's attention. Seconds in the SAE (encoding, decoding) are those of one more run.
+worst case, for unmasked answers serve as drafts. All rows are of the same questions, one after the other, --repeats
+times after a warm-up: medians, also of the times over plain in each turn, so that a machine that is faster now and
+slower then does not show. Plain Transformers run in a process of their own, which has no TransformerLens in it: that
+changes Gemma 2's attention. Seconds in the SAE (encoding, decoding) are those of one more run.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from experiment import answers, guard, options, passes
 from experiment.hub import prepare_libraries
 from experiment.splice import Splice
 
+PLAIN = {}  # in the process of plain Transformers: what generates all answers
 SQUAD_QUESTIONS = 10_570
 FURTHER_K = ("20", "10")  # beside 50%
 SIZES = {  # questions, those of the naive loop, and tokens in a batch, where not asked for
@@ -51,15 +53,16 @@ SIZES = {  # questions, those of the naive loop, and tokens in a batch, where no
 
 @dataclass(frozen=True)
 class Figures:
-    """Of all questions: seconds, seconds of them in the SAE's encode and reconstruct, and peak memory in GB."""
+    """Of all questions: seconds in each turn, seconds in the SAE's encode and reconstruct, and peak memory in GB."""
 
-    seconds: float
+    seconds: list[float]
     sae: float = math.nan
     peak: float = math.nan
 
     def beyond(self, other, parts=1):
         """What was done more than `other`, one of so many parts of it."""
-        return Figures((self.seconds - other.seconds) / parts, (self.sae - other.sae) / parts, self.peak)
+        seconds = [(ours - theirs) / parts for ours, theirs in zip(self.seconds, other.seconds)]
+        return Figures(seconds, (self.sae - other.sae) / parts, self.peak)
 
 
 class Stopwatch:
@@ -78,18 +81,14 @@ class Stopwatch:
         return result
 
 
-def measure(function, device, repeats, splice=None):
-    """The Figures of a piece of work, and what it returns."""
-    result, seconds = function(), []  # the warm-up
+def measure(function, device):
+    """Seconds and peak memory of a piece of work, the only one on the device."""
     peak_gb(device, reset=True)
-    for _ in range(repeats):
-        watch = Stopwatch(device)
-        watch.call(function)
-        seconds.append(watch.seconds)
-    figures = Figures(statistics.median(seconds), peak=peak_gb(device))
-    if splice:
-        figures = dataclasses.replace(figures, sae=time_splice(function, device, splice))
-    return figures, result
+    watch = Stopwatch(device)
+    watch.call(function)
+    peak = peak_gb(device)
+    release_memory()  # of a CUDA device, for the other process
+    return watch.seconds, peak
 
 
 def time_splice(function, device, splice):
@@ -126,8 +125,8 @@ def read_options(args, sae_dtype=None):
     return options.parse(["--demo", *chosen, "--limit", str(args.questions)], "", masks=False)
 
 
-def measure_plain(args):
-    """The Figures of plain Transformers, in a process of its own."""
+def load_plain(args):
+    """Makes plain Transformers ready in this process, which is theirs, and warm: `measure_plain` runs them."""
     chosen = read_options(args)
     prepare_libraries(chosen)
     tokenizer, dtype = common.load_tokenizer(chosen), getattr(torch, chosen.dtype)
@@ -142,8 +141,12 @@ def measure_plain(args):
     if args.shape:
         lm.generation_config.eos_token_id = [lm.config.vocab_size]  # nothing, as for ours
     batches = answers.plan_batches([len(prompt) for prompt in prompts], args.batch_tokens, range(len(prompts)))
-    generate = functools.partial(workloads.plain_generate, lm, prompts, batches, new_tokens)
-    return measure(generate, args.device, args.repeats)[0]
+    PLAIN["generate"] = functools.partial(workloads.plain_generate, lm, prompts, batches, new_tokens)
+    measure_plain(args)
+
+
+def measure_plain(args):
+    return measure(PLAIN["generate"], args.device)
 
 
 def load(args):
@@ -155,37 +158,51 @@ def load(args):
     return workloads.load_shape(dataclasses.replace(shape, d_sae=args.width or shape.d_sae), chosen, args.questions)
 
 
-def measure_ours(args):
-    """How many questions there are, {row: Figures} of all but plain Transformers, and lines to print with them."""
-    work, rows = load(args), {}
+def measure_rows(args, apart):
+    """How many questions there are, {row: Figures}, and lines to print. apart: the process of plain Transformers."""
+    work = load(args)
     lengths = [len(prompt) for prompt in work.prompts]
-
-    def row(name, function, *more):
-        again = functools.partial(function, work, *more)
-        rows[name], result = measure(again, args.device, args.repeats, work.model.splice)
-        return result
-
     first = answers.plan_batches(lengths, args.batch_tokens, work.contexts)
-    found = row("round 1, ranked", workloads.round_1, first)
+    found = workloads.round_1(work, first)
     with_drafts = [length + len(f.tokens) for length, f in zip(lengths, found)]
     batches = answers.plan_batches(with_drafts, args.batch_tokens, work.contexts)
-    (top,) = row("TopK masked, K = 50%", workloads.masked_round, batches, found, "topk")
-    (bottom,) = row("BottomK masked, K = 50%", workloads.masked_round, batches, found, "bottomk")
+    names = ("plain generate, no SAE", "round 1, ranked", "TopK masked, K = 50%", "BottomK masked, K = 50%")
+    plain, round_1, top, bottom = names
     further, by_gradient = f"each further K ({', '.join(FURTHER_K)})", "GradSAE's ranking"
-    row(further, workloads.masked_round, batches, found, "topk", ("50%", *FURTHER_K))
-    row(by_gradient, workloads.round_1, first, ("baseline", "gradsae"))
-    rows[further] = rows[further].beyond(rows["TopK masked, K = 50%"], len(FURTHER_K))
-    rows[by_gradient] = rows[by_gradient].beyond(rows["round 1, ranked"])
-    naive, same = measure_naive(args, work, found, top)
+    masked = functools.partial(workloads.masked_round, work, batches, found)
+    pieces = {
+        round_1: functools.partial(workloads.round_1, work, first),
+        top: functools.partial(masked, "topk"),
+        bottom: functools.partial(masked, "bottomk"),
+        further: functools.partial(masked, "topk", ("50%", *FURTHER_K)),
+        by_gradient: functools.partial(workloads.round_1, work, first, ("baseline", "gradsae")),
+    }
+    results = {name: piece() for name, piece in pieces.items()}  # and a warm-up
+    apart.submit(load_plain, args).result()
+    turns = [
+        {plain: apart.submit(measure_plain, args).result()}
+        | {name: measure(piece, args.device) for name, piece in pieces.items()}
+        for _ in range(args.repeats)
+    ]
+    rows = {
+        name: Figures([turn[name][0] for turn in turns], peak=max(turn[name][1] for turn in turns)) for name in turns[0]
+    }
+    for name, piece in pieces.items():
+        rows[name] = dataclasses.replace(rows[name], sae=time_splice(piece, args.device, work.model.splice))
+    rows[further] = rows[further].beyond(rows[top], len(FURTHER_K))
+    rows[by_gradient] = rows[by_gradient].beyond(rows[round_1])
+    (top_answers,), (bottom_answers,) = results[top], results[bottom]
+    naive, same = measure_naive(args, work, found, top_answers)
     lines = [
         f"{len(lengths)} questions of {statistics.mean(lengths):.0f} prompt tokens; {len(first)} batches in round 1, "
         f"{len(batches)} in a masked round, of at most {args.batch_tokens} tokens",
         f"{name_device(args.device)}; {args.dtype}, SAE in {args.sae_dtype}: {work.model.splice.d_sae} latents, "
         f"{statistics.mean(f.active for f in found):.0f} active at the last position",
-        f"masked answers that are the unmasked one: TopK {agreement(found, top)}, BottomK {agreement(found, bottom)}",
+        f"masked answers that are the unmasked one: TopK {agreement(found, top_answers)}, "
+        f"BottomK {agreement(found, bottom_answers)}",
         f"TopK's answers that are the naive loop's: {same} of {args.naive_questions}",
     ]
-    lines += [compare(args, dtype, work, first, batches, found, top) for dtype in args.compare_sae_dtypes]
+    lines += [compare(args, dtype, work, first, batches, found, top_answers) for dtype in args.compare_sae_dtypes]
     return len(lengths), naive | rows, lines
 
 
@@ -196,7 +213,7 @@ def measure_naive(args, work, found, top):
     workloads.naive_loop(dataclasses.replace(work, new_tokens=1), numbers[:1], latents)  # warm-up
     peak_gb(args.device, reset=True)
     generated = watch.call(workloads.naive_loop, work, numbers, latents)
-    figures = Figures(watch.seconds * len(found) / len(numbers), peak=peak_gb(args.device))
+    figures = Figures([watch.seconds * len(found) / len(numbers)] * args.repeats, peak=peak_gb(args.device))
     same = sum(tokens == top[i].tokens for i, tokens in zip(numbers, generated))
     return {f"naive loop ({len(numbers)} questions)": figures}, same
 
@@ -259,31 +276,27 @@ def parse_arguments():
 
 
 def print_table(args, n, rows, lines):
-    naive, plain, *_ = (figures.seconds for figures in rows.values())
+    naive, plain, *_ = rows.values()
     print("\n".join(lines[:2]), f"\n\n{'':28}  questions/s   / naive  time / plain  seconds in SAE  peak GB")
     for name, found in rows.items():
+        seconds = statistics.median(found.seconds)
+        over_plain = statistics.median(ours / theirs for ours, theirs in zip(found.seconds, plain.seconds))
         print(
-            f"{name:28}  {n / found.seconds:11.2f}  {naive / found.seconds:8.1f}  {found.seconds / plain:12.2f}  "
+            f"{name:28}  {n / seconds:11.2f}  {naive.seconds[0] / seconds:8.1f}  {over_plain:12.2f}  "
             f"{found.sae:14.2f}  {found.peak:7.2f}"
         )
     print("\n" + "\n".join(lines[2:]))
     if args.shape:
         for name, found in list(rows.items())[2:]:
-            print(f"all {SQUAD_QUESTIONS} SQuAD questions, {name}: {SQUAD_QUESTIONS * found.seconds / n / 60:.1f} min")
+            minutes = SQUAD_QUESTIONS * statistics.median(found.seconds) / n / 60
+            print(f"all {SQUAD_QUESTIONS} SQuAD questions, {name}: {minutes:.1f} min")
 
 
 def main():
     args = parse_arguments()
     # A fresh process and not a fork of this one, so that it finds PyTorch's threads and CUDA untouched.
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-        before = apart.submit(measure_plain, args).result()
-        apart.submit(release_memory).result()  # of the device, for ours
-        n, ours, lines = measure_ours(args)
-        release_memory()
-        after = apart.submit(measure_plain, args).result()
-    plain = Figures(statistics.mean([before.seconds, after.seconds]), peak=before.peak)
-    naive, *rest = ours.items()
-    print_table(args, n, dict([naive, ("plain generate, no SAE", plain), *rest]), lines)
+        print_table(args, *measure_rows(args, apart))
 
 
 if __name__ == "__main__":
