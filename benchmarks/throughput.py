@@ -178,15 +178,7 @@ def measure_rows(args, apart):
         by_gradient: functools.partial(workloads.round_1, work, first, ("baseline", "gradsae")),
     }
     results = {name: piece() for name, piece in pieces.items()}  # and a warm-up
-    apart.submit(load_plain, args).result()
-    turns = [
-        {plain: apart.submit(measure_plain, args).result()}
-        | {name: measure(piece, args.device) for name, piece in pieces.items()}
-        for _ in range(args.repeats)
-    ]
-    rows = {
-        name: Figures([turn[name][0] for turn in turns], peak=max(turn[name][1] for turn in turns)) for name in turns[0]
-    }
+    rows = take_turns(args, apart, plain, pieces)
     for name, piece in pieces.items():
         rows[name] = dataclasses.replace(rows[name], sae=time_splice(piece, args.device, work.model.splice))
     rows[further] = rows[further].beyond(rows[top], len(FURTHER_K))
@@ -204,6 +196,17 @@ def measure_rows(args, apart):
     ]
     lines += [compare(args, dtype, work, first, batches, found, top_answers) for dtype in args.compare_sae_dtypes]
     return len(lengths), naive | rows, lines
+
+
+def take_turns(args, apart, plain, pieces):
+    """{row: Figures}: plain Transformers, then each of the pieces of work, and all of it again, --repeats times."""
+    apart.submit(load_plain, args).result()
+    turns = []
+    for _ in range(args.repeats):
+        turns.append({plain: apart.submit(measure_plain, args).result()})
+        turns[-1] |= {name: measure(piece, args.device) for name, piece in pieces.items()}
+    seconds = {name: [turn[name][0] for turn in turns] for name in turns[0]}
+    return {name: Figures(seconds[name], peak=max(turn[name][1] for turn in turns)) for name in turns[0]}
 
 
 def measure_naive(args, work, found, top):

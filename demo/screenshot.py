@@ -1,6 +1,7 @@
 """Makes demo/results.png, the picture of the page in README: `python demo/screenshot.py` after the demo's three rounds.
 
-Needs Chromium. Shows the questions that a masked answer names right and the parser reads wrong, the first one opened.
+Needs Chromium. `python demo/screenshot.py PAGE PICTURE`: of another page, to another file. Shows the questions that a
+masked answer names right and the parser reads wrong, the first one opened.
 """
 
 import sys
@@ -19,10 +20,10 @@ SHOW = """
 """
 
 if __name__ == "__main__":
+    page, picture = map(Path, sys.argv[1:] or (ROOT / "runs" / "demo" / "results.html", ROOT / "demo" / "results.png"))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = Browser(profile)
-        page = ROOT / "runs" / "demo" / "results.html"
         browser.open(page, "document.querySelector('#questions tbody button')", width=1300, height=1720)
         browser.run(f"{{ {SHOW} }}")
-        (ROOT / "demo" / "results.png").write_bytes(browser.screenshot())
+        picture.write_bytes(browser.screenshot())
         browser.close()

@@ -109,7 +109,7 @@ def answer(model, prompts, contexts, max_new_tokens, guess=()):
     too_long = max(map(len, prompts)) + len(guess) + max_new_tokens > model.window
     drafts = [[*([] if too_long else guess[: max_new_tokens - 1]), NO_TOKEN]] * len(prompts)
     layout, cache, seen = lay_out(model, prompts, drafts, contexts, max_new_tokens), new_cache(model), []
-    outputs = find_outputs(drafts, layout.rest_ids.shape[1], model.device)
+    outputs = find_outputs(drafts, layout.rest_ids.shape[1])
 
     def run(ids, attention, cache):
         return model.run(ids, attention, cache, outputs=outputs if ids is layout.rest_ids else None)
@@ -163,7 +163,7 @@ def answer_masked(model, prompts, contexts, drafts, masks, max_new_tokens):
             cache = new_cache(model)
             if model.at_boundary:
                 start = model.splice.reconstruct(latents, rows, mask).unflatten(0, (count, width))
-            outputs, replacement = find_outputs(drafts, width, model.device), start if model.at_boundary else None
+            outputs, replacement = find_outputs(drafts, width), start if model.at_boundary else None
             logits = model.run(layout.ids, layout.attention, cache, mask, outputs, start, replacement)
             for number in range(model.boundary or 0):
                 cache.layers[number] = copy.copy(below.layers[number])  # updates replace its tensors
@@ -188,12 +188,16 @@ def lay_out(model, prompts, drafts, contexts, max_new_tokens):
     return Layout(sequences, model.pad_id, model.device, *find_shared(sequences, limits, contexts))
 
 
-def find_outputs(drafts, width, device):
-    """Rows and columns of what says each draft's tokens, draft after draft."""
+def find_outputs(drafts, width):
+    """Rows and columns of what says each draft's tokens, draft after draft.
+
+    On the CPU: from there they index what is on any device. With --device-map auto the last layer may be on another one
+    than the first.
+    """
     lengths = list(map(len, drafts))
     rows = torch.arange(len(drafts)).repeat_interleave(torch.tensor(lengths))
     columns = torch.cat([torch.arange(width - n, width) for n in lengths])
-    return rows.to(device), columns.to(device)
+    return rows, columns
 
 
 def go_on_from(model, drafts, logits, cache, attention, mask, max_new_tokens, redo=None):

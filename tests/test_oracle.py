@@ -323,6 +323,21 @@ def test_rows_that_have_ended_leave_the_batch(demo, asked, monkeypatch):
     assert all(wanted <= width < 2 * wanted or width == wanted for wanted, width in zip(going, steps))
 
 
+def test_what_answers_begin_with_takes_no_steps(demo, asked, monkeypatch):
+    """The format's beginning is what the demo's answers begin with, token for token, and is run in one pass."""
+    model, tokenizer = demo
+    guess = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
+    assert sum(case["generated"][: len(guess)] == guess for case in asked) >= 0.9 * len(asked) and len(guess) > 2
+    passes_run, run = [], model.run
+    monkeypatch.setattr(model, "run", lambda *given, **named: passes_run.append(1) or run(*given, **named))
+    counts = []
+    for beginning in ([], guess):
+        del passes_run[:]
+        answer_all(model, asked[:9], guess=beginning)
+        counts.append(len(passes_run))
+    assert counts[0] - counts[1] == len(guess)
+
+
 def test_padding_is_not_encoded(demo, asked):
     model, _ = demo
     prompts = [case["prompt"] for case in asked[:9]]

@@ -51,6 +51,13 @@ def opened(browser, folder):
     return browser
 
 
+def test_readmes_picture(opened, folder, tmp_path):
+    """The command of README that makes it."""
+    script, picture = ROOT / "demo" / "screenshot.py", tmp_path / "page.png"
+    subprocess.run([sys.executable, script, folder / "results.html", picture], check=True)
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 100_000
+
+
 def set_filter(browser, **values):
     for name, value in values.items():
         browser.run(f"""{{ const select = document.getElementById("{name}");

@@ -184,17 +184,25 @@ def test_half_precision(full, dtype, tmp_path, monkeypatch, capsys):
         assert len(both) >= 0.95 * len(wanted) and agree >= 0.95 * len(both)
 
 
-def test_half_precision_sae_special_tokens_and_error_term(tmp_path, monkeypatch, capsys):
-    """A float16 SAE goes the dense way; all of it also in half precision."""
-    found = {}
-    for dtype in ("float16", "float32"):
-        given = ["--limit", 30, "--dtype", dtype, "--sae-dtype", dtype, "--exclude-special-tokens"]
-        given += ["--error-term", "keep"]
-        found[dtype] = run_rounds(tmp_path / dtype, monkeypatch, capsys, *given, rounds=ROUNDS[:2])[1]
-    for name in ("baseline", "false"):
-        half, single = found["float16"][name], found["float32"][name]
+@pytest.mark.parametrize(
+    ("dtype", "sae_dtype", "more"),
+    [
+        ("float16", "float32", ["--ablation", "mean"]),  # the default's precisions
+        ("float16", "float16", ["--error-term", "keep", "--exclude-special-tokens"]),
+        ("bfloat16", "bfloat16", ["--error-term", "keep", "--ablation", "mean"]),
+    ],
+)
+def test_half_precision_of_other_settings(dtype, sae_dtype, more, tmp_path, monkeypatch, capsys):
+    """Error term, mean ablation and special tokens, also with an SAE in half precision, against float32."""
+    found, after = {}, "false_mean" if "mean" in more else "false"
+    for kind, precisions in (("half", (dtype, sae_dtype)), ("single", ("float32", "float32"))):
+        given = ["--limit", 24, "--dtype", precisions[0], "--sae-dtype", precisions[1], *more]
+        both_rounds = [ROUNDS[0], ("baseline_after_false", after)]
+        found[kind] = run_rounds(tmp_path / kind, monkeypatch, capsys, *given, rounds=both_rounds)[1]
+    for name in ("baseline", after):
+        half, single = found["half"][name], found["single"][name]
         both = half.keys() & single.keys()
-        assert len(both) >= 0.9 * len(single) >= 20
+        assert len(both) >= 0.9 * len(single) >= 18
         assert sum(half[i]["answer"] == single[i]["answer"] for i in both) >= 0.9 * len(both)
 
 
