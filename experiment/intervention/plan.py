@@ -1,0 +1,110 @@
+"""How many tokens are run at once, and which questions: decided by lengths and memory, before anything is run."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+ON_CPU = 4096  # tokens in a batch, where nobody says otherwise: some twenty questions, so that a kill loses little
+BATCHES_PER_GROUP = 8  # on a device that waits for its steps: how many batches' rows may go on together
+ROOM = 0.9  # of the memory that is free after loading: the rest is for fragments and workspaces
+LONG_PROMPT = 800  # tokens: as long as SQuAD's prompts get
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """In tokens.
+
+    batch: in one batch, padding included.  pool: in the caches of answers that go on together.  group: of the batches
+    whose answers a journal gets at once, which is what a killed round loses at most.
+    """
+
+    batch: int
+    pool: int
+    group: int
+
+
+def choose_sizes(
+    device: torch.device, config: PreTrainedConfig, dtype: torch.dtype, batch: int | None, pool: int | None
+) -> Sizes:
+    """Sizes for a loaded model, those that are given as they are.
+
+    On CUDA from what is free now: a power of two times 1,024 tokens, which an 80 GB card has room for 32 of beside
+    gemma-2-9b-it and its SAE.
+    """
+    if device.type != "cuda":
+        batch = batch or ON_CPU
+        return Sizes(batch, pool or batch, batch)
+    if batch is None:
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        batch = count_tokens(ROOM * free, bytes_per_token(config, dtype))
+    return Sizes(batch, pool or batch, BATCHES_PER_GROUP * batch)
+
+
+def count_tokens(free: float, per_token: int) -> int:
+    """How many tokens fit into so many bytes: 1,024 times the largest power of two, 1,024 at least."""
+    tokens = 1024
+    while 2 * tokens * per_token <= free:
+        tokens *= 2
+    return tokens
+
+
+def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """What a token of a batch takes on the device while its layers are run, a waiting answer's cache included.
+
+    Twice the cache: the batch's own, and that of the pool. Beside it what one layer has in memory at once: about 24
+    vectors of the residual stream, 3 of the MLP, and attention in the model's precision and in single precision.
+    """
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    cache = 2 * config.num_hidden_layers * key_value_heads * d_head
+    in_a_layer = 24 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    attention = heads * LONG_PROMPT * (dtype.itemsize + torch.float32.itemsize) // 2
+    return (2 * cache + in_a_layer) * dtype.itemsize + attention
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int, contexts: Sequence[Hashable]) -> list[list[int]]:
+    """Groups of indices into `lengths` (tokens per prompt), longest first, each within the budget, padding included.
+
+    contexts: for each prompt a key; prompts with the same one stay together, so that what they share is run once.
+    A prompt longer than the budget gets a batch of its own. The plan depends on nothing but its arguments.
+    """
+    longest: dict[Hashable, int] = {}
+    first: dict[Hashable, int] = {}
+    for index, key in enumerate(contexts):
+        longest[key] = max(longest.get(key, 0), lengths[index])
+        first.setdefault(key, index)
+
+    def rank(index: int) -> tuple[int, int, int]:
+        key = contexts[index]
+        return -longest[key], first[key], -lengths[index]
+
+    batches: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=rank):
+        width = max(width, lengths[index])
+        if batches and width * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            width = lengths[index]
+    return batches
+
+
+def plan_groups(batches: list[list[int]], lengths: Sequence[int], group_tokens: int) -> list[list[list[int]]]:
+    """Batches one after the other in groups, each within the budget, padding included, or a single batch."""
+    groups: list[list[list[int]]] = []
+    tokens = 0
+    for batch in batches:
+        size = len(batch) * max(lengths[index] for index in batch)
+        if groups and tokens + size <= group_tokens:
+            groups[-1].append(batch)
+            tokens += size
+        else:
+            groups.append([batch])
+            tokens = size
+    return groups

@@ -1,0 +1,190 @@
+"""Rows that go on wait for one another, and are decoded together. Knows nothing of proposals."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from experiment.intervention.forward import Layout, SplicedModel, new_cache
+from experiment.intervention.memory import halve_on_oom, is_out_of_memory
+from experiment.intervention.rows import Row, pick_log_probs, pick_tokens
+from experiment.intervention.splice import Mask, SparseActivations, join
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_new_tokens: the longest answer.  pool_tokens: how many tokens of caches may wait to be decoded together."""
+
+    max_new_tokens: int
+    pool_tokens: int
+
+
+def _ignore(count: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Rows of one batch and mask that go on. keys, values: of each layer, [row, head, pos, d_head]; attention: [row,
+    pos], rows padded on the left and without gaps."""
+
+    rows: list[Row]
+    keys: list[Float[Tensor, "row head pos d_head"]]
+    values: list[Float[Tensor, "row head pos d_head"]]
+    attention: Int[Tensor, "row pos"]
+    mask: Mask | None
+
+
+class Pool:
+    """Rows that go on wait here, over batches and masks, until enough of them are there to be decoded together.
+
+    seen: with keeps_seen, the rows of each step and what the SAE read in it.
+    """
+
+    def __init__(self, model: SplicedModel, limits: Limits, on_ended: Callable[[int], None], keeps_seen: bool = False):
+        self.model = model
+        self.limits = limits
+        self.on_ended = on_ended
+        self.capacity = limits.pool_tokens
+        self.waiting: list[Waiting] = []
+        self.seen: list[tuple[list[Row], SparseActivations]] | None = [] if keeps_seen else None
+
+    def add(self, rows: list[Row], cache: DynamicCache, attention: Int[Tensor, "row pos"], mask: Mask | None) -> None:
+        """Takes over those rows of a batch that have not ended, with their part of the batch's cache."""
+        going = [number for number, row in enumerate(rows) if not self._has_ended(row)]
+        if going:
+            piece = take_rows(rows, going, cache, attention, mask)
+            tokens = sum(one.attention.numel() for one in self.waiting)
+            if tokens + piece.attention.numel() > self.capacity:
+                self.decode()
+            self.waiting.append(piece)
+        self.on_ended(len(rows) - len(going))
+
+    def make_room(self) -> bool:
+        """Decodes what waits, so that its memory is free. Whether there was anything."""
+        if not self.waiting:
+            return False
+        self.decode()
+        return True
+
+    def decode(self) -> None:
+        """Decodes all that waits to its end. Where memory runs out, the pool takes half as much from then on."""
+        pieces = self.waiting
+        self.waiting = []
+        if not pieces:
+            return
+        rows = [row for piece in pieces for row in piece.rows]
+        mask = join_masks([piece.mask for piece in pieces])
+        try:
+            self._decode_greedily(rows, mask, *join_caches(self.model, pieces))
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        pieces.clear()
+        self.capacity //= 2
+
+        def go_on(numbers: Sequence[int]) -> None:
+            self._start_again(rows, mask, numbers)
+
+        half = len(rows) // 2
+        for numbers in (range(half), range(half, len(rows))):
+            halve_on_oom(go_on, numbers)
+
+    def _start_again(self, rows: list[Row], mask: Mask | None, numbers: Sequence[int]) -> None:
+        """Goes on with some of the rows, whose caches are lost: what they have said so far stays."""
+        going = [number for number in numbers if not self._has_ended(rows[number])]
+        if not going:
+            return
+        some = [rows[number] for number in going]
+        mask_of_some = mask and mask.take(torch.tensor(going))
+        layout = Layout([row.prompt + row.tokens[:-1] for row in some], self.model.pad_id, self.model.device)
+        cache = new_cache(self.model.lm)
+        self.model.forward(layout.rest_ids, layout.attention, cache, mask_of_some)
+        self._decode_greedily(some, mask_of_some, cache, layout.attention)
+
+    def _decode_greedily(
+        self, rows: list[Row], mask: Mask | None, cache: DynamicCache, attention: Int[Tensor, "row pos"]
+    ) -> None:
+        """Greedy steps until all rows have ended. Those that have ended leave once they are half of what is there."""
+        model = self.model
+        while True:
+            places = [place for place, row in enumerate(rows) if not self._has_ended(row)]
+            if not places:
+                return
+            if 2 * len(places) <= len(rows):
+                index = torch.tensor(places, device=attention.device)
+                for layer in cache.layers:
+                    layer.batch_select_indices(index.to(layer.keys.device))
+                attention = attention[index]
+                mask = mask and mask.take(index)
+                rows = [rows[place] for place in places]
+            ids = torch.tensor([row.tokens[-1:] for row in rows], device=attention.device)
+            attention = torch.cat([attention, torch.ones_like(attention[:, :1])], 1)
+            activations: list[SparseActivations] | None = None if self.seen is None else []
+            logits = model.forward(ids, attention, cache, mask, seen=activations)
+            chosen = pick_tokens(logits)
+            log_probs = [0.0] * len(rows)
+            if not all(row.is_draft for row in rows):
+                log_probs = pick_log_probs(logits, torch.tensor(chosen, device=logits.device)).tolist()
+            going = [not self._has_ended(row) for row in rows]
+            if self.seen is not None:
+                self.seen.append((list(rows), join(activations)))
+            for row, goes_on, token, log_prob in zip(rows, going, chosen, log_probs):
+                if goes_on:
+                    row.append(token, log_prob)
+            self.on_ended(sum(goes_on and self._has_ended(row) for row, goes_on in zip(rows, going)))
+
+    def _has_ended(self, row: Row) -> bool:
+        return row.has_ended(self.model.end_ids, self.limits.max_new_tokens)
+
+
+def take_rows(
+    rows: list[Row], going: list[int], cache: DynamicCache, attention: Int[Tensor, "row pos"], mask: Mask | None
+) -> Waiting:
+    """These rows of a batch, their caches without the places that no attention goes to."""
+    index = torch.tensor(going, device=attention.device)
+    attention = attention[index]
+    lengths = attention.sum(1)
+    width = int(lengths.max())
+    # Of each row the places that count, at the right end of `width` columns; the first place for padding.
+    columns = attention.argsort(dim=1, stable=True)[:, -width:]  # zeros first, then ones, each in their order
+    narrow = torch.arange(width, device=attention.device) >= (width - lengths).unsqueeze(1)
+    keys = []
+    values = []
+    for layer in cache.layers:
+        device = layer.keys.device
+        at = index.to(device).unsqueeze(1), slice(None), columns.to(device)
+        keys.append(layer.keys[at].transpose(1, 2))
+        values.append(layer.values[at].transpose(1, 2))
+    taken = mask and mask.take(index)
+    return Waiting([rows[number] for number in going], keys, values, narrow.long(), taken)
+
+
+def join_caches(model: SplicedModel, pieces: list[Waiting]) -> tuple[DynamicCache, Int[Tensor, "row pos"]]:
+    """One cache of all that waits, and its attention. Takes the pieces' tensors away, layer by layer."""
+    width = max(piece.attention.shape[1] for piece in pieces)
+    cache = new_cache(model.lm)
+    for layer in cache.layers:
+        keys = [pad_left(piece.keys.pop(0), width) for piece in pieces]
+        values = [pad_left(piece.values.pop(0), width) for piece in pieces]
+        layer.lazy_initialization(keys[0], values[0])
+        layer.keys = keys[0] if len(keys) == 1 else torch.cat(keys)
+        layer.values = values[0] if len(values) == 1 else torch.cat(values)
+    attention = torch.cat([pad_left(piece.attention.unsqueeze(-1), width).squeeze(-1) for piece in pieces])
+    return cache, attention
+
+
+def pad_left(tensor: Float[Tensor, "*row pos d"], width: int) -> Float[Tensor, "*row width d"]:
+    """Zeros in front of the positions, so that there are `width` of them."""
+    return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[-2], 0))
+
+
+def join_masks(masks: list[Mask | None]) -> Mask | None:
+    """The rows of several masks as one."""
+    if masks[0] is None:
+        return None
+    return Mask.join(masks)
