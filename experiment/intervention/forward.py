@@ -14,7 +14,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from experiment import own_mistakes
 from experiment.intervention.splice import Mask, SparseActivations, Splice, join
 
 Outputs = tuple[Int[Tensor, "output"], Int[Tensor, "output"]]  # rows and columns of the logits that are wanted
@@ -369,7 +368,6 @@ class SplicedModel:
                 layer.batch_select_indices(layout.owners.to(layer.keys.device))
         return [of_prefixes, run(layout.rest_ids, layout.attention, cache)]
 
-    @own_mistakes()
     def _run(
         self,
         ids: Int[Tensor, "row pos"],

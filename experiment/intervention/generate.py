@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from experiment import own_mistakes
 from experiment.intervention.forward import Layout, SplicedModel, find_shared, new_cache
 from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.pool import Limits, Pool
@@ -48,6 +49,7 @@ def _ignore(count: int) -> None:
     pass
 
 
+@own_mistakes()
 @torch.no_grad()
 def answer(
     model: SplicedModel,
@@ -82,6 +84,7 @@ def answer(
     return [row.answer() for row in rows], SequenceActivations.collect(seen, lengths)
 
 
+@own_mistakes()
 @torch.no_grad()
 def answer_masked(
     model: SplicedModel,

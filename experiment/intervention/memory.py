@@ -9,8 +9,8 @@ from experiment import UserError, say
 
 Item = TypeVar("Item")
 ADVICE = (
-    "out of memory with a single question: take a device with more memory, --device-map auto over several, or a "
-    "smaller --sae-dtype"
+    "out of memory with a single question, so that a smaller --batch-tokens cannot help: several GPUs (--device-map "
+    "auto), a smaller --sae-dtype or --dtype, a shorter --max-new-tokens or fewer rankings can; what was finished is kept"
 )
 
 
