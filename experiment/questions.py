@@ -139,6 +139,8 @@ def _read_with_datasets(dataset: str, split: str | None, config: str | None) -> 
 
     # What cannot be read is an exception, of which the person gets one line: they log it as well, in several.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+    if os.path.exists(dataset):
+        datasets.disable_progress_bars()  # of what is converted; nobody waits for a download
     is_csv = False
     if os.path.isfile(os.path.join(dataset, SAVED_SPLIT)):
         rows = datasets.load_from_disk(dataset)
@@ -253,9 +255,12 @@ def _make_question(row: object, where: str) -> Question:
 
 def _find_truths(answers: object) -> list[object]:
     """The texts of answers: of {"text": [...]}, as SQuAD's columns have them, or of [{"text": ...}, ...], as its nested
-    form has them; or they are texts, or one text, themselves. What is none of these is given back as it is."""
+    form has them; or they are texts, or one text, themselves. None where they are null. What is none of these is given
+    back as it is."""
     if isinstance(answers, dict):
         answers = answers["text"]
+    if answers is None:
+        return []
     if not isinstance(answers, list):
         return [answers]
     return [answer["text"] if isinstance(answer, dict) else answer for answer in answers]
