@@ -48,7 +48,8 @@ def load(dataset: str, split: str | None, config: str | None = None) -> tuple[li
     split: of a folder or a Hub data set the part that is read.  config: of one with configurations that which is read.
     Raises UserError, naming the row, for anything that is not a question, and for an id that stands twice.
     """
-    if config and is_local(dataset):
+    is_saved = os.path.isfile(os.path.join(dataset, SAVED_SPLITS))
+    if config and (is_saved or is_local(dataset)):
         raise UserError(f"--dataset-config {config}: {dataset} has no configurations: leave it out")
     questions: list[Question] = []
     ids: set[str] = set()

@@ -162,6 +162,8 @@ def test_configurations(tmp_path):
     for name in ("zh", "de"):
         (question,), *_ = questions.load(str(tmp_path), "validation", name)
         assert question.id == name
+    with pytest.raises(UserError, match="--dataset-config zh: .*saved has no configurations: leave it out"):
+        questions.load(str(write("saved splits", ROWS, tmp_path)), "validation", "zh")
     file = str(tmp_path / "zh" / "rows.jsonl")
     assert questions.load(file, "")[0][0].id == "zh"
     with pytest.raises(UserError, match="--dataset-config zh: .*rows.jsonl has no configurations: leave it out"):
