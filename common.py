@@ -30,7 +30,7 @@ from experiment import (
     say,
 )
 from experiment.hub import check_fit, hub_errors, prepare_libraries
-from experiment.options import bundled
+from experiment.options import Options, bundled
 from experiment.prompts import BRACKETS, find_special_ids
 from experiment.rounds import Round
 from experiment.splice import Splice
@@ -78,7 +78,7 @@ def choose_template(name, tokenizer):
             raise UserError(f"--prompt-template {name}: this model's tokenizer has no {marker}: leave it to auto")
         return text
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8-sig")  # a BOM, as Windows writes it, is no text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt-template {name}: neither {', '.join(TEMPLATES)} nor a text file ({error})") from None
     for field in ("{context}", "{question}"):
@@ -109,6 +109,14 @@ def load_tokenizer(options):
     name = catalogue.official_name(bundled(options.model))
     with hub_errors(options.model):
         return transformers.AutoTokenizer.from_pretrained(name)
+
+
+def find_context_length(options: Options) -> int | None:
+    """How many tokens the model can read, prompt and answer together; None where its configuration does not say."""
+    with hub_errors(options.model):
+        name = catalogue.official_name(bundled(options.model))
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_sae(options):
@@ -208,12 +216,14 @@ def prepare(options):
         if bundled(options.model) == options.model:  # the demo's has no chat template, but was tuned
             say(f"Warning: {options.model} looks like a base model: such a model was not trained to follow the prompt.")
     with hub_errors(options.dataset):
-        all_questions, unanswerable, digest = questions.load(bundled(options.dataset), options.split)
+        all_questions, unanswerable, digest = questions.load(
+            bundled(options.dataset), options.split, options.dataset_config
+        )
     if unanswerable:
         say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
     asked = questions.select(all_questions, options.limit, options.sample, options.seed)
     names = ("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens")
-    names += ("dataset", "max_new_tokens", "limit", "sample", "batch_tokens")
+    names += ("dataset", "dataset_config", "max_new_tokens", "limit", "sample", "batch_tokens")
     run = {name: getattr(options, name) for name in names} | {
         "ranking": "baseline",
         "split": None if questions.is_local(options.dataset) else options.split,
@@ -223,7 +233,8 @@ def prepare(options):
         "device": device,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    return Round(options, state, tokenizer, all_questions, asked, run)
+    round_ = Round(options, state, tokenizer, all_questions, asked, run)
+    return rounds.leave_out_long(round_, find_context_length(options))
 
 
 def load_for(round_, journals, ranked=None):
@@ -269,7 +280,10 @@ def masked_round(options, which):
                     journals[key].append([score(round_.tokenizer, q, a) for q, a in zip(batch, given)])
         # 5. Compare with the unmasked answers to the same questions; write and print
         if rounds.is_last(round_):
-            fresh = [rounds.compare(ranked[name], k, journal, asked) for (name, k), journal in journals.items()]
+            fresh = [
+                rounds.compare(ranked[name], k, journal, asked, round_.left_out)
+                for (name, k), journal in journals.items()
+            ]
             rounds.write_results(round_, entries, fresh)
 
 

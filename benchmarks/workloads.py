@@ -85,7 +85,7 @@ def load_demo(chosen):
 
 
 def demo_prompts(chosen, tokenizer):
-    found, *_ = questions.load(options.bundled(chosen.dataset), chosen.split)
+    found, *_ = questions.load(options.bundled(chosen.dataset), chosen.split, chosen.dataset_config)
     found = questions.select(found, chosen.limit, chosen.sample, chosen.seed)
     template = common.choose_template(chosen.prompt_template, tokenizer)
     prompts = [tokenize(tokenizer, build_prompt(template, q.context, q.question)) for q in found]

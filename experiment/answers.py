@@ -18,7 +18,7 @@ from accelerate.utils.memory import release_memory, should_reduce_batch_size
 from transformers import DynamicCache
 
 from experiment import say
-from experiment.passes import Layout, find_shared
+from experiment.passes import Layout, SplicedModel, find_shared
 from experiment.splice import Latents, join
 
 NO_TOKEN = -1  # ends a draft that is only the beginning of an answer
@@ -144,7 +144,7 @@ def answer_masked(model, prompts, contexts, drafts, masks, max_new_tokens):
 
     drafts: the unmasked answers, lists of token ids, possibly empty.
     """
-    drafts = [draft or [NO_TOKEN] for draft in drafts]
+    drafts = [until_end(model, draft) or [NO_TOKEN] for draft in drafts]
     layout = lay_out(model, prompts, drafts, contexts if model.boundary else None, max_new_tokens)
     (count, width), below = layout.ids.shape, new_cache(model)
     rows = torch.arange(count, device=model.splice.device).repeat_interleave(width)
@@ -268,6 +268,14 @@ def go_on(model, tokens, going, log_probs, cache, attention, mask, max_new_token
             tokens[going[place]].append(token)
             if going[place] in log_probs:
                 log_probs[going[place]].append(chosen_log_probs[place])
+
+
+def until_end(model: SplicedModel, tokens: list[int]) -> list[int]:
+    """Tokens up to and including the first that ends an answer; all where none does."""
+    for number, token in enumerate(tokens, 1):
+        if token in model.end_ids:
+            return tokens[:number]
+    return tokens
 
 
 def has_ended(model, tokens, max_new_tokens):

@@ -107,7 +107,7 @@ def _read_samples(path, run, activations):
 
 def _load_questions(run):
     try:
-        known, _, digest = questions.load(bundled(run["dataset"]), run["split"])
+        known, _, digest = questions.load(bundled(run["dataset"]), run["split"], run.get("dataset_config"))
         if digest == run["questions"]:
             return known
         reason = "is not what it was when the answers were made"

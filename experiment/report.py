@@ -18,11 +18,12 @@ from experiment.estimates import DROP_ONLY, MASKS, METRICS
 SETTINGS = {"error_term": "drop", "ablation": "zero"}  # and the paper's choice, which runs that lack one made too
 TEXTS = ["ranking", "masked", "questions", "k", *SETTINGS, "population"]  # which, in one folder, no two rows share
 # Of several folders: those of these settings that differ are columns too.
-COLUMNS = [name for name in results.COMPARED if name not in ("ranking", "questions", *SETTINGS)] + ["limit", "sample"]
+COLUMNS = [name for name in results.COMPARED if name not in ("ranking", "questions", *SETTINGS)]
+COLUMNS += ["dataset_config", "limit", "sample"]
 BOUNDS = ("", "_low", "_high")
 LEVELS = [f"{metric}{bound}" for metric in METRICS if metric not in DROP_ONLY for bound in BOUNDS]
 DROPS = [f"{metric}_drop{bound}" for metric in METRICS for bound in BOUNDS]
-NUMBERS = ["mean_k", "fewer_than_k", "removed", "n", *LEVELS, *DROPS, "paper_em", "paper_f1"]
+NUMBERS = ["mean_k", "fewer_than_k", "removed", "n", "left_out", *LEVELS, *DROPS, "paper_em", "paper_f1"]
 PAPER = Path(__file__).with_name("paper.json")
 
 SCORES = {"EM": "em", "EM drop": "em_drop", "F1": "f1", "F1 drop": "f1_drop"}
@@ -36,6 +37,7 @@ NOTES = {
     "removed": "removed: what the mask takes away, in percent of the residual stream's norm.",
     "mean K": "mean K: latents masked a question.",
     "fewer": "fewer: questions that have fewer than K latents to mask.",
+    "left out": "left out: questions that do not fit the model's context, and are in no figure.",
     "paper": "paper: EM / F1 in GradSAE, arXiv 2505.08080.",
 }
 
@@ -52,19 +54,23 @@ def frame(entries):
     differing = find_differing(entries)
     unmasked = [entry for entry in entries if "masked" not in entry]
     masked = sort_masked(entries)
-    rows = [_row(entry, entry["all"], "all asked", entry["population_all"]) for entry in unmasked]
+    rows = []
+    for entry in unmasked:
+        row = _row(entry, entry["all"], "all asked", entry["population_all"])
+        rows.append(row | {"left_out": len(entry.get("left_out", ()))})
     rows += [_row(entry, entry, "kept", entry["population"]) for entry in unmasked]
     rows += [_row(entry, entry["clean"], "kept", entry["population"]) for entry in masked if entry["clean"]]
     for entry in sorted(masked, key=lambda entry: entry["k"] != "0"):
         row = _row(entry, entry, "kept", entry["population"]) | _numbers(entry["drop"] or {}, "_drop")
         row |= {name: entry.get(name) for name in ("k", "mean_k", "fewer_than_k", "removed")}
+        row |= {"left_out": len(entry.get("left_out", ()))}
         row |= dict(zip(("paper_em", "paper_f1"), find_published(entry) or ()))
         if entry["k"] != "0":
             row |= {"ranking": entry["run"]["ranking"], "masked": name_mask(entry)}
             row |= {"ablation": entry["run"].get("ablation", SETTINGS["ablation"])}
         rows.append(row)
     table = pandas.DataFrame(rows, columns=differing + TEXTS + NUMBERS)
-    table = table.astype(dict.fromkeys(NUMBERS, float) | {"n": "Int64", "fewer_than_k": "Int64"})
+    table = table.astype(dict.fromkeys(NUMBERS, float) | {"n": "Int64", "fewer_than_k": "Int64", "left_out": "Int64"})
     return table.drop_duplicates(differing + TEXTS, ignore_index=True)
 
 
@@ -183,6 +189,7 @@ def write_cells(table):
         cells[name] = _write(form, *(table[f"{column}{bound}"] for bound in BOUNDS))
     cells |= {"removed": _write("{:7.1f}", table.removed), "mean K": _write("{:6.1f}", table.mean_k)}
     cells["fewer"] = _write("{:5}", table.fewer_than_k.replace(0, pandas.NA))
+    cells["left out"] = _write("{:8}", table.left_out.replace(0, pandas.NA))
     cells["paper"] = _write("{:6.2f} / {:6.2f}", table.paper_em, table.paper_f1)
     cells = {name: list(texts) for name, texts in cells.items() if any(map(str.strip, texts))}
     return pandas.DataFrame(cells), [note for name, note in NOTES.items() if name in cells]

@@ -1,8 +1,9 @@
 """What all rounds begin and end with: questions, the folder, batches shared among processes, results."""
 
 import contextlib
+import dataclasses
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from accelerate import PartialState
 from tqdm import tqdm
@@ -33,7 +34,8 @@ class Round:
     """What a round knows before the model is loaded.
 
     state: this process among those a launcher started.  questions: of the whole data set; asked: those selected.
-    run: what makes the unmasked answers, and with them the baseline's ranking.
+    run: what makes the unmasked answers, and with them the baseline's ranking.  lengths: tokens of the prompts of those
+    asked, by id.  left_out: the ids of selected questions that do not fit the model's context: they are not asked.
     """
 
     options: Options
@@ -42,6 +44,8 @@ class Round:
     questions: list[Question]
     asked: list[Question]
     run: dict
+    lengths: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     def prompt(self, question):
         return build_prompt(self.run["prompt_template"], question.context, question.question)
@@ -62,6 +66,30 @@ class Round:
     def is_begun(self, ranking):
         """Whether round 1's journal is of this run: what is there of another one, an interrupted --overwrite left."""
         return is_begun(self.options.output_dir / f"predictions_{ranking}.jsonl", self.run_of(ranking))
+
+
+def leave_out_long(round_: Round, context: int | None) -> Round:
+    """The Round without those of the selected questions whose prompt and answer may not fit the model's context, of
+    `context` tokens (None: of no known limit). Raises UserError where none is left.
+    """
+    longest_answer = round_.options.max_new_tokens
+    asked: list[Question] = []
+    lengths: dict[str, int] = {}
+    left_out: list[str] = []
+    for question in round_.asked:
+        length = len(round_.prompt_ids(question))
+        if context is not None and length + longest_answer > context:
+            left_out.append(question.id)
+        else:
+            asked.append(question)
+            lengths[question.id] = length
+    limit = f"the model's context of {context} tokens, with an answer of {longest_answer}"
+    if not asked:
+        raise UserError(f"{round_.options.dataset}: no selected question fits {limit}: shorten them")
+    if left_out:
+        named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        say(f"{round_.options.dataset}: {len(left_out)} questions do not fit {limit}: they are left out ({named})")
+    return dataclasses.replace(round_, asked=asked, lengths=lengths, left_out=left_out)
 
 
 @contextlib.contextmanager
@@ -99,15 +127,7 @@ def share_batches(round_, model, asked, journals, label, drafts=None):
     """
     options, state = round_.options, round_.state
     state.wait_for_everyone()  # all have read the journals before one of them writes
-    prompts = [len(round_.prompt_ids(question)) for question in asked]
-    longest = max(range(len(asked)), key=prompts.__getitem__)
-    if prompts[longest] + options.max_new_tokens > model.model.cfg.n_ctx:
-        raise UserError(
-            f"question {asked[longest].id}: its prompt of {prompts[longest]} tokens and an answer of "
-            f"{options.max_new_tokens} do not fit the model's context of {model.model.cfg.n_ctx} tokens: shorten or "
-            "remove it"
-        )
-    lengths = [length + len(drafts[question.id] if drafts else ()) for length, question in zip(prompts, asked)]
+    lengths = [round_.lengths[question.id] + len(drafts[question.id] if drafts else ()) for question in asked]
     plan = answers.plan_batches(lengths, options.batch_tokens, [question.context for question in asked])
     share = [[asked[i] for i in batch] for batch in plan[state.process_index :: state.num_processes]]
     left = [(batch, [key for key in journals if any(q.id not in journals[key] for q in batch)]) for batch in share]
@@ -154,6 +174,7 @@ def finish_round_1(round_, entries, journals, keep_f1):
     figures = summarize(kept.values(), contexts)
     figures |= {"all": summarize(records, [question.context for question in asked])}
     figures |= {"population": name_population(kept), "population_all": name_population(asked)} | counts
+    figures |= {"left_out": round_.left_out}
     for name, journal in journals.items():
         run = journal.run | {"asked": counts["asked"], "kept": counts["kept"]}
         results.write_activations(activations.name_file(options, name), run, samples[name])
@@ -163,10 +184,11 @@ def finish_round_1(round_, entries, journals, keep_f1):
     for entry in fresh:
         name = entry["run"]["ranking"]
         print(f"\n{name}: {report.describe(entry['statistics'], name)}")
+    too_long = f", {len(round_.left_out)} left out as too long" if round_.left_out else ""
     print(
         f"\nRound 1: {counts['asked']} questions asked, {counts['kept']} answered right and kept "
         f"({100 * counts['kept'] / counts['asked']:.1f}%), {counts['wrong']} answered wrong, "
-        f"{counts['unranked']} right but without any [ to rank at. All files: {options.output_dir}"
+        f"{counts['unranked']} right but without any [ to rank at{too_long}. All files: {options.output_dir}"
     )
     return kept
 
@@ -204,8 +226,11 @@ def name_journal(run, which, k):
     return "_".join(names + ([] if k == "50%" else [f"k{k.replace('%', 'pct')}"]))
 
 
-def compare(ranked, k, journal, asked):
-    """The entry of results.json of one ranking and K: means, drops from the unmasked answers to the same questions."""
+def compare(ranked, k, journal, asked, left_out):
+    """The entry of results.json of one ranking and K: means, drops from the unmasked answers to the same questions.
+
+    left_out: ids of selected questions that do not fit the model's context.
+    """
     records = journal.finish(question.id for question in asked)
     samples, contexts = [ranked.samples[question.id] for question in asked], [question.context for question in asked]
     after = estimates.collect_columns(records, samples)
@@ -232,6 +257,7 @@ def compare(ranked, k, journal, asked):
         "fewer_than_k": fewer,
         "removed": 100 * sum(removed) / len(removed) if removed else None,
         "missing": ranked.missing,
+        "left_out": [name for name in left_out if name in ranked.samples],
         "population": name_population(asked),
     }
 

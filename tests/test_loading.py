@@ -197,6 +197,7 @@ def test_saes_that_do_not_fit(case, refused, tmp_path, monkeypatch, hub):
     save_sae(tmp_path / "sae", **made)
     tokenizer, asked = common.load_tokenizer(options()), len(hub.tokens)
     monkeypatch.setattr(common, "load_tokenizer", lambda _: tokenizer)  # gemma-2-9b-it's would have to be there
+    monkeypatch.setattr(common, "find_context_length", lambda _: 512)  # and so would its configuration
     monkeypatch.setattr(common, "load_model", None)
     arguments = ["--demo", "--sae-release", tmp_path / "sae"]
     if "model_name" in made:

@@ -21,6 +21,7 @@ DEFAULTS = {
     "sae_id": "layer_9/width_131k/canonical",
     "dataset": "rajpurkar/squad",
     "split": "validation",
+    "dataset_config": None,
     "limit": None,
     "sample": None,
     "seed": 42,

@@ -338,6 +338,18 @@ def test_what_answers_begin_with_takes_no_steps(demo, asked, monkeypatch):
     assert counts[0] - counts[1] == len(guess)
 
 
+def test_a_draft_ends_at_its_first_end_token(demo, asked):
+    """Whatever stands behind it, as in a file that was edited."""
+    model, _ = demo
+    cases = [case for case in asked[:9] if case["generated"][-1] in model.end_ids]
+    drafts = [[*case["generated"], *case["generated"]] for case in cases]
+    prompts = [case["prompt"] for case in cases]
+    nothing = model.splice.mask([[] for _ in cases], None)
+    (found,) = answers.answer_masked(model, prompts, contexts_of(cases), drafts, [nothing], 50)
+    assert [one.tokens for one in found] == [case["generated"] for case in cases] and len(cases) > 5
+    assert [len(one.log_probs) for one in found] == [len(case["generated"]) for case in cases]
+
+
 def test_padding_is_not_encoded(demo, asked):
     model, _ = demo
     prompts = [case["prompt"] for case in asked[:9]]

@@ -6,10 +6,10 @@ import json
 import oracle
 import pytest
 import torch
-from conftest import ROOT, read_journal, run_script
+from conftest import ROOT, options, read_journal, run_script
 
 import common
-from experiment import prompts, rankings, results
+from experiment import UserError, prompts, rankings, results
 
 ROUNDS = [("baseline", "baseline"), ("baseline_after_false", "false"), ("baseline_after_true", "true")]
 METRICS = ("em", "f1", "accuracy", "named")
@@ -418,6 +418,52 @@ def test_nothing_kept(tmp_path, monkeypatch, capsys):
     assert code == 0 and "0 answered right and kept" in out and "No question was kept" in out
     code, _, err = run_script("baseline_after_false", arguments, monkeypatch, capsys)
     assert code == 2 and "kept no question" in err and len(err.splitlines()) == 1
+
+
+def test_questions_that_are_too_long(tmp_path, monkeypatch, capsys):
+    """Left out, and counted and named wherever the figures of the others stand, who answer as without them."""
+    rows = [json.loads(line) for line in (ROOT / "demo" / "questions.jsonl").read_text().splitlines()[:8]]
+    too_long = rows[0] | {"id": "<the long one>", "context": "The harp. " * 300}
+    longer = rows[1] | {"id": "longer", "context": rows[1]["context"] + " harp" * 500}
+    found = {}
+    for name, asked in (("without", rows), ("with", [rows[0], too_long, *rows[1:], longer])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+        given = ["--dataset", tmp_path / name / "questions.jsonl"]
+        out, found[name] = run_rounds(tmp_path / name, monkeypatch, capsys, *given)
+        assert ("left out: questions that do not fit" in out) == (name == "with")
+    assert found["with"] == found["without"] and list(found["with"]["baseline"]) == [row["id"] for row in rows]
+
+    entries = json.loads((tmp_path / "with" / "results.json").read_text())
+    assert [entry["left_out"] for entry in entries] == [["<the long one>", "longer"], [], []]
+    assert [entry.get("asked") for entry in entries] == [8, None, None]
+    table = list(csv.DictReader((tmp_path / "with" / "results.csv").read_text().splitlines()))
+    assert [(row["questions"], row["n"], row["left_out"]) for row in table[:2]] == [
+        ("all asked", "8", "2"),
+        ("kept", "8", ""),
+    ]
+    assert "left out, too long for the model&#39;s context" in (tmp_path / "with" / "results.html").read_text()
+    assert "2: &lt;the long one&gt;, longer" in (tmp_path / "with" / "results.html").read_text()
+    assert "left out" not in (tmp_path / "without" / "results.html").read_text()
+
+    monkeypatch.setattr("common.load", None)
+    code, out, err = run_script("baseline", ["--demo", "--output-dir", tmp_path / "with", *given], monkeypatch, capsys)
+    assert code == 0 and "0 right but without any [ to rank at, 2 left out as too long." in out
+    assert "This round is finished" in err
+    says = "2 questions do not fit the model's context of 512 tokens, with an answer of 50: they are left out "
+    assert says + "(<the long one>, longer)" in err
+
+
+def test_a_question_that_just_fits(demo, demo_questions, tmp_path, monkeypatch):
+    """The context holds the prompt and the longest answer, and not a token more."""
+    _, tokenizer = demo
+    question = demo_questions[0]
+    template = common.choose_template("auto", tokenizer)
+    length = len(prompts.tokenize(tokenizer, prompts.build_prompt(template, question.context, question.question)))
+    round_ = common.prepare(options("--limit", 1, "--max-new-tokens", 512 - length))
+    assert (round_.asked, round_.lengths, round_.left_out) == ([question], {question.id: length}, [])
+    with pytest.raises(UserError, match="no selected question fits the model's context of 512 tokens"):
+        common.prepare(options("--limit", 1, "--max-new-tokens", 513 - length))
 
 
 def test_nothing_in_the_brackets(tmp_path, monkeypatch, capsys, demo):
