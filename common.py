@@ -305,5 +305,14 @@ def answer_masked(round_, model, batch, ranked, keys, means, drafts, bar):
 
     prompts, contexts = [round_.prompt_ids(q) for q in batch], [q.context for q in batch]
     known, longest = [drafts[question.id] for question in batch], round_.options.max_new_tokens
-    by_mask = list(answers.answer_masked(model, prompts, contexts, known, masks(), longest))
+    by_mask = []
+    shown_before = bar.n
+    masked_answers = answers.answer_masked(model, prompts, contexts, known, masks(), longest)
+    try:
+        for number, of_questions in enumerate(masked_answers):
+            by_mask.append(of_questions)
+            bar.update(len(batch) * numbers.count(number))  # for every ranking and K that has this mask
+    except Exception:
+        bar.update(shown_before - bar.n)  # a batch that did not fit is begun again, in halves
+        raise
     return list(zip(*(by_mask[number] for number in numbers)))

@@ -96,7 +96,8 @@ def leave_out_long(round_: Round, context: int | None) -> Round:
 def writing(round_):
     """Keeps the output folder to this round, and gives the entries that its results.json holds already."""
     folder, options = round_.options.output_dir, round_.options
-    with results.lock(folder) if round_.state.is_main_process else contextlib.nullcontext():
+    lock = results.lock(folder) if round_.state.is_main_process else contextlib.nullcontext()
+    with lock, answers.memory_errors():
         overwrite = options.overwrite or any(map(round_.is_begun, options.ranking))
         entries = results.read_results(folder / "results.json", round_.run, overwrite)
         round_.state.wait_for_everyone()
@@ -120,7 +121,7 @@ def is_finished(asked, journals):
 
 def share_batches(round_, model, asked, journals, label, drafts=None):
     """Yields this process's unfinished batches: their questions, the keys of the journals that lack any of them, and
-    the bar that shows how much is done.
+    the bar that shows how much is done. Within a batch whoever works it off may move the bar.
 
     drafts: tokens that each question's prompt is run with, by id. The batches depend on the questions alone, so that
     an interrupted round ends in the same bytes as another, also in half precision.
@@ -134,11 +135,13 @@ def share_batches(round_, model, asked, journals, label, drafts=None):
     if state.num_processes > 1:
         label += f", process 1 of {state.num_processes}"
     total, todo = len(journals) * sum(map(len, share)), sum(len(batch) * len(keys) for batch, keys in left)
-    with tqdm(total=total, initial=total - todo, desc=label, unit="answer", disable=not state.is_main_process) as bar:
+    done = total - todo
+    with tqdm(total=total, initial=done, desc=label, unit="answer", disable=not state.is_main_process) as bar:
         for batch, keys in left:
             if keys:
                 yield batch, keys, bar
-                bar.update(len(batch) * len(keys))
+                done += len(batch) * len(keys)
+                bar.update(done - bar.n)
 
 
 def write_results(round_, entries, fresh):

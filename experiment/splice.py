@@ -8,10 +8,13 @@ latent, value): a mask drops entries, and decoding adds up the decoder's rows of
 activations that are not sparse, are encoded and decoded whole, a chunk of positions at a time.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 CHUNK_BYTES = 2**29  # of one [position, d_sae] tensor; encoding holds about three of them
 CHUNK_POSITIONS = 1024  # at most: on a CPU a small SAE's chunk then fits into the cache
@@ -94,14 +97,19 @@ class Splice:
         error, size = (decoded - acts[1] @ decoder - bias).abs().max(), decoded.abs().max()
         return bias if error <= torch.finfo(decoder.dtype).eps ** 0.5 * size else None
 
-    def mask(self, latents, means=None):
-        """A Mask from one list of latents a row. means: as in Mask."""
+    def mask(self, latents: list[list[int]], means: Float[Tensor, " d_sae"] | None = None) -> Mask:
+        """A Mask from one list of latents per row, which go to the device all at once. means: as in Mask."""
+        counts = torch.tensor([len(ids) for ids in latents])
+        rows = torch.arange(len(latents)).repeat_interleave(counts)
+        ids = torch.tensor(list(itertools.chain.from_iterable(latents)), dtype=torch.long)
+        rows, ids = torch.stack([rows, ids]).to(self.device)
         masked = torch.zeros(len(latents), self.d_sae, dtype=torch.bool, device=self.device)
-        for row, ids in enumerate(latents):
-            masked[row, ids] = True
-        written = None
-        if means is not None and self.bias is not None:
-            written = torch.stack([means[ids].to(self.sae.W_dec) @ self.sae.W_dec[ids] for ids in latents])
+        masked[rows, ids] = True
+        if means is None or self.bias is None:
+            return Mask(masked, means)
+        starts = (counts.cumsum(0) - counts).to(self.device)
+        values = means[ids].to(self.sae.W_dec)
+        written = F.embedding_bag(ids, self.sae.W_dec, starts, mode="sum", per_sample_weights=values)
         return Mask(masked, means, written)
 
     def read(self, residual):

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 import torch
 from conftest import load, options
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from experiment import answers, passes, prompts, questions, rankings, splice
@@ -281,6 +282,41 @@ def test_dense_way_and_small_chunks(demo, ranked, masked, monkeypatch):
     assert [one.tokens for one in answer_all(model, ranked[:9])[0]] == [case["generated"] for case in ranked[:9]]
 
 
+def test_a_mask_goes_to_the_device_all_at_once(demo):
+    """However many rows it has; empty lists, and all of them empty."""
+    splice_, means = demo[0].splice, torch.rand(512)
+    operators = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            operators[-1] += 1
+            return function(*arguments, **(named or {}))
+
+    for lists in ([[1, 5], [7]], [[511], [], [0, 3, 4]] * 20, [[], []]):
+        for set_to in (None, means):
+            operators.append(0)
+            with Count():
+                mask = splice_.mask(lists, set_to)
+            assert [row.nonzero().flatten().tolist() for row in mask.masked] == lists
+            assert mask.means is set_to
+            if set_to is not None:
+                expected = torch.stack([means[ids] @ splice_.sae.W_dec[ids] for ids in lists])
+                torch.testing.assert_close(mask.written, expected)
+    assert len({*operators[::2]}) == len({*operators[1::2]}) == 1
+
+
+def test_drafts_are_compared_all_at_once(demo, ranked, monkeypatch):
+    """What the model says of a batch comes from the device in one piece, and so do the log probabilities."""
+    model, _ = demo
+    downloads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: downloads.append(len(tensor)) or tolist(tensor))
+    for count in (3, len(ranked)):
+        del downloads[:]
+        cases = ranked[:count]
+        answer_masked(model, cases, [case["generated"] for case in cases], {"zero": [[]] * count}, count)
+        assert downloads == [sum(len(case["generated"]) for case in cases)] * 2
+
+
 def test_splice_is_encode_and_decode(demo):
     """Entries against the SAE's own functions: on positions with none, few and all latents active."""
     sae = demo[0].splice.sae
@@ -376,6 +412,73 @@ def test_layers_are_back_after_every_pass(demo, asked):
     with pytest.raises(RuntimeError), model.ready():
         model.run(torch.tensor([[1, 2]]), torch.ones(1, 2), start=torch.zeros(1, 2, 3))
     assert list(model.lm.get_decoder().layers) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Padding in half precision
+
+
+def load_with_low_scores(dtype):
+    """The demo's model with every attention score of a layer below the SAE and of one above it lower by 25 or so.
+
+    A constant in the queries' and the keys' slowest rotary dimension, which hardly turns over 500 positions, is
+    a constant in their product; what is attended to stays about what it was.
+    """
+    model, _ = load("--dtype", dtype)
+    head_dim = model.lm.config.head_dim
+    layers = model.lm.get_decoder().layers
+    for number in (0, 2):
+        attention = layers[number].original_component.self_attn
+        for projection, constant in ((attention.q_proj, 12), (attention.k_proj, -12)):
+            bias = torch.zeros(projection.out_features, dtype=projection.weight.dtype)
+            bias[head_dim // 2 - 1 :: head_dim] = constant
+            projection.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def low_scores(asked, demo):
+    """The model with low scores in float16, and of each question what it gives in float32, alone and without padding:
+    the Answer, the Answer with TopK masked, and GradSAE's scores."""
+    _, tokenizer = demo
+    whole, expected = load_with_low_scores("float32"), []
+    for case in asked[:12]:
+        found, trace = answer_all(whole, [case])
+        lists = {"topk": [case["ranking"]["topk"]]}
+        masked = answer_masked(whole, [case], [found[0].tokens], lists, 1)["topk"]
+        scores = rank(whole, "gradsae", make_sequences(tokenizer, [case], found, trace))
+        expected.append((found[0], masked[0], scores[0]))
+    return load_with_low_scores("float16"), expected
+
+
+PADDED = {
+    "prefixes": {},
+    "whole rows, for the window is short": {"window": 40},
+    "whole rows, for the SAE is not at a boundary": {"boundary": None, "at_boundary": False},
+}
+
+
+@pytest.mark.parametrize("way", PADDED)
+def test_padding_poisons_no_row_in_float16(way, low_scores, asked, demo, monkeypatch):
+    """To the score of what a position may not see -65504 is added: to one below -16 that gives -inf, and NaN where a
+    position may see nothing."""
+    (half, expected), (_, tokenizer), cases = low_scores, demo, asked[:12]
+    for name, value in PADDED[way].items():
+        monkeypatch.setattr(half, name, value)
+    found, trace = answer_all(half, cases)
+    lists = {"topk": [case["ranking"]["topk"] for case in cases]}
+    masked = answer_masked(half, cases, [one.tokens for one in found], lists, 12)["topk"]
+    scores = rank(half, "gradsae", make_sequences(tokenizer, cases, found, trace))
+    assert len({len(case["prompt"]) for case in cases}) > 3
+    same = 0
+    for ours, theirs in zip(zip(found, masked, scores), expected):
+        for one, other in zip(ours[:2], theirs[:2]):
+            if one.tokens == other.tokens:
+                same += 1
+                assert one.log_probs == pytest.approx(other.log_probs, abs=0.1)
+        if ours[0].tokens == theirs[0].tokens:
+            assert torch.cosine_similarity(ours[2], theirs[2], dim=0) > 0.98
+    assert same >= 22
 
 
 # ---------------------------------------------------------------------------------------------------------------------
