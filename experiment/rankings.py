@@ -75,7 +75,7 @@ class Sequences:
         tokens = []
         for prompt, generated, bracket in zip(self.prompts, self.generated, self.brackets):
             tokens += prompt + generated[:bracket]
-        device = self.ranked.rows.device
+        device = self.ranked.latents.spliced.device
         special = torch.isin(torch.tensor(tokens, device=device), torch.tensor([*self.special_ids], device=device))
         return self.ranked.latents.spliced & ~special
 
