@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, read_journal, run_script
 
 import common
-from experiment import prompts, rankings, results
+from experiment import folders, prompts, rankings, results
 
 ROUNDS = [("baseline", "baseline"), ("baseline_after_false", "false"), ("baseline_after_true", "true")]
 METRICS = ("em", "f1", "accuracy", "named")
@@ -596,6 +596,11 @@ def test_matched_to_what_mean_ablation_changes(tmp_path, monkeypatch, capsys):
         assert target <= removed < target + 3
     assert abs(found["baseline", "zero"]["removed"] - found["baseline", "mean"]["removed"]) > 0.1
     assert found["matched", "zero"]["mean_k"] != found["matched", "mean"]["mean_k"]
+    # The page shows the latents that were masked, of each ablation its own.
+    read = folders.read(tmp_path)
+    for entry in masked:
+        shown = [len(folders.masked_latents(read, entry, question_id)) for question_id in read.kept]
+        assert sum(shown) / len(shown) == pytest.approx(entry["mean_k"])
     # Files that do not belong together are refused.
     path = tmp_path / "activations_matched_mean.json"
     run, samples = results.read_activations(path)
