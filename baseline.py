@@ -71,6 +71,7 @@ def answer_and_rank(round_, model, batch, names):
         insides=[prompts.find_answer(tokenizer, batch_answers[n].tokens) for n in kept],
         rows=kept,
         trace=trace,
+        special_ids=prompts.find_special_ids(tokenizer),
     )
     for name in names:
         of_kept = zip(kept, sequences.generated, sequences.insides, sequences.active)

@@ -240,6 +240,8 @@ def prepare(options):
 def load_for(round_, journals, ranked=None):
     """The model with its SAE; what only the SAE says goes into the journals' runs, and is held against them."""
     model = load(round_.options, round_.tokenizer)
+    for ranking in round_.options.ranking:
+        rankings.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
     for file in (ranked or {}).values():
         results.refuse_other_run(file.path, file.run, of_sae, of_sae)

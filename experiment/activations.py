@@ -1,13 +1,24 @@
 """What round 1 leaves for rounds 2 and 3: ranked latents and their means. Written and read with the run they are of."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from experiment import UserError, answers, results, say
+from experiment import UserError, answers, prompts, rankings, results, say
+from experiment.answers import Trace
 from experiment.options import ROOT
+from experiment.passes import SplicedModel
+from experiment.questions import Question
+
+if TYPE_CHECKING:  # rounds stands on this module
+    from experiment.rounds import Round
 
 
 def name_file(options, ranking):
@@ -19,13 +30,15 @@ def refuse_others(round_):
     """Refuses, before anything is run, to replace the activations of another run, or a file that is none."""
     for name in round_.options.ranking:
         path = name_file(round_.options, name)
-        if path.exists() and not round_.options.overwrite:
-            made, _ = results.read_activations(path)
-            if made is None:
-                raise UserError(f"{path}: is the authors' published file: give another --activations, or --overwrite")
-            if round_.options.activations or not round_.is_begun(name):
-                fields = (*results.COMPARED, "limit", "sample", "seed")
-                results.refuse_other_run(path, made, round_.run_of(name), fields)
+        for file in (path, results.name_mean_file(path)) if round_.options.ablation == "mean" else (path,):
+            if file.exists() and not round_.options.overwrite:
+                made, _ = results.read_activations(file)
+                if made is None:
+                    says = "is the authors' published file: give another --activations, or --overwrite"
+                    raise UserError(f"{file}: {says}")
+                if round_.options.activations or not round_.is_begun(name):
+                    fields = (*results.COMPARED, "limit", "sample", "seed")
+                    results.refuse_other_run(file, made, round_.run_of(name), fields)
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,8 @@ def read_ranked(round_, ranking, which):
     else:
         if named := results.differences(made, round_.run_of(ranking), results.COMPARED):
             raise UserError(f"{path}: is of another run ({named}): repeat its options, or run baseline.py again")
+        if round_.options.ablation == "mean":
+            samples = take_from_mean_file(path, made, samples)
         known = {question.id for question in round_.questions}
         by_id = {sample["id"]: sample for sample in samples if sample["id"] in known}
         missing = [sample["id"] for sample in samples if sample["id"] not in known]
@@ -69,7 +84,8 @@ def read_ranked(round_, ranking, which):
     run |= {name: made[name] for name in ("ranking_seed", "hook_name", "d_sae") if made and name in made}
     needed = {f"target_{which}", f"removed_{which}"} if ranking == "matched" else set()
     if not all(needed <= sample.keys() for sample in by_id.values()):
-        raise UserError(f"{path}: does not say what the baseline's latents remove: run baseline.py again")
+        again = "run baseline.py again" + (" with --ablation mean" if round_.options.ablation == "mean" else "")
+        raise UserError(f"{path}: does not say what the baseline's latents remove: {again}")
     return Ranked(run, path, by_id, which, missing, made is not None)
 
 
@@ -83,6 +99,27 @@ def find_activations(round_, ranking):
             say(f"{path} is not there: using {shipped.name}, which ships with the project.")
             return shipped
     return path
+
+
+def take_from_mean_file(path: Path, run: dict, samples: list[dict]) -> list[dict]:
+    """The samples of a ranking's file with what mean ablation of their lists changes, in place of what zeroing removes;
+    where round 1 was run without --ablation mean, with neither.
+
+    run: of that file.  Raises UserError where the file beside it is of another run, or of other lists.
+    """
+    bare = []
+    for sample in samples:
+        bare.append({field: value for field, value in sample.items() if not field.startswith(("removed_", "target_"))})
+    beside = results.name_mean_file(path)
+    if not beside.exists():
+        return bare
+    made, of_means = results.read_activations(beside)
+    lists = [[sample[field] for field in ("id", *rankings.LISTS)] for sample in samples]
+    if made is None or results.differences(made, run, results.COMPARED):
+        raise UserError(f"{beside}: is of another run than {path.name}: run baseline.py with --ablation mean again")
+    if lists != [[sample[field] for field in ("id", *rankings.LISTS)] for sample in of_means]:
+        raise UserError(f"{beside}: has other lists than {path.name}: run baseline.py with --ablation mean again")
+    return of_means
 
 
 def match_prompts(round_, samples):
@@ -118,28 +155,97 @@ def check_latents(ranked, model):
                 raise UserError(f"{where} names token {max(tokens)}, but the model has {words}")
 
 
-def store_means(round_, model, kept):
-    """For --ablation mean: each latent's mean activation over all positions of the kept questions and answers.
+def store_means(round_: Round, model, kept: dict[Question, dict]) -> None:
+    """For --ablation mean: each latent's mean activation over all positions of the kept questions and answers, and what
+    setting the first 1, 2, ... latents of each list to it changes.
 
-    kept: {question: its record}. Goes to means.json, which rounds 2 and 3 read.
+    kept: {question: its record}. The means go to means.json, the rest beside each ranking's activations: rounds 2 and 3
+    read both. means.json comes last: where it is, the others are.
     """
-    total, positions = torch.zeros(model.splice.d_sae, dtype=torch.float64, device=model.splice.device), 0
-    contexts = [question.context for question in kept]
-    sequences = [round_.prompt_ids(question) + record["tokens"][:-1] for question, record in kept.items()]
+    questions, tokens = list(kept), [record["tokens"] for record in kept.values()]
+    means, positions = find_means(round_, model, questions, tokens)
+    for ranking in round_.options.ranking:
+        path = name_file(round_.options, ranking)
+        run, samples = results.read_activations(path) if kept else (round_.run_of(ranking), [])
+        measured = measure_lists(round_, model, ranking, questions, samples, means)
+        results.write_activations(results.name_mean_file(path), run | {"ablation": "mean"}, measured)
+    with results.write_whole(round_.options.output_dir / "means.json") as file:
+        json.dump({"run": round_.run, "positions": positions, "means": means.tolist()}, file)
 
-    def add_up(part):
-        # One token more says nothing new: what counts is what the SAE read on the way there.
-        _, trace = answers.answer(model, [sequences[i] for i in part], [contexts[i] for i in part], 1)
-        latents = trace.select(range(len(part)), [len(sequences[i]) for i in part]).latents
+
+def find_means(
+    round_: Round, model: SplicedModel, questions: list[Question], tokens: list[list[int]]
+) -> tuple[Float[Tensor, " d_sae"], int]:
+    """Each latent's mean activation over all positions of these prompts and answers, and how many there are."""
+    total, positions = torch.zeros(model.splice.d_sae, dtype=torch.float64, device=model.splice.device), 0
+
+    def add_up(part: list[int]) -> list[tuple[Tensor, int]]:
+        _, trace = read_sequences(round_, model, [questions[n] for n in part], [tokens[n] for n in part])
+        latents = trace.select(range(len(part)), trace.rows.bincount().tolist()).latents
         sums = torch.zeros_like(total).index_add_(0, latents.ids, latents.values.double())
         return [(sums, int(latents.spliced.sum()))]
 
-    for batch in answers.plan_batches(list(map(len, sequences)), round_.options.batch_tokens, contexts):
+    for batch in plan(round_, questions, tokens):
         for sums, count in answers.in_halves(add_up, batch):
             total, positions = total + sums, positions + count
-    means = (total / max(1, positions)).float().tolist()
-    with results.write_whole(round_.options.output_dir / "means.json") as file:
-        json.dump({"run": round_.run, "positions": positions, "means": means}, file)
+    return (total / max(1, positions)).float(), positions
+
+
+def measure_lists(
+    round_: Round,
+    model: SplicedModel,
+    ranking: str,
+    questions: list[Question],
+    samples: list[dict],
+    means: Float[Tensor, " d_sae"],
+) -> list[dict]:
+    """Samples of a ranking with what setting their latents to these means changes, in place of what zeroing removes;
+    of the matched ranking also what it changes of the baseline's."""
+    tokenizer = round_.tokenizer
+    tokens = [sample["tokens"] for sample in samples]
+
+    def measure(part: list[int]) -> list[dict]:
+        generated = [tokens[n] for n in part]
+        prompt_ids, trace = read_sequences(round_, model, [questions[n] for n in part], generated)
+        sequences = rankings.Sequences(
+            ids=[samples[n]["id"] for n in part],
+            prompts=prompt_ids,
+            generated=generated,
+            brackets=[prompts.find_bracket(tokenizer, ids) for ids in generated],
+            insides=[samples[n]["inside"] for n in part],
+            rows=list(range(len(part))),
+            trace=trace,
+            special_ids=prompts.find_special_ids(tokenizer),
+        )
+        lists = rankings.add_removed(model, sequences, [samples[n] for n in part], means)
+        if ranking != "matched":
+            return lists
+        scores = rankings.rank_by_mean_activation(model, sequences, round_.options.seed)
+        baseline = rankings.add_removed(model, sequences, rankings.cut_lists(scores, sequences), means)
+        return rankings.add_targets(lists, baseline)
+
+    measured = {}
+    for batch in plan(round_, questions, tokens):
+        measured |= dict(zip(batch, answers.in_halves(measure, batch)))
+    return [measured[n] for n in range(len(samples))]
+
+
+def plan(round_: Round, questions: list[Question], tokens: list[list[int]]) -> list[list[int]]:
+    """Batches of the questions' numbers."""
+    lengths = [len(round_.prompt_ids(question)) + len(ids) for question, ids in zip(questions, tokens)]
+    return answers.plan_batches(lengths, round_.options.batch_tokens, [question.context for question in questions])
+
+
+def read_sequences(
+    round_: Round, model: SplicedModel, questions: list[Question], tokens: list[list[int]]
+) -> tuple[list[list[int]], Trace]:
+    """The questions' prompts as token ids, and the Trace of them with their answers, but for the answers' last token,
+    which the SAE never read."""
+    prompt_ids = [round_.prompt_ids(question) for question in questions]
+    sequences = [prompt + ids[:-1] for prompt, ids in zip(prompt_ids, tokens)]
+    # One token more says nothing new: what counts is what the SAE reads on the way there.
+    _, trace = answers.answer(model, sequences, [question.context for question in questions], 1)
+    return prompt_ids, trace
 
 
 def read_means(round_, model):

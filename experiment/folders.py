@@ -18,6 +18,7 @@ class Folder:
     kept: ids of the questions that round 1 kept; without it, of those that were masked.
     masked: (entry, {id: record}) of each masked round, in the table's order.
     samples: {ranking: {id: its lists of latents}} of the rankings of masked rounds.
+    mean_samples: the same of those with mean ablation, where round 1 measured what that changes.
     """
 
     path: Path
@@ -27,6 +28,7 @@ class Folder:
     kept: list[str]
     masked: list[tuple[dict, dict]]
     samples: dict[str, dict[str, dict]]
+    mean_samples: dict[str, dict[str, dict]]
 
 
 def read(path, known=None, activations=None):
@@ -46,7 +48,11 @@ def read(path, known=None, activations=None):
     round_1 = {entry["run"]["ranking"]: journal for entry, journal in answered if "masked" not in entry}
     masked = [(entry, journal) for entry, journal in answered if "masked" in entry]
     runs = {entry["run"]["ranking"]: entry["run"] for entry, _ in masked}
-    samples = {name: round_1.get(name) or _read_samples(path, run, activations) for name, run in runs.items()}
+    samples = {}
+    for name, run in runs.items():
+        samples[name] = round_1.get(name) or _read_samples(path, run | {"ablation": "zero"}, activations)
+    mean_runs = {entry["run"]["ranking"]: entry["run"] for entry, _ in masked if is_mean(entry)}
+    mean_samples = {name: _read_samples(path, run, activations) for name, run in mean_runs.items()}
     answers = next(iter((round_1 or samples).values()), {})
     if round_1:
         kept = [name for name, record in answers.items() if "active" in record]
@@ -54,7 +60,9 @@ def read(path, known=None, activations=None):
         kept = list(dict.fromkeys(name for _, records in masked for name in records))
     if known is None:
         known = _load_questions(entries[0]["run"]) if answered else []
-    return Folder(path, entries, {question.id: question for question in known}, answers, kept, masked, samples)
+    return Folder(
+        path, entries, {question.id: question for question in known}, answers, kept, masked, samples, mean_samples
+    )
 
 
 def read_entries(path):
@@ -68,6 +76,11 @@ def read_entries(path):
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: is damaged, or of another version ({error!r}): repeat its rounds") from None
     return entries
+
+
+def is_mean(entry: dict) -> bool:
+    """Whether an entry's round set latents to their mean."""
+    return entry["run"].get("ablation") == "mean"
 
 
 def _is_whole(journal, entry):
@@ -91,9 +104,11 @@ def _read_journals(path):
 
 
 def _read_samples(path, run, activations):
-    """{id: sample} of the ranking of `run`, from a file of activations: the folder's, or the one that ships."""
+    """{id: sample} of the ranking of `run`, from a file of activations: the folder's, or the one that ships. With mean
+    ablation from the file beside it."""
     name = f"activations_{run['ranking']}.json"
     for file in filter(None, (activations, path / name, ROOT / name)):
+        file = results.name_mean_file(file) if run.get("ablation") == "mean" else file
         if file.exists():
             try:
                 made, samples = results.read_activations(file)
@@ -137,7 +152,9 @@ def join(folders):
 
 def masked_latents(folder, entry, question_id):
     """The latents of a question that the entry's round masked, first those that are masked first; [] where unknown."""
-    sample, which = folder.samples[entry["run"]["ranking"]].get(question_id, {}), entry["masked"]
+    ranking, which = entry["run"]["ranking"], entry["masked"]
+    samples = folder.mean_samples.get(ranking) if is_mean(entry) else None
+    sample = (samples or folder.samples[ranking]).get(question_id, {})
     return rankings.pick_latents(sample, which, entry["k"])[0] if which in sample else []
 
 

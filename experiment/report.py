@@ -6,14 +6,20 @@
 Knows nothing of models. pandas and matplotlib are imported where they are used: only the end of a round needs them.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiment import UserError, guard, results
 from experiment.estimates import DROP_ONLY, MASKS, METRICS
+
+if TYPE_CHECKING:
+    import pandas
 
 SETTINGS = {"error_term": "drop", "ablation": "zero"}  # and the paper's choice, which runs that lack one made too
 TEXTS = ["ranking", "masked", "questions", "k", *SETTINGS, "population"]  # which, in one folder, no two rows share
@@ -23,20 +29,23 @@ COLUMNS += ["dataset_config", "limit", "sample"]
 BOUNDS = ("", "_low", "_high")
 LEVELS = [f"{metric}{bound}" for metric in METRICS if metric not in DROP_ONLY for bound in BOUNDS]
 DROPS = [f"{metric}_drop{bound}" for metric in METRICS for bound in BOUNDS]
-NUMBERS = ["mean_k", "fewer_than_k", "removed", "n", "left_out", *LEVELS, *DROPS, "paper_em", "paper_f1"]
+NUMBERS = ["mean_k", "fewer_than_k", "removed", "missed_target", "n", "left_out", *LEVELS, *DROPS, "paper_em", "paper_f1"]
 PAPER = Path(__file__).with_name("paper.json")
 
 SCORES = {"EM": "em", "EM drop": "em_drop", "F1": "f1", "F1 drop": "f1_drop"}
 OTHERS = {"named": "named", "named drop": "named_drop"}
 OTHERS |= {"answer": "answer_log_prob_drop", "format": "format_log_prob_drop"}
+MISSED_SHARE = 0.1  # of the questions: from there on a matched mask is marked
+MISSED = "*"  # marks what a matched mask removes where it is not matched to the baseline's
 NOTES = {
     "n": "[ ]: 95% interval over resampled contexts. drop: unmasked minus masked. Both in percent.",
     "set": "set: which of the sets of kept questions, by the beginning of its hash.",
     "named": "named: a right answer stands somewhere in the text, in percent.",
     "answer": "answer, format: drop in log probability (nats a token) of the unmasked text in, around its [[ ]].",
-    "removed": "removed: what the mask takes away, in percent of the residual stream's norm.",
+    "removed": "removed: what the mask takes away, in percent of each position's norm, special tokens left out.",
+    MISSED: f"{MISSED}: for over a tenth of the questions this is more than half above or below the baseline's.",
     "mean K": "mean K: latents masked a question.",
-    "fewer": "fewer: questions that have fewer than K latents to mask.",
+    "fewer": "fewer: questions for which the file of activations holds fewer latents than K asks for.",
     "left out": "left out: questions that do not fit the model's context, and are in no figure.",
     "paper": "paper: EM / F1 in GradSAE, arXiv 2505.08080.",
 }
@@ -62,7 +71,7 @@ def frame(entries):
     rows += [_row(entry, entry["clean"], "kept", entry["population"]) for entry in masked if entry["clean"]]
     for entry in sorted(masked, key=lambda entry: entry["k"] != "0"):
         row = _row(entry, entry, "kept", entry["population"]) | _numbers(entry["drop"] or {}, "_drop")
-        row |= {name: entry.get(name) for name in ("k", "mean_k", "fewer_than_k", "removed")}
+        row |= {name: entry.get(name) for name in ("k", "mean_k", "fewer_than_k", "removed", "missed_target")}
         row |= {"left_out": len(entry.get("left_out", ()))}
         row |= dict(zip(("paper_em", "paper_f1"), find_published(entry) or ()))
         if entry["k"] != "0":
@@ -70,7 +79,8 @@ def frame(entries):
             row |= {"ablation": entry["run"].get("ablation", SETTINGS["ablation"])}
         rows.append(row)
     table = pandas.DataFrame(rows, columns=differing + TEXTS + NUMBERS)
-    table = table.astype(dict.fromkeys(NUMBERS, float) | {"n": "Int64", "fewer_than_k": "Int64", "left_out": "Int64"})
+    counts = dict.fromkeys(("n", "fewer_than_k", "missed_target", "left_out"), "Int64")
+    table = table.astype(dict.fromkeys(NUMBERS, float) | counts)
     return table.drop_duplicates(differing + TEXTS, ignore_index=True)
 
 
@@ -120,14 +130,15 @@ def _row(entry, figures, questions, population):
     return row | _numbers(figures, "")
 
 
-def _numbers(figures, suffix):
-    """{column: mean, low or high} of each metric that is in `figures`."""
-    return {
-        f"{metric}{suffix}{bound}": value
-        for metric in METRICS
-        if figures.get(metric) is not None
-        for bound, value in zip(BOUNDS, (figures[metric], *figures["intervals"][metric]))
-    }
+def _numbers(figures: dict, suffix: str) -> dict[str, float]:
+    """{column: mean, low or high} of each metric that is in `figures`; no low and high without an interval."""
+    numbers = {}
+    for metric in METRICS:
+        if figures.get(metric) is not None:
+            interval = figures["intervals"][metric] or ()
+            for bound, value in zip(BOUNDS, (figures[metric], *interval)):
+                numbers[f"{metric}{suffix}{bound}"] = value
+    return numbers
 
 
 def find_published(entry):
@@ -187,12 +198,13 @@ def write_cells(table):
     for name, column in (SCORES | OTHERS).items():
         form = "{:z6.3f} [{:z.3f}, {:z.3f}]" if "log_prob" in column else "{:z6.2f} [{:z.1f}, {:z.1f}]"  # z: no -0.00
         cells[name] = _write(form, *(table[f"{column}{bound}"] for bound in BOUNDS))
-    cells |= {"removed": _write("{:7.1f}", table.removed), "mean K": _write("{:6.1f}", table.mean_k)}
+    cells |= {"removed": _write_removed(table), "mean K": _write("{:6.1f}", table.mean_k)}
     cells["fewer"] = _write("{:5}", table.fewer_than_k.replace(0, pandas.NA))
     cells["left out"] = _write("{:8}", table.left_out.replace(0, pandas.NA))
     cells["paper"] = _write("{:6.2f} / {:6.2f}", table.paper_em, table.paper_f1)
     cells = {name: list(texts) for name, texts in cells.items() if any(map(str.strip, texts))}
-    return pandas.DataFrame(cells), [note for name, note in NOTES.items() if name in cells]
+    shown = [*cells, *(MISSED for text in cells.get("removed", ()) if MISSED in text)]
+    return pandas.DataFrame(cells), [note for name, note in NOTES.items() if name in shown]
 
 
 def write_settings(table):
@@ -214,10 +226,29 @@ def _shorten(texts):
     return ["/".join(part[place] for place in places) for part in parts]
 
 
-def _write(form, *columns):
-    """Columns as one of texts, empty where there is no number."""
-    there = columns[0].notna()
-    return [form.format(*numbers) if is_there else "" for is_there, *numbers in zip(there, *columns)]
+def _write(form: str, *columns: pandas.Series) -> list[str]:
+    """Columns as one of texts, empty where there is no number; a mean without its interval where there is none."""
+    import pandas
+
+    texts = []
+    for numbers in zip(*columns):
+        missing = [pandas.isna(number) for number in numbers]
+        if missing[0]:
+            texts.append("")
+        elif any(missing):
+            texts.append(form.partition(" [")[0].format(numbers[0]))
+        else:
+            texts.append(form.format(*numbers))
+    return texts
+
+
+def _write_removed(table: pandas.DataFrame) -> list[str]:
+    """What masks remove, in percent, and a mark where that is not what a matched mask was to remove."""
+    texts = _write("{:7.1f}", table.removed)
+    marked = table.missed_target.fillna(0) > MISSED_SHARE * table.n
+    if not marked.any():
+        return texts
+    return [text and text + (MISSED if is_marked else " ") for text, is_marked in zip(texts, marked)]
 
 
 def describe(statistics, ranking):

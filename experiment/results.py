@@ -168,6 +168,11 @@ def _published_samples(path, content):
         raise UserError(f"{path}: is not of the authors' published form {{prompt: latents}}") from None
 
 
+def name_mean_file(path: Path) -> Path:
+    """The file beside a ranking's activations, with the same lists and what mean ablation of them changes."""
+    return path.with_name(f"{path.stem}_mean{path.suffix}")
+
+
 def digest(samples, *fields):
     """A hash of these fields of all samples: it ties a journal to what it was made from."""
     texts = (json.dumps([sample[field] for field in fields]) for sample in samples)

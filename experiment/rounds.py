@@ -245,24 +245,54 @@ def compare(ranked, k, journal, asked, left_out):
         figures = estimates.compare(estimates.collect_columns(before, samples), after, contexts)
     else:
         figures = estimates.summarize(after, contexts) | {"clean": None, "drop": None}
-    picked = [rankings.pick_latents(sample, ranked.which, k) for sample in samples]
-    name, masked = f"removed_{ranked.which}", [latents for latents, _ in picked]
-    removed = [s[name][len(latents) - 1] if latents else 0.0 for s, latents in zip(samples, masked) if name in s]
-    fewer = sum(not enough for _, enough in picked)
-    if fewer:
-        say(f"{fewer} of {len(asked)} questions have fewer than {k} ranked latents: all they have are masked.")
+    masks = describe_masks(ranked, k, samples)
+    if masks["fewer_than_k"]:
+        say(tell_fewer(ranked, k, samples))
     return figures | {
         "round": WORDS[ranked.which],
         "masked": ranked.which,
         "k": k,
         "run": journal.run,
-        "mean_k": sum(map(len, masked)) / len(masked),
-        "fewer_than_k": fewer,
-        "removed": 100 * sum(removed) / len(removed) if removed else None,
+        **masks,
         "missing": ranked.missing,
         "left_out": [name for name in left_out if name in ranked.samples],
         "population": name_population(asked),
     }
+
+
+def describe_masks(ranked: activations.Ranked, k: str, samples: list[dict]) -> dict[str, float | None]:
+    """What was masked at K: latents a question, for how many questions the file has fewer than K, percent of the
+    residual stream's norm removed, and how many questions of a matched ranking miss their target by over half of it;
+    None for what is not known."""
+    counts, removed, fewer, missed = [], [], 0, 0
+    for sample in samples:
+        latents, enough = rankings.pick_latents(sample, ranked.which, k)
+        counts.append(len(latents))
+        removed.append(rankings.find_removed(sample, ranked.which, len(latents)))
+        fewer += not enough
+        missed += rankings.misses_target(sample, ranked.which, k)
+    is_matched = any(f"target_{ranked.which}" in sample for sample in samples)
+    return {
+        "mean_k": sum(counts) / len(counts),
+        "fewer_than_k": fewer,
+        "removed": None if None in removed else 100 * sum(removed) / len(removed),
+        "missed_target": missed if is_matched else None,
+    }
+
+
+def tell_fewer(ranked: activations.Ranked, k: str, samples: list[dict]) -> str:
+    """Says of which ranking a file holds too little for K, and how much it holds: that is not K latents."""
+    name = f"{ranked.run['ranking']}'s {estimates.MASKS[ranked.which]}"
+    picked = [rankings.pick_latents(sample, ranked.which, k) for sample in samples]
+    lengths = [len(latents) for latents, enough in picked if not enough]
+    of_them = f"{len(lengths)} of {len(samples)} questions"
+    if any(f"target_{ranked.which}" in sample for sample in samples):
+        return (
+            f"{name}, K = {k}: for {of_them} the latents that {ranked.path.name} holds remove less than the "
+            "baseline's: these are masked."
+        )
+    held = str(min(lengths)) if min(lengths) == max(lengths) else f"{min(lengths)} to {max(lengths)}"
+    return f"{name}, K = {k}: {ranked.path.name} holds fewer latents for {of_them} ({held}): these are masked, not K."
 
 
 def name_population(asked):

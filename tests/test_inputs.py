@@ -9,6 +9,8 @@ import json
 import pytest
 from conftest import ROOT, run_script
 
+from experiment import rankings
+
 ROW = {"id": "1", "context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}}
 DATA = {  # name: (file name, content, what the line says)
     "empty jsonl": ("d.jsonl", "", "no question"),
@@ -223,6 +225,35 @@ def test_logits_that_are_not_finite(refused, tmp_path):
 
     save_sae(tmp_path / "sae", bias=float("inf"))
     refused("baseline", ["--sae-release", tmp_path / "sae", "--limit", "5"], "not finite")
+
+
+def test_scores_that_are_not_numbers(refused, monkeypatch):
+    """A ranking of one's own that gives NaN for some latents: they would stand first in every list."""
+    rank = rankings.RANKINGS["baseline"]
+
+    def rank_with_nan(model, sequences, seed):
+        scores = rank(model, sequences, seed)
+        scores[1:, 7] = float("nan")
+        return scores
+
+    monkeypatch.setitem(rankings.RANKINGS, "mine", rank_with_nan)
+    refused(
+        "baseline", ["--ranking", "mine", "--limit", "5"], "--ranking mine: gives scores that are not a number (NaN)"
+    )
+
+
+def test_matched_with_an_sae_that_normalizes(refused, tmp_path):
+    """What its latents remove is not known. Refused once the SAE is loaded."""
+    from test_loading import save_sae
+
+    save_sae(tmp_path / "sae")
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    config["normalize_activations"] = "constant_norm_rescale"
+    write(tmp_path / "sae" / "cfg.json", json.dumps(config))
+    says = "--ranking matched: what a latent of this SAE removes is not known"
+    assert "constant_norm_rescale" in refused(
+        "baseline", ["--sae-release", tmp_path / "sae", "--ranking", "matched"], says
+    )
 
 
 @pytest.mark.parametrize("fields", [{}, {"removed_topk": [0.5]}, {"target_topk": [0.5]}], ids=str)

@@ -75,6 +75,7 @@ def make_sequences(tokenizer, cases, found, trace):
         insides=[prompts.find_answer(tokenizer, tokens) for tokens in generated],
         rows=list(range(len(cases))),
         trace=trace,
+        special_ids=prompts.find_special_ids(tokenizer),
     )
 
 
@@ -607,16 +608,20 @@ def test_rankings_in_half_precision(demo, sequences, dtype):
 
 
 def test_random_scores(demo, sequences):
+    """Of all latents that are active at a token that is not special, and of no other."""
     model, _ = demo
     drawn = []
     of_seeds = [rank(model, "random", sequences, seed) for seed in (42, 42, 7)]
-    for residual, scores, again, other in zip(residuals(sequences), *of_seeds):
+    elsewhere = 0
+    for residual, whole, scores, again, other in zip(ordinary_residuals(sequences), residuals(sequences), *of_seeds):
         anywhere = (model.splice.sae.encode(residual) > 0).any(0)
+        elsewhere += int(((model.splice.sae.encode(whole) > 0).any(0) & ~anywhere).sum())
         assert torch.equal(scores != 0, anywhere) and torch.equal(scores, again) and not torch.equal(scores, other)
         topk, bottomk = rankings.top_and_bottom(scores, 6)
         assert len({*topk, *bottomk}) == 12
         ids = anywhere.nonzero().flatten().tolist()
         drawn += [ids.index(latent) / len(ids) for latent in topk + bottomk]
+    assert elsewhere > 0
     assert scipy.stats.kstest(drawn, "uniform").pvalue > 0.001  # of all places in the list alike
 
 
@@ -626,28 +631,82 @@ def residuals(sequences):
     return [trace.latents.residual[trace.rows == n] for n in range(len(sequences.ids))]
 
 
-def test_what_masks_remove(demo, sequences, monkeypatch):
-    """The norm of what the first 1, 2, ... latents of a list write, by brute force."""
+def ordinary_residuals(sequences):
+    """The residual stream at the positions of each sequence whose token is not special, [pos, d_model]."""
+    trace, found = sequences.ranked, []
+    for n in range(len(sequences.ids)):
+        ids = sequences.prompts[n] + sequences.generated[n][: sequences.brackets[n]]
+        ordinary = torch.tensor([token not in sequences.special_ids for token in ids])
+        found.append(trace.latents.residual[trace.rows == n][ordinary])
+    return found
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_what_masks_remove(demo, sequences, ablation):
+    """Against a loop over positions and latents, for lists of several lengths, an empty one among them."""
     model, _ = demo
-    sae = model.splice.sae
-    few = pick(sequences, *range(5))
+    few = pick(sequences, *range(4))
+    means = torch.rand(512, generator=torch.Generator().manual_seed(0)) if ablation == "mean" else None
     scores = rank(model, "baseline", few)
-    lists = [rankings.top_and_bottom(row, 30 - 7 * n)[0] for n, row in enumerate(scores)]  # of several lengths
-    lists[3] = []
-    for room in (rankings.ROOM, 1):  # all at once, and one by one
-        monkeypatch.setattr(rankings, "ROOM", room)
-        removed = rankings.compute_removed(model.splice, few.ranked, lists)
-        assert [len(numbers) for numbers in removed] == [30, 23, 16, 0, 2]
-        for residual, ids, numbers in zip(residuals(few), lists, removed):
-            acts = sae.encode(residual)
-            for n, found in enumerate(numbers, 1):
-                expected = (acts[:, ids[:n]] @ sae.W_dec[ids[:n]]).norm() / residual.norm()
-                assert found == pytest.approx(expected.item(), rel=6e-4)  # of four digits
-    assert rankings.compute_removed(model.splice, few.ranked, [[]] * 5) == [[]] * 5
+    lists = []
+    for row, length in zip(scores, (12, 0, 5, 1)):
+        topk, bottomk = rankings.top_and_bottom(row, length)
+        lists.append({"topk": topk, "bottomk": bottomk})
+    measured = rankings.add_removed(model, few, lists, means)
+    for residual, before, after in zip(ordinary_residuals(few), lists, measured):
+        for which in ("topk", "bottomk"):
+            expected = oracle.removed_shares(model.splice.sae, residual, before[which], means)
+            assert after[which] == before[which]
+            assert after[f"removed_{which}"] == pytest.approx(expected, rel=1e-3, abs=1e-5)  # of four digits
+    assert all(value == float(f"{value:.4g}") for value in measured[0]["removed_topk"])
+
+
+def test_nothing_is_removed_where_no_position_counts(demo, sequences):
+    model, _ = demo
+    few = pick(sequences, 0, 1)
+    only_special = dataclasses.replace(few, special_ids=range(model.model.cfg.d_vocab))
+    assert not only_special.ordinary.any()
+    lists = [{"topk": [1, 2], "bottomk": [3]}] * 2
+    for sample in rankings.add_removed(model, only_special, lists):
+        assert sample["removed_topk"] == [0, 0] and sample["removed_bottomk"] == [0]
+    assert not rank(model, "random", only_special).any()
+
+
+def scale_bos(model, sequences, times):
+    """The sequences as a model gives them whose residual stream at BOS is so many times as long as elsewhere."""
+    trace = sequences.ranked
+    residual = trace.latents.residual.clone()
+    bos = trace.columns == 0
+    residual[bos] *= times * residual[~bos].norm(dim=1).mean() / residual[bos].norm(dim=1, keepdim=True)
+    scaled = dataclasses.replace(trace, latents=model.splice.encode(residual, trace.latents.spliced))
+    return dataclasses.replace(sequences, rows=list(range(len(sequences.ids))), trace=scaled)
+
+
+def test_bos_does_not_rule_what_is_removed(demo, sequences):
+    """With a norm at BOS of 49 times the others', as real models have it: of the same latents the same is removed, and
+    matched removes elsewhere what the baseline does, with latents that are active elsewhere."""
+    model, _ = demo
+    plain = pick(sequences, *range(12))
+    scaled = scale_bos(model, plain, 49)
+    lists = rankings.rank(model, "baseline", plain, 42)
+    assert rankings.add_removed(model, scaled, lists) == rankings.add_removed(model, plain, lists)
+    baseline = rankings.rank(model, "baseline", scaled, 42)
+    matched = rankings.rank(model, "matched", scaled, 42)
+    shares = {"baseline": [], "matched": []}
+    for n, residual in enumerate(ordinary_residuals(scaled)):
+        acts = model.splice.sae.encode(residual)
+        k = len(scaled.active[n]) // 2
+        of_matched, enough = rankings.pick_latents(matched[n] | {"active": scaled.active[n]}, "topk", "50%")
+        assert enough and (acts[:, of_matched] != 0).any(0).all()
+        for name, latents in (("baseline", baseline[n]["topk"][:k]), ("matched", of_matched)):
+            shares[name].append(oracle.removed_shares(model.splice.sae, residual, latents)[-1])
+    mean_of = {name: sum(values) / len(values) for name, values in shares.items()}
+    assert mean_of["baseline"] > 0.05
+    assert mean_of["baseline"] <= mean_of["matched"] < mean_of["baseline"] + 0.02
 
 
 def test_matched_ranking(demo, sequences):
-    """None of those that the baseline masks at 50%, and the lists are as long as it takes to remove as much as its."""
+    """None of those that the baseline masks at 50%; 100 latents, or as many as remove as much as its lists."""
     model, _ = demo
     batch = pick(sequences, *range(20))
     baseline, matched = (rankings.rank(model, name, batch, 42) for name in ("baseline", "matched"))
@@ -657,11 +716,30 @@ def test_matched_ranking(demo, sequences):
             assert not {*lists[which]} & {*theirs["topk"][:half], *theirs["bottomk"][:half]}
             assert lists[f"target_{which}"] == theirs[f"removed_{which}"]
             removed, target = lists[f"removed_{which}"], max(theirs[f"removed_{which}"])
-            assert (
-                len(removed) == len(lists[which]) > 0
-                and all(value < target for value in removed[:-1])
-                and rankings.count_to_reach(removed, target) == len(removed)
-            )
+            reached = rankings.count_to_reach(removed, target)
+            assert len(removed) == len(lists[which]) == max(100, reached)
+            assert all(value < target for value in removed[: reached - 1])
+
+
+def test_negative_activations_rank_by_their_size(demo, sequences):
+    """Of an SAE whose activations may be negative BottomK are those of least size, not the most negative ones."""
+    model, _ = demo
+    few = pick(sequences, 0)
+    latents = few.trace.latents
+    signed = dataclasses.replace(latents, values=torch.where(latents.ids % 2 == 0, -latents.values, latents.values))
+    of_signed = dataclasses.replace(few, trace=dataclasses.replace(few.trace, latents=signed))
+    torch.testing.assert_close(rank(model, "baseline", of_signed), rank(model, "baseline", few))
+    assert (
+        rankings.rank(model, "baseline", of_signed, 42)[0]["bottomk"]
+        == (rankings.rank(model, "baseline", few, 42)[0]["bottomk"])
+    )
+
+
+def test_the_mean_over_no_position_is_0(demo, sequences):
+    model, _ = demo
+    trace = pick(sequences, 0, 1).ranked
+    scores = rankings.mean(model, trace, where=trace.rows == 1)
+    assert not scores[0].any() and torch.equal(scores[1], rankings.mean(model, trace)[1])
 
 
 def test_stored_lists_hold_100_latents(demo, sequences):
@@ -705,10 +783,11 @@ def test_special_tokens_bypass_the_sae(demo, sequences):
     residual = seen[0][0, counted]
     acts = sae.encode(residual)
     torch.testing.assert_close(scores, acts.mean(0), rtol=1e-4, atol=1e-5)
-    latents = rankings.top_and_bottom(scores, 3)[0]
-    (removed,) = rankings.compute_removed(other.splice, trace, [latents])
-    expected = (acts[:, latents] @ sae.W_dec[latents]).norm() / residual.norm()
-    assert removed[-1] == pytest.approx(expected.item(), rel=6e-4)
+    bypassed = rankings.Sequences(["0"], [ids], [[]], [0], [[]], [0], trace, special)
+    assert torch.equal(bypassed.ordinary, counted)
+    (lists,) = rankings.rank(other, "baseline", bypassed, 42)
+    expected = oracle.removed_shares(sae, residual, lists["topk"][:3])
+    assert lists["removed_topk"][:3] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_sure_model_keeps_its_gradient(demo, sequences):
