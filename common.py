@@ -23,9 +23,9 @@ from experiment import (
     catalogue,
     estimates,
     passes,
+    provenance,
     questions,
     rankings,
-    results,
     rounds,
     say,
 )
@@ -230,6 +230,7 @@ def prepare(options):
         "questions": digest,
         "prompt_template": template,
         "seed": options.seed if options.sample else None,
+        **provenance.digest_local(bundled(options.model), bundled(options.sae_release), options.sae_id),
         "device": device,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
@@ -244,9 +245,9 @@ def load_for(round_, journals, ranked=None):
         rankings.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
     for file in (ranked or {}).values():
-        results.refuse_other_run(file.path, file.run, of_sae, of_sae)
+        provenance.refuse_other_run(file.path, file.run, of_sae, of_sae)
     for journal in journals.values():
-        results.refuse_other_run(journal.path, journal.run, of_sae, of_sae)
+        provenance.refuse_other_run(journal.path, journal.run, of_sae, of_sae)
         journal.run |= of_sae
     activations.check_latents(ranked or {}, model)
     return model
@@ -258,17 +259,19 @@ def masked_round(options, which):
     round_ = prepare(options)
     ranked = {ranking: activations.read_ranked(round_, ranking, which) for ranking in options.ranking}
     asked = activations.find_asked(round_, ranked)
+    stored = activations.read_means(round_) if options.ablation == "mean" else None
     with rounds.writing(round_) as entries:
         # 2. What an earlier run left: a journal for each ranking and K
-        journals = {
-            (ranking, k): round_.journal(rounds.name_journal(file.run, which, k), file.run | {"k": k})
-            for ranking, file in ranked.items()
-            for k in options.k
-        }
+        journals = {}
+        for ranking, file in ranked.items():
+            for k in options.k:
+                run = file.run | {"k": k} | ({"means": provenance.digest_numbers(stored)} if stored else {})
+                name = rounds.name_journal(run, which, k)
+                journals[ranking, k] = round_.journal(name, run, file.describe)
         if not rounds.is_finished(asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
             model = load_for(round_, journals, ranked)
-            means = activations.read_means(round_, model) if options.ablation == "mean" else None
+            means = activations.load_means(round_, stored, model) if stored else None
             # 4. Answer with the latents masked, and score; below the SAE once for all rankings and K
             unmasked = next(iter(ranked.values())).samples
             drafts = {question.id: unmasked[question.id].get("tokens", []) for question in asked}
@@ -287,6 +290,8 @@ def masked_round(options, which):
                 for (name, k), journal in journals.items()
             ]
             rounds.write_results(round_, entries, fresh)
+            folder = options.output_dir
+            print(f"\nAll files: {folder}\nThe page: {folder / 'results.html'}")
 
 
 def answer_masked(round_, model, batch, ranked, keys, means, drafts, bar):

@@ -53,5 +53,6 @@ def guard(main):
         say(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
-        say("\nInterrupted: what was finished is kept; the same command goes on from there.")
+        same = "the same command without --overwrite" if "--overwrite" in sys.argv else "the same command"
+        say(f"\nInterrupted: what was finished is kept; {same} goes on from there.")
         return 130

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,24 @@ def parse(argv, doc, masks):
     options = Options(**chosen)
     _check(options)
     return dataclasses.replace(options, output_dir=options.output_dir or _name_output_dir(options))
+
+
+def write_command(options: Options, **changed: object) -> str:
+    """The command of round 1 with these options, to be pasted into a shell; `changed` take their place."""
+    options = dataclasses.replace(options, **changed)
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)} | (DEMO if options.demo else {})
+    defaults |= {"token_file": ROOT / "token.txt", "output_dir": _name_output_dir(options)}
+    words = ["python", "baseline.py"]
+    for name, default in defaults.items():
+        value = getattr(options, name)
+        if name == "k" or value in (None, default):
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if isinstance(value, tuple):
+            words += value
+        elif value is not True:
+            words.append(str(value))
+    return shlex.join(words)
 
 
 def _build_parser(doc, masks, defaults):

@@ -99,7 +99,7 @@ def collect(folders):
     columns, lists = [], []  # of a mask: its folder's number, its entry, its records, its list's number
     for number, folder in enumerate(folders):
         for entry, records in folder.masked:
-            name = number, entry["run"]["ranking"], entry["masked"]
+            name = number, entry["run"]["ranking"], entry["masked"], entry.get("latents")
             lists += [] if name in lists else [name]
             columns.append((number, entry, records, lists.index(name)))
     contexts, by_key = {}, {}
@@ -122,7 +122,7 @@ def collect(folders):
             }
             for number, e, _, place in columns
         ],
-        "lists": [{"folder": f, "name": f"{ranking} {report.MASKS[which]}"} for f, ranking, which in lists],
+        "lists": [{"folder": f, "name": f"{ranking} {report.MASKS[which]}"} for f, ranking, which, _ in lists],
         "questions": list(by_key.values()),
     }
 

@@ -1,6 +1,6 @@
 """ONE table of all that a folder holds, a pandas DataFrame; terminal, CSV, LaTeX, figure and page are made of it.
 
-    python -m experiment.report runs/demo                              # scores the saved answers again
+    python -m experiment.report runs/demo                              # its files again, from what lies there
     python -m experiment.report runs/A runs/B --output-dir runs/both   # layers, widths or models side by side
 
 Knows nothing of models. pandas and matplotlib are imported where they are used: only the end of a round needs them.
@@ -9,13 +9,14 @@ Knows nothing of models. pandas and matplotlib are imported where they are used:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiment import UserError, guard, results
+from experiment import UserError, guard, provenance, results
 from experiment.estimates import DROP_ONLY, MASKS, METRICS
 
 if TYPE_CHECKING:
@@ -24,8 +25,13 @@ if TYPE_CHECKING:
 SETTINGS = {"error_term": "drop", "ablation": "zero"}  # and the paper's choice, which runs that lack one made too
 TEXTS = ["ranking", "masked", "questions", "k", *SETTINGS, "population"]  # which, in one folder, no two rows share
 # Of several folders: those of these settings that differ are columns too.
-COLUMNS = [name for name in results.COMPARED if name not in ("ranking", "questions", *SETTINGS)]
-COLUMNS += ["dataset_config", "limit", "sample"]
+COLUMNS = [name for name in provenance.SETTINGS if name not in ("questions", *SETTINGS)]
+COLUMNS += ["model_digest", "sae_digest", "dataset", "dataset_config", "split", "limit", "sample"]
+NAMES = {
+    "model": ("model",),
+    "sae_release": ("sae_release", "sae_id"),
+    "questions": ("dataset", "dataset_config", "split"),
+}
 BOUNDS = ("", "_low", "_high")
 LEVELS = [f"{metric}{bound}" for metric in METRICS if metric not in DROP_ONLY for bound in BOUNDS]
 DROPS = [f"{metric}_drop{bound}" for metric in METRICS for bound in BOUNDS]
@@ -61,9 +67,11 @@ def frame(entries):
     """
     import pandas
 
+    entries = _name_alike(entries)
     differing = find_differing(entries)
     unmasked = [entry for entry in entries if "masked" not in entry]
     masked = sort_masked(entries)
+    parts = {entry["population"] for entry in unmasked if not _asks_all(entry)}  # round 1 did not ask all there is
     rows = []
     for entry in unmasked:
         row = _row(entry, entry["all"], "all asked", entry["population_all"])
@@ -74,7 +82,8 @@ def frame(entries):
         row = _row(entry, entry, "kept", entry["population"]) | _numbers(entry["drop"] or {}, "_drop")
         row |= {name: entry.get(name) for name in ("k", "mean_k", "fewer_than_k", "removed", "missed_target")}
         row |= {"left_out": len(entry.get("left_out", ()))}
-        row |= dict(zip(("paper_em", "paper_f1"), find_published(entry) or ()))
+        if entry["population"] not in parts:
+            row |= dict(zip(("paper_em", "paper_f1"), find_published(entry) or ()))
         if entry["k"] != "0":
             row |= {"ranking": entry["run"]["ranking"], "masked": name_mask(entry)}
             row |= {"ablation": entry["run"].get("ablation", SETTINGS["ablation"])}
@@ -85,10 +94,28 @@ def frame(entries):
     return table.drop_duplicates(differing + TEXTS, ignore_index=True)
 
 
+def _name_alike(entries: list[dict]) -> list[dict]:
+    """The entries, with models, SAEs and data sets that are the same named alike, as the first entry names them."""
+    first, named = {}, []
+    for entry in entries:
+        run, values = dict(entry["run"]), provenance.depends_on(entry["run"])
+        for field, names in NAMES.items():
+            if values[field] is None:
+                continue
+            content = field, json.dumps([values[field], values["sae_id"] if field == "sae_release" else None])
+            run |= first.setdefault(content, {name: run.get(name) for name in names})
+        named.append(entry | {"run": run})
+    return named
+
+
+def _asks_all(entry: dict) -> bool:
+    return entry["run"].get("limit") is None and entry["run"].get("sample") is None
+
+
 def find_differing(entries):
     """Those of COLUMNS in which the entries' runs differ: none in one folder, but for what was selected."""
     values = {name: {_write_setting(entry["run"].get(name)) for entry in entries} for name in COLUMNS}
-    return [name for name in COLUMNS if len(values[name] - ({""} if name in results.WHERE_BOTH else set())) > 1]
+    return [name for name in COLUMNS if len(values[name] - ({""} if name in provenance.WHERE_BOTH else set())) > 1]
 
 
 def _write_setting(value):
@@ -100,17 +127,19 @@ def sort_masked(entries):
 
     Of K that mask equally many, numbers stand before percentages.
     """
-    differing = find_differing(entries)
-    folders = list(dict.fromkeys(_settings_of(entry, differing) for entry in entries))
+    alike = _name_alike(entries)
+    differing = find_differing(alike)
+    folders = list(dict.fromkeys(_settings_of(entry, differing) for entry in alike))
 
-    def place(entry):
+    def place(entry, named):
         run, k = SETTINGS | entry["run"], entry["k"]
         settings = [run[name] != SETTINGS[name] for name in SETTINGS]
         order_k = entry["mean_k"], k.endswith("%"), float(k.removesuffix("%"))
-        folder = folders.index(_settings_of(entry, differing))
+        folder = folders.index(_settings_of(named, differing))
         return run["ranking"], list(MASKS).index(entry["masked"]), folder, settings, order_k
 
-    return sorted((entry for entry in entries if "masked" in entry), key=place)
+    masked = [(entry, named) for entry, named in zip(entries, alike) if "masked" in entry]
+    return [entry for entry, _ in sorted(masked, key=lambda pair: place(*pair))]
 
 
 def _settings_of(entry, names):
@@ -219,7 +248,10 @@ def write_settings(table):
 
 
 def _shorten(texts):
-    """Of paths that differ in some of their parts (layer_9/width_131k, layer_20/width_131k), these parts."""
+    """Of paths that differ in some of their parts (layer_9/width_131k, layer_20/width_131k), these parts; of digests
+    the beginning."""
+    if all(re.fullmatch("[0-9a-f]{64}|", text) for text in texts):
+        return [text[:8] for text in texts]
     parts = [text.split("/") for text in texts]
     places = [place for place, names in enumerate(zip(*parts)) if len(set(names)) > 1]
     if len(set(map(len, parts))) > 1 or not places:
@@ -299,13 +331,12 @@ def main():
     chosen = parser.parse_args()
     from experiment import folders
 
-    given = [folders.read(path) for path in dict.fromkeys(chosen.folders)]
-    if len(given) == 1:
-        entries = folders.rescore(given[0]) if given[0].questions else given[0].entries
-    else:
-        entries = folders.join(given)
-    path = chosen.output_dir or (given[0].path if len(given) == 1 else Path("runs", "together"))
-    with results.lock(path):
+    paths = list(dict.fromkeys(chosen.folders))
+    path = chosen.output_dir or (paths[0] if len(paths) == 1 else Path("runs", "together"))
+    # Before anything is read: a round that ends meanwhile would be lost. Where there is no folder yet, none is running.
+    with results.lock(path) if path.is_dir() else contextlib.nullcontext():
+        given = [folders.read(path) for path in paths]
+        entries = folders.join(given) if len(given) > 1 else given[0].entries
         results.write_results(path / "results.json", entries)
         write(path, given, entries)
     print(f"{terminal(frame(entries))}\n\nAll files: {path}")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
@@ -15,13 +16,14 @@ from experiment import (
     catalogue,
     estimates,
     folders,
+    provenance,
     questions,
     rankings,
     report,
     results,
     say,
 )
-from experiment.journal import Journal, is_begun
+from experiment.journal import Journal, read_run
 from experiment.options import Options
 from experiment.prompts import build_prompt, tokenize
 from experiment.questions import Question
@@ -58,14 +60,38 @@ class Round:
         seed = {"ranking_seed": self.options.seed} if ranking in ("random", "matched") else {}
         return self.run | {"ranking": ranking} | seed | more
 
-    def journal(self, name, run):
-        options = self.options
-        path = options.output_dir / f"predictions_{name}.jsonl"
-        return Journal(path, run, self.state.process_index, options.overwrite)
+    def select(self, made: dict) -> list[Question]:
+        """The questions that a run of the same data set asks."""
+        return questions.select(self.questions, *(made.get(name) for name in provenance.SELECTION))
 
-    def is_begun(self, ranking):
+    def find_wanted(self, run: dict, made: dict, describe: Callable[[list[Question]], dict] | None = None) -> dict:
+        """The run that a file of the run `made` has to be of, so that this round can go on with it.
+
+        That is `run`, but for the questions: those of the file have to be some of those that are asked now. describe:
+        what a run says of the questions besides.
+        """
+        if results.find_problem(made, results.SELECTION) or provenance.differences(made, run, ["questions"]):
+            return run
+        earlier = self.select(made)
+        if not {question.id for question in earlier} <= {question.id for question in self.asked}:
+            return run
+        selected = {name: made.get(name) for name in provenance.SELECTION}
+        return run | selected | (describe(earlier) if describe else {})
+
+    def journal(self, name: str, run: dict, describe: Callable[[list[Question]], dict] | None = None) -> Journal:
+        """The journal of this name and run; of more questions than an earlier one of the same name, it goes on."""
+        return Journal(
+            self.options.output_dir / f"predictions_{name}.jsonl",
+            run,
+            self.state.process_index,
+            self.options.overwrite,
+            lambda made: self.find_wanted(run, made, describe),
+        )
+
+    def is_begun(self, ranking: str) -> bool:
         """Whether round 1's journal is of this run: what is there of another one, an interrupted --overwrite left."""
-        return is_begun(self.options.output_dir / f"predictions_{ranking}.jsonl", self.run_of(ranking))
+        made, run = read_run(self.options.output_dir / f"predictions_{ranking}.jsonl"), self.run_of(ranking)
+        return made is not None and not provenance.differences(made, self.find_wanted(run, made), provenance.ALL)
 
 
 def leave_out_long(round_: Round, context: int | None) -> Round:
@@ -144,56 +170,84 @@ def share_batches(round_, model, asked, journals, label, drafts=None):
                 bar.update(done - bar.n)
 
 
-def write_results(round_, entries, fresh):
-    """Puts fresh entries in the place of those of the same round, ranking and K, and writes and prints the table."""
+def write_results(round_: Round, entries: list[dict], fresh: list[dict]) -> None:
+    """Puts fresh entries in the place of those of the same round, ranking and K, and writes and prints the table.
+
+    Entries that are no longer of what lies in the folder are left out, with a line.
+    """
 
     def key(entry):
         return entry["round"], entry["run"]["ranking"], entry["k"], entry["run"].get("ablation", "zero")
 
     entries = [old for old in entries if key(old) not in [key(new) for new in fresh]] + fresh
     path = round_.options.output_dir
-    results.write_results(path / "results.json", entries)
-    report.write(path, [folders.read(path, round_.questions, round_.options.activations)], entries)
-    print(f"\n{report.terminal(report.frame(entries))}", flush=True)
+    folder = folders.read(path, entries, round_.questions)
+    results.write_results(path / "results.json", folder.entries)
+    report.write(path, [folder], folder.entries)
+    print(f"\n{report.terminal(report.frame(folder.entries))}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Round 1
 
 
-def finish_round_1(round_, entries, journals, keep_f1):
-    """Writes each ranking's activations, the results and the table. keep_f1: from which F1 on an answer is right.
+def write_activations(round_: Round, journals: dict[str, Journal]) -> dict[Question, dict]:
+    """Makes each ranking's journal one file, and its file of activations of it. Returns {kept question: its record}."""
+    for name, journal in journals.items():
+        records = journal.finish(question.id for question in round_.asked)
+        samples = [make_sample(record) for record in records if "active" in record]
+        run = journal.run | {"asked": len(records), "kept": len(samples)}
+        results.write_activations(activations.name_file(round_.options, name), run, samples)
+    first = next(iter(journals.values()))
+    return find_kept(round_, first)
 
-    Returns {kept question: its record}.
+
+def find_kept(round_: Round, journal: Journal) -> dict[Question, dict]:
+    """{question: its record} of those that a ranking's journal of round 1 keeps."""
+    return {question: journal[question.id] for question in round_.asked if "active" in journal[question.id]}
+
+
+def finish_round_1(round_: Round, entries: list[dict], journals: dict[str, Journal], keep_f1: float) -> None:
+    """Writes and prints the results. keep_f1: from which F1 on an answer is right.
+
+    Each ranking has figures of its own: where one was asked for later, on another device, its answers may differ.
     """
-    options, asked, samples, fresh = round_.options, round_.asked, {}, []
+    options, fresh = round_.options, []
+    samples = {name: list(find_kept(round_, journal).values()) for name, journal in journals.items()}
     for name, journal in journals.items():
-        records = journal.finish(question.id for question in asked)
-        samples[name] = [make_sample(record) for record in records if "active" in record]
-    kept = {question: record for question, record in zip(asked, records) if "active" in record}
-    right = sum(record["f1"] >= keep_f1 for record in records)
-    counts = {"asked": len(asked), "kept": len(kept), "wrong": len(asked) - right, "unranked": right - len(kept)}
-    contexts = [question.context for question in kept]
-    figures = summarize(kept.values(), contexts)
-    figures |= {"all": summarize(records, [question.context for question in asked])}
-    figures |= {"population": name_population(kept), "population_all": name_population(asked)} | counts
-    figures |= {"left_out": round_.left_out}
-    for name, journal in journals.items():
-        run = journal.run | {"asked": counts["asked"], "kept": counts["kept"]}
-        results.write_activations(activations.name_file(options, name), run, samples[name])
+        figures = summarize_round_1(round_, journal, keep_f1)
+        contexts = [question.context for question in find_kept(round_, journal)]
         statistics = describe_latents(round_, samples, name, contexts)
-        fresh.append(figures | {"round": "baseline", "k": None, "run": journal.run, "statistics": statistics})
+        files = {"journal": journal.path.name, "run": journal.run}
+        fresh.append(figures | files | {"round": "baseline", "k": None, "statistics": statistics})
     write_results(round_, entries, fresh)
     for entry in fresh:
         name = entry["run"]["ranking"]
         print(f"\n{name}: {report.describe(entry['statistics'], name)}")
+    counts = fresh[0]
     too_long = f", {len(round_.left_out)} left out as too long" if round_.left_out else ""
     print(
         f"\nRound 1: {counts['asked']} questions asked, {counts['kept']} answered right and kept "
         f"({100 * counts['kept'] / counts['asked']:.1f}%), {counts['wrong']} answered wrong, "
         f"{counts['unranked']} right but without any [ to rank at{too_long}. All files: {options.output_dir}"
     )
-    return kept
+
+
+def summarize_round_1(round_: Round, journal: Journal, keep_f1: float) -> dict:
+    """The figures of a ranking's unmasked answers: of those kept, of all, and how many of which kind there are."""
+    asked, kept = round_.asked, find_kept(round_, journal)
+    right = sum(record["f1"] >= keep_f1 for record in journal.values())
+    figures = summarize(kept.values(), [question.context for question in kept])
+    return figures | {
+        "all": summarize(journal.values(), [question.context for question in asked]),
+        "population": name_population(kept),
+        "population_all": name_population(asked),
+        "asked": len(asked),
+        "kept": len(kept),
+        "wrong": len(asked) - right,
+        "unranked": right - len(kept),
+        "left_out": round_.left_out,
+    }
 
 
 def summarize(records, contexts):
@@ -237,7 +291,7 @@ def compare(ranked, k, journal, asked, left_out):
     records = journal.finish(question.id for question in asked)
     samples, contexts = [ranked.samples[question.id] for question in asked], [question.context for question in asked]
     after = estimates.collect_columns(records, samples)
-    if ranked.has_answers:
+    if ranked.selection:
         before = [  # what older files lack is scored again
             sample if "named" in sample else questions.score(sample["answer"], sample["answer"], q.truths) | sample
             for sample, q in zip(samples, asked)
@@ -253,6 +307,8 @@ def compare(ranked, k, journal, asked, left_out):
         "masked": ranked.which,
         "k": k,
         "run": journal.run,
+        "journal": journal.path.name,
+        "latents": ranked.name,
         **masks,
         "missing": ranked.missing,
         "left_out": [name for name in left_out if name in ranked.samples],

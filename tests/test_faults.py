@@ -273,7 +273,6 @@ def test_other_options_do_not_go_on(scripts, tmp_path, monkeypatch, capsys):
         "sae_dtype": ["--sae-dtype", "float16"],
         "error_term": ["--error-term", "keep"],
         "exclude_special_tokens": ["--exclude-special-tokens"],
-        "dataset": ["--dataset", ROOT / "demo" / "questions.jsonl"],
     }
     for name, more in others.items():
         code, out, err = run_script("baseline", [*arguments, *more], monkeypatch, capsys)

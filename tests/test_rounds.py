@@ -143,7 +143,7 @@ def test_shipped_activations_serve_rounds_2_and_3(full, tmp_path, monkeypatch, c
     assert (ROOT / "activations_baseline.json").read_bytes() == before
     # Of another run it is not used.
     code, out, err = run_script("baseline_after_true", [*given, "--dtype", "bfloat16"], monkeypatch, capsys)
-    assert code == 2 and "there is no such file: run baseline.py first" in err
+    assert code == 2 and "there is no such file: run this first: python baseline.py --demo" in err
 
 
 def test_activations_of_the_earlier_length_are_read(tmp_path, monkeypatch, capsys, full):
@@ -565,7 +565,7 @@ def test_activations_of_different_questions(full, tmp_path, monkeypatch, capsys)
     results.write_activations(tmp_path / "activations_gradsae.json", run | {"ranking": "gradsae"}, samples[:9])
     given = ["--demo", "--output-dir", tmp_path, "--ranking", "baseline", "gradsae"]
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
-    assert code == 2 and "of different questions" in err and len(err.splitlines()) == 1
+    assert code == 2 and "of different unmasked answers" in err and len(err.splitlines()) == 1
 
 
 def test_mean_ablation(full, demo, demo_questions, tmp_path, monkeypatch, capsys):
@@ -573,7 +573,7 @@ def test_mean_ablation(full, demo, demo_questions, tmp_path, monkeypatch, capsys
     given = ["--demo", "--limit", 20, "--output-dir", tmp_path, "--ablation", "mean"]
     code, _, err = run_script("baseline_after_false", [*given, "--activations", full[0] / "activations_baseline.json"],
                               monkeypatch, capsys)  # fmt: skip
-    assert code == 2 and "run baseline.py with --ablation mean first" in err
+    assert code == 2 and "run this first: python baseline.py --demo --limit 20 --ablation mean" in err
     for script, _ in ROUNDS[:2]:
         assert run_script(script, given, monkeypatch, capsys)[0] == 0
     (model, tokenizer), by_id = demo, {question.id: question for question in demo_questions}
