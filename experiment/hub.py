@@ -55,7 +55,8 @@ def hub_errors(name: str) -> Iterator[None]:
         # ImportError: a package that this model needs and no other one does.
         kinds = (OSError, ValueError, RuntimeError, SafetensorError, ImportError)
         folders = {Path(frame.f_code.co_filename).parent for frame, _ in traceback.walk_tb(error.__traceback__)}
-        expected = isinstance(error, kinds) or type(error).__module__.startswith("datasets")
+        # The HTTP library's own errors are of no common kind, and come through where they are not wrapped.
+        expected = isinstance(error, kinds) or type(error).__module__.startswith(("datasets", "httpx"))
         if not expected or folders <= {ROOT, ROOT / "experiment"}:  # no library has a part in it
             raise  # a bug of ours
         raise UserError(f"{name}: {_advise(error)}") from error
@@ -129,7 +130,7 @@ def check_fit(options: Options, sae: "SAEConfig") -> None:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         obstacle = _find_obstacle(config)
         if obstacle is None:
-            skeleton = _build_without_weights(config)
+            skeleton = _build_without_weights(options, config)
             obstacle = _find_obstacle_in_layers(skeleton)
     if obstacle:
         raise UserError(f"{options.model}: cannot be run here: {obstacle}")
@@ -154,7 +155,7 @@ def _find_obstacle(config: transformers.PretrainedConfig) -> str | None:
     return None
 
 
-def _build_without_weights(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+def _build_without_weights(options: Options, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
     """The model that TransformerLens would load, as a skeleton: modules in their places, no memory for weights."""
     # Here, for it takes seconds, and what is wrong with the SAE should show before.
     from transformer_lens.model_bridge.sources import transformers as bridge
@@ -162,7 +163,7 @@ def _build_without_weights(config: transformers.PretrainedConfig) -> transformer
     try:
         architecture = bridge.determine_architecture_from_hf_config(config)
     except ValueError:
-        raise UserError(f"TransformerLens knows no model of the kind {config.model_type}") from None
+        raise UserError(f"{options.model}: TransformerLens knows no model of its kind ({config.model_type})") from None
     model_class = bridge.get_hf_model_class_for_architecture(architecture)
     with torch.device("meta"):
         return model_class.from_config(config, attn_implementation="eager", trust_remote_code=False)

@@ -108,6 +108,8 @@ def parse(argv, doc, masks):
         sys.exit(0)
     if (ROOT / TOKEN_FILE).is_file():
         defaults["token_file"] = ROOT / TOKEN_FILE
+    for name in given.keys() & {"model", "sae_release", "sae_id", "dataset", "split"}:
+        _check_text(name, given[name])  # these stand in the files of a round
     chosen = defaults | given | _settle_names(given, defaults)
     chosen |= {name: tuple(dict.fromkeys(chosen[name])) for name in ("ranking", "k")}  # each once
     options = Options(**chosen)
@@ -137,8 +139,6 @@ def _check(options: Options) -> None:
     for name in ("model", "sae_release", "dataset"):
         if not getattr(options, name):
             raise UserError(f"--{name.replace('_', '-')}: is empty")
-    for name in ("model", "sae_release", "sae_id", "dataset", "split"):  # these stand in the files of a round
-        _check_text(name, getattr(options, name))
     if options.limit is not None and options.sample is not None:
         raise UserError("--limit and --sample cannot be combined: leave one out")
     if options.activations and len(options.ranking) > 1:
