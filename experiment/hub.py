@@ -122,8 +122,8 @@ def check_fit(options: Options, sae: "SAEConfig") -> None:
     made_for = sae.metadata.model_name
     if made_for in catalogue.aliases() and not catalogue.same_model(bundled(options.model), made_for):
         raise UserError(
-            f"{options.sae_release}: its cfg.json says that it is for {made_for}, not for {options.model}: if that is "
-            "meant, give the model as a local folder"
+            f"{options.sae_release}: its configuration says that it is for {made_for}, not for {options.model}: if "
+            "that is meant, give the model as a local folder"
         )
     with hub_errors(options.model):
         name = catalogue.official_name(bundled(options.model))

@@ -61,7 +61,10 @@ class Options:
 
     demo: bool = option(False, "the bundled model, SAE and questions, on the CPU: no network, no token")
     model: str = option("gemma-2-9b-it", "a model TransformerLens knows, or a local folder")
-    sae_release: str = option("gemma-scope-9b-it-res-canonical", "a release in SAELens' table, or a local SAE folder")
+    sae_release: str = option(
+        "gemma-scope-9b-it-res-canonical",
+        "a release in SAELens' table, or an SAE of SAELens or sparsify: a folder, or a Hub repository",
+    )
     sae_id: str = option("layer_9/width_131k/canonical", "an id of that release")
     dataset: str = option(PAPER_DATASET, "Hub data set with SQuAD's columns, or local folder, .json or .jsonl")
     split: str = option("validation", "split of a Hub data set")
@@ -220,8 +223,7 @@ def _name_output_dir(options: Options) -> Path:
     if options.error_term == "keep":
         changes.append("error_term_keep")
     if options.dataset != (DEMO["dataset"] if options.demo else PAPER_DATASET):
-        local = os.path.exists(options.dataset)
-        changes.append(Path(options.dataset).resolve().stem if local else options.dataset)
+        changes.append(_name_dataset(options.dataset))
     of_demo = all(getattr(options, name) == DEMO[name] for name in ("model", "sae_release", "sae_id"))
     if options.demo and of_demo and options.error_term == "drop":
         names = ["demo"]
@@ -230,6 +232,13 @@ def _name_output_dir(options: Options) -> Path:
         names = [Path(name).resolve().name if Path(name).is_dir() else name for name in names] + [options.sae_id]
     folder = Path("runs", *(_name_folder(name) for name in names))
     return folder.with_name("_".join([folder.name, *map(_name_folder, changes)]))
+
+
+def _name_dataset(dataset: str) -> str:
+    """What a data set adds to the name of a folder: its own name, without what says of a file how to read it."""
+    if os.path.isdir(dataset):
+        return Path(dataset).resolve().name
+    return Path(dataset).stem if os.path.isfile(dataset) else dataset
 
 
 def _name_folder(name: str) -> str:

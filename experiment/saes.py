@@ -95,8 +95,9 @@ def _check_files(folder: Path, options: Options) -> None:
 def _name_folders(options: Options) -> str:
     """The end of a message: what --sae-id may be in a folder that holds SAEs in folders of their own, or nothing."""
     release = Path(bundled(options.sae_release))
-    found = sorted(path.parent.relative_to(release).as_posix() for path in release.rglob(CONFIG))
-    found = [name for name in found if name != "."]
+    found = []
+    for depth in ("*", "*/*", "*/*/*"):  # no further: the folder may be somebody's home
+        found += sorted(path.parent.relative_to(release).as_posix() for path in release.glob(f"{depth}/{CONFIG}"))
     return f" (--sae-id may be {catalogue.enumerate_briefly(found)})" if found else ""
 
 
@@ -138,12 +139,14 @@ def _describe_sparsify(folder: Path) -> dict[str, Any]:
             f"{folder.name}: sparsify's format says where an SAE belongs in the name of its folder alone: layers.N, "
             "layers.N.mlp or layers.N.self_attn"
         )
+    beside = folder.parent / "config.json"  # of the training; without it SAELens takes the name of the folder above
+    model_name = _read_json(beside).get("model") if beside.is_file() else None
     return {
         "d_sae": config.get("num_latents") or config["d_in"] * config["expansion_factor"],
         "hook_name": f"blocks.{match['layer']}.{SPARSIFY_PLACES[match['module']]}",
         "hf_hook_name": folder.name,
         "apply_b_dec_to_input": True,
-        "model_name": None,  # sparsify writes it beside the folder, SAELens takes the name of the folder above
+        "model_name": model_name,
     }
 
 
@@ -167,20 +170,12 @@ def _read_sparsify(
 
 def read_config(options: Options) -> "SAEConfig":
     """An SAE's configuration, without its weights. Raises UserError where it is none, or one that cannot be masked."""
-    from sae_lens.loading import pretrained_sae_loaders as loaders
     from sae_lens.saes.sae import SAEConfig
 
     name = name_of(options)
     with hub_errors(name):
         try:
-            folder = find_folder(options)
-            if folder is None:
-                settings = loaders.load_sae_config_from_huggingface(options.sae_release, options.sae_id)
-            elif _is_sparsify(folder):
-                settings = loaders.get_sparsify_config_from_disk(folder, cfg_overrides=_describe_sparsify(folder))
-            else:
-                settings = _read_json(folder / CONFIG)
-            settings = loaders.handle_config_defaulting(settings)
+            settings = _read_settings(options, find_folder(options))
             if settings["architecture"] == "temporal":
                 raise UserError(
                     f"{name}: a temporal SAE, which encodes a position with those before it in view: only "
@@ -191,6 +186,19 @@ def read_config(options: Options) -> "SAEConfig":
             raise UserError(f"{name}: SAELens cannot read it ({error!r})") from error
     _check_config(name, config)
     return config
+
+
+def _read_settings(options: Options, folder: Path | None) -> dict[str, Any]:
+    """What an SAE's configuration file says, as this version of SAELens would write it."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    if folder is None:
+        return loaders.load_sae_config_from_huggingface(options.sae_release, options.sae_id)
+    if _is_sparsify(folder):
+        settings = loaders.get_sparsify_config_from_disk(folder, cfg_overrides=_describe_sparsify(folder))
+    else:
+        settings = _read_json(folder / CONFIG)
+    return loaders.handle_config_defaulting(settings)
 
 
 def _check_config(name: str, config: "SAEConfig") -> None:

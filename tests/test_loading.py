@@ -20,7 +20,7 @@ from conftest import ROOT, load, options, run_script
 from sae_lens.saes.sae import SAEMetadata
 
 import common
-from experiment import UserError, guard, questions, saes
+from experiment import UserError, catalogue, guard, questions, saes
 from experiment import hub as hub_module
 from experiment import options as command_line
 from experiment.hub import hub_errors, prepare_libraries
@@ -259,6 +259,44 @@ def test_an_old_sae_configuration(tmp_path):
             common.check_fit(chosen, config)
 
 
+def test_the_default_saes_configuration(hub):
+    """Known without a download, as that of every SAE of Gemma Scope: what does not fit costs nothing."""
+    asked = len(hub.tokens)
+    config = saes.read_config(command_line.parse([], "", masks=False))
+    assert (config.d_in, config.d_sae, config.architecture()) == (3584, 131072, "jumprelu")
+    metadata = config.metadata
+    assert (metadata.hook_name, metadata.model_name) == ("blocks.9.hook_resid_post", "gemma-2-9b-it")
+    chosen = ["--sae-release", "gemma-scope-2b-pt-res", "--sae-id", "embedding/width_4k/average_l0_6"]
+    with pytest.raises(UserError, match="is for hook_embed, but only a layer's"):
+        saes.read_config(command_line.parse(chosen, "", masks=False))
+    assert len(hub.tokens) == asked
+
+
+def make_cached(repository, folder, monkeypatch):
+    """The folder of the Hub's cache that holds a repository's files, as where they were downloaded and the Hub cannot
+    be reached any more."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached = folder / f"models--{repository.replace('/', '--')}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    return cached / "snapshots" / ("0" * 40)
+
+
+def test_a_release_of_centred_weights(tmp_path, monkeypatch):
+    """That is not in the SAE's own file, but in SAELens' table."""
+    release, sae_id = "gpt2-small-res-jb", "blocks.7.hook_resid_pre"
+    folder = make_cached(catalogue.sae_table()[release]["repo_id"], tmp_path, monkeypatch) / sae_id
+    folder.mkdir(parents=True)
+    old = {"dtype": "float32", "hook_point": sae_id, "d_in": 768, "d_sae": 24576, "model_name": "gpt2-small"}
+    (folder / "cfg.json").write_text(json.dumps(old))
+    chosen = command_line.parse(["--sae-release", release, "--sae-id", sae_id], "", masks=False)
+    with pytest.raises(
+        UserError, match=f"{release} {sae_id}: was trained on a model whose writing weights were centred"
+    ):
+        saes.read_config(chosen)
+
+
 def test_temporal_saes(refused, tmp_path, monkeypatch):
     """They encode a position with those before it in view; a mask here is of one position's latents."""
     monkeypatch.setattr(common, "load_sae", None)
@@ -325,12 +363,7 @@ def test_saes_of_sparsify(where, settings, tmp_path, monkeypatch, capsys):
     where the Hub cannot be reached), and round 1 runs with it."""
     release, given = tmp_path / "saes", ["--sae-id", "layers.1"]
     if where == "hub":
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        repository = tmp_path / "models--someone--saes"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text("0" * 40)
-        release = repository / "snapshots" / ("0" * 40)
+        release = make_cached("someone/saes", tmp_path, monkeypatch)
     tensors = save_sparsify(release / "layers.1", **settings)
     if where == "folder":
         release, given = release / "layers.1", []
@@ -358,6 +391,15 @@ SPARSIFY = {
     "skip": ("layers.1", {"skip_connection": True}, "sparsify's skip_connection"),
     "groupmax": ("layers.1", {"activation": "groupmax"}, "sparsify's activation groupmax"),
 }
+
+
+def test_the_model_that_sparsify_names(tmp_path):
+    """In the file beside the folder, as its training writes it."""
+    save_sparsify(tmp_path / "layers.1")
+    (tmp_path / "config.json").write_text(json.dumps({"model": "meta-llama/Meta-Llama-3-8B-Instruct"}))
+    chosen = options("--model", "gemma-2b-it", "--sae-release", tmp_path / "layers.1")
+    with pytest.raises(UserError, match="is for meta-llama/Meta-Llama-3-8B-Instruct, not for gemma-2b-it"):
+        common.check_fit(chosen, saes.read_config(chosen))
 
 
 @pytest.mark.parametrize("case", SPARSIFY)
@@ -424,6 +466,38 @@ def test_models_that_cannot_be_run(case, refused, tmp_path, monkeypatch):
     refused(arguments, says, f"Warning: {tmp_path / 'model'} looks like a base model")
 
 
+PLAIN = SIZES | dict(pad_token_id=0)
+FIT = {  # families whose masked answers were found equal to those of hooks on Transformers' own modules
+    "Gemma": transformers.GemmaConfig(**HEADS),
+    "Gemma 2": transformers.Gemma2Config(**HEADS),
+    "Gemma 3": transformers.Gemma3TextConfig(**HEADS, architectures=["Gemma3ForCausalLM"]),
+    "Llama": transformers.LlamaConfig(**PLAIN),
+    "Mistral": transformers.MistralConfig(**PLAIN),
+    "Mixtral": transformers.MixtralConfig(**PLAIN),
+    "Phi": transformers.PhiConfig(**PLAIN),
+    "Phi 3": transformers.Phi3Config(**PLAIN),
+    "Qwen 2": transformers.Qwen2Config(**PLAIN),
+    "Qwen 3": transformers.Qwen3Config(**HEADS),
+    "Qwen 3 MoE": transformers.Qwen3MoeConfig(**HEADS, architectures=["Qwen3MoeForCausalLM"]),
+    "GPT-OSS": transformers.GptOssConfig(**HEADS, architectures=["GptOssForCausalLM"]),
+    "OLMo 2": transformers.Olmo2Config(**PLAIN, architectures=["Olmo2ForCausalLM"]),
+    "SmolLM 3": transformers.SmolLM3Config(**PLAIN),
+    "Granite": transformers.GraniteConfig(**PLAIN, architectures=["GraniteForCausalLM"]),
+    "GPT-NeoX": transformers.GPTNeoXConfig(
+        hidden_size=128, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4
+    ),
+    "OPT": transformers.OPTConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, ffn_dim=64),
+}
+
+
+@pytest.mark.parametrize("family", FIT)
+def test_models_that_can_be_run(family, tmp_path):
+    """Nothing of what is looked for in the others stands in the way of these."""
+    FIT[family].save_pretrained(tmp_path)
+    chosen = options("--model", tmp_path)
+    common.check_fit(chosen, saes.read_config(chosen))
+
+
 def test_a_package_that_only_this_model_needs(refused, tmp_path):
     """What Transformers says of it is several lines long: all of them are told."""
     if importlib.util.find_spec("timm"):
@@ -445,22 +519,28 @@ def test_no_tokenizer_files(model_type, template, refused, tmp_path):
     refused(arguments, f"{tmp_path / 'model'}: has no tokenizer files that can be read: it needs tokenizer.json")
 
 
-OWN_CODE = {
-    "config": ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}),
-    "model": (  # one that Transformers has a configuration of, but that does not generate text there
-        "config.json",
-        {"model_type": "vit", "architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModelForCausalLM": "own.Model"}},
-    ),
-    "tokenizer": (
-        "tokenizer_config.json",
-        {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}},
-    ),
+OWN_CODE = {  # what changes in which file. Transformers has a configuration of vit's, but no tokenizer and no text.
+    "config": {"config.json": {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}},
+    "model": {
+        "config.json": {
+            "model_type": "vit",
+            "architectures": ["LlamaForCausalLM"],
+            "auto_map": {"AutoModelForCausalLM": "own.Model"},
+        }
+    },
+    "tokenizer": {
+        "config.json": {"model_type": "vit"},
+        "tokenizer_config.json": {
+            "tokenizer_class": "OwnTokenizer",
+            "auto_map": {"AutoTokenizer": [None, "own.Tokenizer"]},
+        },
+    },
 }
 
 
 @pytest.mark.parametrize("of", OWN_CODE)
 def test_code_of_a_model_is_never_run(of, refused, tmp_path, monkeypatch):
-    """Nor asked about, whatever the answer would be. A tokenizer.json needs none: it is read without."""
+    """Nor asked about, whatever the answer would be."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     copy_without("model", tmp_path / "model")
     (tmp_path / "model" / "own.py").write_text(
@@ -468,15 +548,12 @@ def test_code_of_a_model_is_never_run(of, refused, tmp_path, monkeypatch):
         "from transformers import Gemma2Config as Config, Gemma2ForCausalLM as Model\n"
         "from transformers import PreTrainedTokenizerFast as Tokenizer\n"
     )
-    file, changes = OWN_CODE[of]
-    path = tmp_path / "model" / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    arguments = ["--demo", "--model", tmp_path / "model"]
-    if of == "tokenizer":
-        assert common.load_tokenizer(options(*arguments)).get_vocab() == common.load_tokenizer(options()).get_vocab()
-    else:
-        says = f"{tmp_path / 'model'}: needs Python code of its own to be loaded"
-        refused(arguments, says, f"Warning: {tmp_path / 'model'} looks like a base model")
+    for file, changes in OWN_CODE[of].items():
+        path = tmp_path / "model" / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    says = f"{tmp_path / 'model'}: needs Python code of its own to be loaded"
+    news = f"Warning: {tmp_path / 'model'} looks like a base model"
+    refused(["--demo", "--model", tmp_path / "model"], says, news)
     assert not (tmp_path / "ran").exists()
 
 

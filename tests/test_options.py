@@ -284,7 +284,7 @@ def test_output_folder_is_named_after_what_is_run(tmp_path, monkeypatch):
         ("--demo", "--dataset", "demo/questions.jsonl"): "demo",
         ("--demo", "--dataset", "mine.jsonl"): "demo_mine",
         ("--demo", "--dataset", tmp_path / "mine.jsonl"): "demo_mine",
-        ("--demo", "--dataset", "data/my.questions/"): "demo_my",
+        ("--demo", "--dataset", "data/my.questions/"): "demo_my.questions",
         ("--demo", "--dataset", "mine.jsonl", "--error-term", "keep"): "model/sae_error_term_keep_mine",
         ("--dataset", "rajpurkar/squad_v2"):
             "gemma-2-9b-it/gemma-scope-9b-it-res-canonical/layer_9_width_131k_canonical_rajpurkar_squad_v2",
