@@ -10,6 +10,7 @@ import importlib.metadata
 import re
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
@@ -27,13 +28,18 @@ from experiment import (
     questions,
     rankings,
     rounds,
+    saes,
     say,
 )
-from experiment.hub import check_fit, hub_errors, prepare_libraries
+from experiment.hub import NO_TOKENIZER, check_fit, hub_errors, prepare_libraries
 from experiment.options import Options, bundled
 from experiment.prompts import BRACKETS, find_special_ids
 from experiment.rounds import Round
 from experiment.splice import Splice
+
+if TYPE_CHECKING:  # importing these libraries takes seconds
+    from sae_lens import SAE
+    from transformer_lens.model_bridge import TransformerBridge
 
 ANSWER_BEGINS = "Result = [["
 INSTRUCTION = (
@@ -52,8 +58,6 @@ TEMPLATES = {
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
-# Not hook_resid_mid: TransformerLens replaces what the MLP reads there, but not what is added to the MLP's output.
-PLACES = r"blocks\.[0-9]+\.(?:hook_resid_pre|hook_resid_post|hook_mlp_out|hook_attn_out|attn\.hook_z)"
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
 
@@ -105,10 +109,15 @@ def score(tokenizer, question, answer):
 # Model and SAE
 
 
-def load_tokenizer(options):
+def load_tokenizer(options: Options) -> transformers.PreTrainedTokenizerBase:
+    """The model's tokenizer. No code that comes with a model is run."""
     name = catalogue.official_name(bundled(options.model))
     with hub_errors(options.model):
-        return transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    # Where there are no tokenizer files, some families' tokenizers are made all the same, of special tokens alone.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(f"{options.model}: {NO_TOKENIZER}")
+    return tokenizer
 
 
 def find_context_length(options: Options) -> int | None:
@@ -119,33 +128,12 @@ def find_context_length(options: Options) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_sae(options):
+def load_sae(options: Options) -> "SAE":
     """The SAE, in --sae-dtype on --device. Its own configuration says where in the model it belongs."""
-    from sae_lens import SAE
-
-    folder = Path(bundled(options.sae_release)) / options.sae_id
-    where = {"device": options.device, "dtype": options.sae_dtype.replace("tf32", "float32")}
-    name = f"{options.sae_release} {options.sae_id}".strip()
-    with hub_errors(name):
-        try:
-            if folder.is_dir():
-                sae = SAE.load_from_disk(folder, **where)
-            else:
-                sae = SAE.from_pretrained(options.sae_release, options.sae_id, **where)
-        except (KeyError, TypeError, RuntimeError) as error:  # a folder that holds something else than an SAE
-            raise UserError(f"{name}: SAELens cannot read it ({error!r})") from error
-    metadata = sae.cfg.metadata
-    if "transcoder" in sae.cfg.architecture() or (metadata.hook_name_out or metadata.hook_name) != metadata.hook_name:
-        raise UserError(f"{name}: a transcoder, which reconstructs another place than it reads: give an SAE")
-    if not re.fullmatch(PLACES, metadata.hook_name or ""):
-        raise UserError(
-            f"{name}: is for {metadata.hook_name}, but only a layer's hook_resid_pre, hook_resid_post, hook_mlp_out, "
-            "hook_attn_out or attn.hook_z can be replaced"
-        )
-    return sae.eval().requires_grad_(False)
+    return saes.load(options).eval().requires_grad_(False)
 
 
-def load_model(options, tokenizer):
+def load_model(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> "TransformerBridge":
     """The model: a TransformerBridge over Transformers' own weights, greedy and nothing else."""
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -161,13 +149,14 @@ def load_model(options, tokenizer):
         model = TransformerBridge.boot_transformers(
             catalogue.official_name(bundled(options.model)),
             dtype=getattr(torch, options.dtype),
+            trust_remote_code=False,
             tokenizer=copy.deepcopy(tokenizer),  # one without BOS (Qwen's) may be given one, and padding
             device_map=options.device_map or {"": options.device},  # straight to where it belongs
         )
     return settle_model(model, tokenizer)
 
 
-def settle_model(model, tokenizer):
+def settle_model(model: "TransformerBridge", tokenizer: transformers.PreTrainedTokenizerBase) -> "TransformerBridge":
     """What rounds, tests and benchmarks need of a TransformerBridge, wherever its weights come from."""
     lm = model.original_model.requires_grad_(False)
     # TransformerLens asks for the attention matrices of all layers: 44 MB a token of width on gemma-2-9b-it.
@@ -183,12 +172,12 @@ def settle_model(model, tokenizer):
     return model
 
 
-def load(options, tokenizer):
-    """The model with the SAE in it. The SAE comes first: a wrong name costs seconds then, not the model's download."""
+def load(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> passes.SplicedModel:
+    """The model with the SAE in it. Configurations come first, for a wrong name should cost no download of weights."""
     say(f"Loading {options.sae_release} and {options.model} ...")
     start = time.monotonic()
+    check_fit(options, saes.read_config(options))
     sae = load_sae(options)
-    check_fit(options, sae)
     model = load_model(options, tokenizer)
     if sae.cfg.metadata.hook_name not in model.hook_dict:
         place = sae.cfg.metadata.hook_name

@@ -46,6 +46,9 @@ def guard(main):
     # Memory that grows in place, for every batch has another width. PyTorch reads this as it is imported.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # A path may hold characters that the terminal's encoding lacks: no reason to lose a table over them.
+    if sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         return 0
