@@ -39,9 +39,10 @@ def main():
                     journals[name].append([records[name] for records in answered])
         # 5. Write the activations, compare, print
         if rounds.is_last(round_):
-            kept = rounds.finish_round_1(round_, entries, journals, KEEP_F1)
+            kept = rounds.write_activations(round_, journals)
             if chosen.ablation == "mean":
                 activations.store_means(round_, model or common.load_for(round_, {}), kept)
+            rounds.finish_round_1(round_, entries, journals, KEEP_F1)
 
 
 def answer_and_rank(round_, model, batch, names):
@@ -71,6 +72,7 @@ def answer_and_rank(round_, model, batch, names):
         insides=[prompts.find_answer(tokenizer, batch_answers[n].tokens) for n in kept],
         rows=kept,
         trace=trace,
+        special_ids=prompts.find_special_ids(tokenizer),
     )
     for name in names:
         of_kept = zip(kept, sequences.generated, sequences.insides, sequences.active)

@@ -10,6 +10,7 @@ import importlib.metadata
 import re
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
@@ -23,17 +24,22 @@ from experiment import (
     catalogue,
     estimates,
     passes,
+    provenance,
     questions,
     rankings,
-    results,
     rounds,
+    saes,
     say,
 )
-from experiment.hub import check_fit, hub_errors, prepare_libraries
-from experiment.options import bundled
+from experiment.hub import NO_TOKENIZER, check_fit, hub_errors, prepare_libraries
+from experiment.options import Options, bundled
 from experiment.prompts import BRACKETS, find_special_ids
 from experiment.rounds import Round
 from experiment.splice import Splice
+
+if TYPE_CHECKING:  # importing these libraries takes seconds
+    from sae_lens import SAE
+    from transformer_lens.model_bridge import TransformerBridge
 
 ANSWER_BEGINS = "Result = [["
 INSTRUCTION = (
@@ -52,8 +58,6 @@ TEMPLATES = {
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
-# Not hook_resid_mid: TransformerLens replaces what the MLP reads there, but not what is added to the MLP's output.
-PLACES = r"blocks\.[0-9]+\.(?:hook_resid_pre|hook_resid_post|hook_mlp_out|hook_attn_out|attn\.hook_z)"
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
 
@@ -78,7 +82,7 @@ def choose_template(name, tokenizer):
             raise UserError(f"--prompt-template {name}: this model's tokenizer has no {marker}: leave it to auto")
         return text
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8-sig")  # a BOM, as Windows writes it, is no text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt-template {name}: neither {', '.join(TEMPLATES)} nor a text file ({error})") from None
     for field in ("{context}", "{question}"):
@@ -105,39 +109,31 @@ def score(tokenizer, question, answer):
 # Model and SAE
 
 
-def load_tokenizer(options):
+def load_tokenizer(options: Options) -> transformers.PreTrainedTokenizerBase:
+    """The model's tokenizer. No code that comes with a model is run."""
     name = catalogue.official_name(bundled(options.model))
     with hub_errors(options.model):
-        return transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    # Where there are no tokenizer files, some families' tokenizers are made all the same, of special tokens alone.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UserError(f"{options.model}: {NO_TOKENIZER}")
+    return tokenizer
 
 
-def load_sae(options):
+def find_context_length(options: Options) -> int | None:
+    """How many tokens the model can read, prompt and answer together; None where its configuration does not say."""
+    with hub_errors(options.model):
+        name = catalogue.official_name(bundled(options.model))
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_sae(options: Options) -> "SAE":
     """The SAE, in --sae-dtype on --device. Its own configuration says where in the model it belongs."""
-    from sae_lens import SAE
-
-    folder = Path(bundled(options.sae_release)) / options.sae_id
-    where = {"device": options.device, "dtype": options.sae_dtype.replace("tf32", "float32")}
-    name = f"{options.sae_release} {options.sae_id}".strip()
-    with hub_errors(name):
-        try:
-            if folder.is_dir():
-                sae = SAE.load_from_disk(folder, **where)
-            else:
-                sae = SAE.from_pretrained(options.sae_release, options.sae_id, **where)
-        except (KeyError, TypeError, RuntimeError) as error:  # a folder that holds something else than an SAE
-            raise UserError(f"{name}: SAELens cannot read it ({error!r})") from error
-    metadata = sae.cfg.metadata
-    if "transcoder" in sae.cfg.architecture() or (metadata.hook_name_out or metadata.hook_name) != metadata.hook_name:
-        raise UserError(f"{name}: a transcoder, which reconstructs another place than it reads: give an SAE")
-    if not re.fullmatch(PLACES, metadata.hook_name or ""):
-        raise UserError(
-            f"{name}: is for {metadata.hook_name}, but only a layer's hook_resid_pre, hook_resid_post, hook_mlp_out, "
-            "hook_attn_out or attn.hook_z can be replaced"
-        )
-    return sae.eval().requires_grad_(False)
+    return saes.load(options).eval().requires_grad_(False)
 
 
-def load_model(options, tokenizer):
+def load_model(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> "TransformerBridge":
     """The model: a TransformerBridge over Transformers' own weights, greedy and nothing else."""
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -153,13 +149,14 @@ def load_model(options, tokenizer):
         model = TransformerBridge.boot_transformers(
             catalogue.official_name(bundled(options.model)),
             dtype=getattr(torch, options.dtype),
+            trust_remote_code=False,
             tokenizer=copy.deepcopy(tokenizer),  # one without BOS (Qwen's) may be given one, and padding
             device_map=options.device_map or {"": options.device},  # straight to where it belongs
         )
     return settle_model(model, tokenizer)
 
 
-def settle_model(model, tokenizer):
+def settle_model(model: "TransformerBridge", tokenizer: transformers.PreTrainedTokenizerBase) -> "TransformerBridge":
     """What rounds, tests and benchmarks need of a TransformerBridge, wherever its weights come from."""
     lm = model.original_model.requires_grad_(False)
     # TransformerLens asks for the attention matrices of all layers: 44 MB a token of width on gemma-2-9b-it.
@@ -175,12 +172,12 @@ def settle_model(model, tokenizer):
     return model
 
 
-def load(options, tokenizer):
-    """The model with the SAE in it. The SAE comes first: a wrong name costs seconds then, not the model's download."""
+def load(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> passes.SplicedModel:
+    """The model with the SAE in it. Configurations come first, for a wrong name should cost no download of weights."""
     say(f"Loading {options.sae_release} and {options.model} ...")
     start = time.monotonic()
+    check_fit(options, saes.read_config(options))
     sae = load_sae(options)
-    check_fit(options, sae)
     model = load_model(options, tokenizer)
     if sae.cfg.metadata.hook_name not in model.hook_dict:
         place = sae.cfg.metadata.hook_name
@@ -208,32 +205,38 @@ def prepare(options):
         if bundled(options.model) == options.model:  # the demo's has no chat template, but was tuned
             say(f"Warning: {options.model} looks like a base model: such a model was not trained to follow the prompt.")
     with hub_errors(options.dataset):
-        all_questions, unanswerable, digest = questions.load(bundled(options.dataset), options.split)
+        all_questions, unanswerable, digest = questions.load(
+            bundled(options.dataset), options.split, options.dataset_config
+        )
     if unanswerable:
         say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
     asked = questions.select(all_questions, options.limit, options.sample, options.seed)
     names = ("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens")
-    names += ("dataset", "max_new_tokens", "limit", "sample", "batch_tokens")
+    names += ("dataset", "dataset_config", "max_new_tokens", "limit", "sample", "batch_tokens")
     run = {name: getattr(options, name) for name in names} | {
         "ranking": "baseline",
         "split": None if questions.is_local(options.dataset) else options.split,
         "questions": digest,
         "prompt_template": template,
         "seed": options.seed if options.sample else None,
+        **provenance.digest_local(bundled(options.model), bundled(options.sae_release), options.sae_id),
         "device": device,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    return Round(options, state, tokenizer, all_questions, asked, run)
+    round_ = Round(options, state, tokenizer, all_questions, asked, run)
+    return rounds.leave_out_long(round_, find_context_length(options))
 
 
 def load_for(round_, journals, ranked=None):
     """The model with its SAE; what only the SAE says goes into the journals' runs, and is held against them."""
     model = load(round_.options, round_.tokenizer)
+    for ranking in round_.options.ranking:
+        rankings.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
     for file in (ranked or {}).values():
-        results.refuse_other_run(file.path, file.run, of_sae, of_sae)
+        provenance.refuse_other_run(file.path, file.run, of_sae, of_sae)
     for journal in journals.values():
-        results.refuse_other_run(journal.path, journal.run, of_sae, of_sae)
+        provenance.refuse_other_run(journal.path, journal.run, of_sae, of_sae)
         journal.run |= of_sae
     activations.check_latents(ranked or {}, model)
     return model
@@ -245,17 +248,19 @@ def masked_round(options, which):
     round_ = prepare(options)
     ranked = {ranking: activations.read_ranked(round_, ranking, which) for ranking in options.ranking}
     asked = activations.find_asked(round_, ranked)
+    stored = activations.read_means(round_) if options.ablation == "mean" else None
     with rounds.writing(round_) as entries:
         # 2. What an earlier run left: a journal for each ranking and K
-        journals = {
-            (ranking, k): round_.journal(rounds.name_journal(file.run, which, k), file.run | {"k": k})
-            for ranking, file in ranked.items()
-            for k in options.k
-        }
+        journals = {}
+        for ranking, file in ranked.items():
+            for k in options.k:
+                run = file.run | {"k": k} | ({"means": provenance.digest_numbers(stored)} if stored else {})
+                name = rounds.name_journal(run, which, k)
+                journals[ranking, k] = round_.journal(name, run, file.describe)
         if not rounds.is_finished(asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
             model = load_for(round_, journals, ranked)
-            means = activations.read_means(round_, model) if options.ablation == "mean" else None
+            means = activations.load_means(round_, stored, model) if stored else None
             # 4. Answer with the latents masked, and score; below the SAE once for all rankings and K
             unmasked = next(iter(ranked.values())).samples
             drafts = {question.id: unmasked[question.id].get("tokens", []) for question in asked}
@@ -269,8 +274,13 @@ def masked_round(options, which):
                     journals[key].append([score(round_.tokenizer, q, a) for q, a in zip(batch, given)])
         # 5. Compare with the unmasked answers to the same questions; write and print
         if rounds.is_last(round_):
-            fresh = [rounds.compare(ranked[name], k, journal, asked) for (name, k), journal in journals.items()]
+            fresh = [
+                rounds.compare(ranked[name], k, journal, asked, round_.left_out)
+                for (name, k), journal in journals.items()
+            ]
             rounds.write_results(round_, entries, fresh)
+            folder = options.output_dir
+            print(f"\nAll files: {folder}\nThe page: {folder / 'results.html'}")
 
 
 def answer_masked(round_, model, batch, ranked, keys, means, drafts, bar):
@@ -291,5 +301,14 @@ def answer_masked(round_, model, batch, ranked, keys, means, drafts, bar):
 
     prompts, contexts = [round_.prompt_ids(q) for q in batch], [q.context for q in batch]
     known, longest = [drafts[question.id] for question in batch], round_.options.max_new_tokens
-    by_mask = list(answers.answer_masked(model, prompts, contexts, known, masks(), longest))
+    by_mask = []
+    shown_before = bar.n
+    masked_answers = answers.answer_masked(model, prompts, contexts, known, masks(), longest)
+    try:
+        for number, of_questions in enumerate(masked_answers):
+            by_mask.append(of_questions)
+            bar.update(len(batch) * numbers.count(number))  # for every ranking and K that has this mask
+    except Exception:
+        bar.update(shown_before - bar.n)  # a batch that did not fit is begun again, in halves
+        raise
     return list(zip(*(by_mask[number] for number in numbers)))

@@ -25,6 +25,7 @@ from experiment.splice import Splice  # noqa: E402
 
 QUESTIONS_A_CONTEXT = 5  # SQuAD's validation set has 10,570 questions on 2,067 contexts
 NEW_TOKENS = 12  # of a random model: "Result = [[ ... ]]" and the end of the turn, around a short answer
+SPECIAL_IDS = (2,)  # BOS, which begins every prompt
 BRACKET = 2  # the place of the [ in such an answer
 
 
@@ -85,7 +86,7 @@ def load_demo(chosen):
 
 
 def demo_prompts(chosen, tokenizer):
-    found, *_ = questions.load(options.bundled(chosen.dataset), chosen.split)
+    found, *_ = questions.load(options.bundled(chosen.dataset), chosen.split, chosen.dataset_config)
     found = questions.select(found, chosen.limit, chosen.sample, chosen.seed)
     template = common.choose_template(chosen.prompt_template, tokenizer)
     prompts = [tokenize(tokenizer, build_prompt(template, q.context, q.question)) for q in found]
@@ -162,7 +163,7 @@ def make_prompts(count, vocab_size):
     for number in range(count):
         context = tokens(round(min(700, max(30, rng.lognormvariate(math.log(145), 0.38)))))
         for _ in range(QUESTIONS_A_CONTEXT):
-            prompts.append([2, *head, *context, *tokens(rng.randint(9, 22)), *tail])
+            prompts.append([*SPECIAL_IDS, *head, *context, *tokens(rng.randint(9, 22)), *tail])
             contexts.append(number)
     return prompts[:count], contexts[:count]
 
@@ -221,7 +222,7 @@ def round_1(work, batches, names=("baseline",)):
         brackets = [min(work.bracket(ids) or BRACKET, len(ids) - 1) for ids in tokens]
         insides = [[place] for place in brackets]
         rows = range(len(batch))
-        sequences = rankings.Sequences(batch, prompts, tokens, brackets, insides, rows, trace)
+        sequences = rankings.Sequences(batch, prompts, tokens, brackets, insides, rows, trace, SPECIAL_IDS)
         lists, *_ = [rankings.rank(work.model, name, sequences, seed=0) for name in names]
         return [Found(*of_row) for of_row in zip(tokens, map(len, sequences.active), lists)]
 

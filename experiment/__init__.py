@@ -46,6 +46,9 @@ def guard(main):
     # Memory that grows in place, for every batch has another width. PyTorch reads this as it is imported.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # A path may hold characters that the terminal's encoding lacks: no reason to lose a table over them.
+    if sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         return 0
@@ -53,5 +56,6 @@ def guard(main):
         say(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
-        say("\nInterrupted: what was finished is kept; the same command goes on from there.")
+        same = "the same command without --overwrite" if "--overwrite" in sys.argv else "the same command"
+        say(f"\nInterrupted: what was finished is kept; {same} goes on from there.")
         return 130

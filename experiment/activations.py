@@ -1,13 +1,24 @@
 """What round 1 leaves for rounds 2 and 3: ranked latents and their means. Written and read with the run they are of."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from experiment import UserError, answers, results, say
-from experiment.options import ROOT
+from experiment import UserError, answers, prompts, provenance, rankings, results, say
+from experiment.answers import Trace
+from experiment.options import ROOT, write_command
+from experiment.passes import SplicedModel
+from experiment.questions import Question
+
+if TYPE_CHECKING:  # rounds stands on this module
+    from experiment.rounds import Round
 
 
 def name_file(options, ranking):
@@ -19,41 +30,57 @@ def refuse_others(round_):
     """Refuses, before anything is run, to replace the activations of another run, or a file that is none."""
     for name in round_.options.ranking:
         path = name_file(round_.options, name)
-        if path.exists() and not round_.options.overwrite:
-            made, _ = results.read_activations(path)
-            if made is None:
-                raise UserError(f"{path}: is the authors' published file: give another --activations, or --overwrite")
-            if round_.options.activations or not round_.is_begun(name):
-                fields = (*results.COMPARED, "limit", "sample", "seed")
-                results.refuse_other_run(path, made, round_.run_of(name), fields)
+        for file in (path, results.name_mean_file(path)) if round_.options.ablation == "mean" else (path,):
+            if file.exists() and not round_.options.overwrite:
+                made, _ = results.read_activations(file)
+                if made is None:
+                    says = "is the authors' published file: give another --activations, or --overwrite"
+                    raise UserError(f"{file}: {says}")
+                if round_.options.activations or not round_.is_begun(name):
+                    wanted = round_.find_wanted(round_.run_of(name), made)
+                    provenance.refuse_other_run(file, made, wanted, (*provenance.RANKED, *provenance.SELECTION))
 
 
 @dataclass(frozen=True)
 class Ranked:
     """The ranked latents of a file of activations.
 
-    run: of the round that masks them.  path: the file's.  samples: by question id.  which: topk or bottomk.  missing:
-    the questions that the data set lacks.  has_answers: whether the unmasked answers are there (not in the authors').
+    run: of the round that masks them.  path: the file's.  name: the file's in results.json, without the folder where it
+    is the output folder's own or ships.  samples: by question id.  which: topk or bottomk.  missing: the questions that
+    the data set lacks.  selection: round 1's --limit, --sample and --seed; None where the file does not say (the
+    authors'): then it has no unmasked answers either.
     """
 
     run: dict
     path: Path
+    name: str
     samples: dict[str, dict]
     which: str
     missing: list[str]
-    has_answers: bool
+    selection: dict[str, int | None] | None
+
+    def describe(self, selected: list) -> dict:
+        """What the run of a round says of the latents of these questions: the digest of all that it uses of them."""
+        ids = [question.id for question in selected]
+        return {"activations": provenance.digest_samples(self.samples, self.which, ids)}
 
 
-def read_ranked(round_, ranking, which):
+def read_ranked(round_, ranking: str, which: str) -> Ranked:
     """The Ranked of one ranking, from --activations, the output folder, or the file that ships with the project."""
     path = find_activations(round_, ranking)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file: {advise_round_1(round_)}")
     made, samples = results.read_activations(path)
     if made is None:
         say(f"{path}: the authors' published form: model, SAE, layer and dtype that made it cannot be checked.")
         by_id, missing = match_prompts(round_, samples)
     else:
-        if named := results.differences(made, round_.run_of(ranking), results.COMPARED):
-            raise UserError(f"{path}: is of another run ({named}): repeat its options, or run baseline.py again")
+        if named := provenance.differences(made, round_.run_of(ranking), (*provenance.SETTINGS, "ranking")):
+            advice = advise_round_1(round_, overwrite=True)
+            raise UserError(f"{path}: is of another run ({named}): repeat its options, or {advice}")
+        refuse_unasked(round_, path, made)
+        if round_.options.ablation == "mean":
+            path, samples = take_from_mean_file(round_, path, made, samples)
         known = {question.id for question in round_.questions}
         by_id = {sample["id"]: sample for sample in samples if sample["id"] in known}
         missing = [sample["id"] for sample in samples if sample["id"] not in known]
@@ -62,15 +89,39 @@ def read_ranked(round_, ranking, which):
         say(f"{path}: {len(missing)} of its {len(samples)} questions are not in the data set: {named}")
     if not any(question.id in by_id for question in round_.asked):
         raise UserError(f"{path}: none of its questions is among the {len(round_.asked)} selected ones")
-    lists = ({"id": question_id, which: sample[which]} for question_id, sample in by_id.items())
-    more = {"masked": which, "ablation": round_.options.ablation}
-    run = round_.run_of(ranking, activations=results.digest(lists, "id", which), **more)
-    # Of what made the file, not of what was asked for now:
-    run |= {name: made[name] for name in ("ranking_seed", "hook_name", "d_sae") if made and name in made}
     needed = {f"target_{which}", f"removed_{which}"} if ranking == "matched" else set()
     if not all(needed <= sample.keys() for sample in by_id.values()):
-        raise UserError(f"{path}: does not say what the baseline's latents remove: run baseline.py again")
-    return Ranked(run, path, by_id, which, missing, made is not None)
+        advice = advise_round_1(round_, overwrite=True)
+        raise UserError(f"{path}: does not say what the baseline's latents remove: {advice}")
+    # Of what made the file, not of what was asked for now:
+    of_file = {name: made[name] for name in ("ranking_seed", "hook_name", "d_sae") if made and name in made}
+    run = round_.run_of(ranking, masked=which, ablation=round_.options.ablation) | of_file
+    name = path.name if path.parent in (round_.options.output_dir, ROOT) else str(path.resolve())
+    selection = {name: made.get(name) for name in provenance.SELECTION} if made else None
+    ranked = Ranked(run, path, name, by_id, which, missing, selection)
+    run |= ranked.describe(round_.asked)
+    return ranked
+
+
+def advise_round_1(round_, **changed: object) -> str:
+    """What to do where a masked round lacks what round 1 makes: the command, with the round's own options."""
+    leave_out = "leave --activations out and " if round_.options.activations else ""  # it may be somebody else's file
+    return f"{leave_out}run this first: {write_command(round_.options, activations=None, **changed)}"
+
+
+def refuse_unasked(round_, path: Path, made: dict) -> None:
+    """Raises UserError where questions are selected that round 1 never asked. made: the run in its file."""
+    asked = {question.id for question in round_.select(made)}
+    unasked = [question.id for question in round_.asked if question.id not in asked]
+    if not unasked:
+        return
+    named = [f"--{name} {made[name]}" for name in provenance.SELECTION if made.get(name) is not None]
+    goes_on = asked <= {question.id for question in round_.asked}
+    advice = advise_round_1(round_, overwrite=not goes_on)
+    raise UserError(
+        f"{path}: round 1 never asked {len(unasked)} of the {len(round_.asked)} selected questions ({unasked[0]}): "
+        f"give {' '.join(named)}, as in round 1, or {advice}"
+    )
 
 
 def find_activations(round_, ranking):
@@ -79,10 +130,34 @@ def find_activations(round_, ranking):
     path, shipped = name_file(options, ranking), ROOT / f"activations_{ranking}.json"
     if options.activations is None and not path.exists() and shipped.exists():
         made, _ = results.read_activations(shipped)
-        if not results.differences(made, round_.run_of(ranking), results.COMPARED):
+        if not provenance.differences(made, round_.run_of(ranking), (*provenance.SETTINGS, "ranking")):
             say(f"{path} is not there: using {shipped.name}, which ships with the project.")
             return shipped
     return path
+
+
+def take_from_mean_file(round_: Round, path: Path, run: dict, samples: list[dict]) -> tuple[Path, list[dict]]:
+    """The file beside a ranking's own and its samples: the same lists, and what mean ablation of them changes.
+
+    run: of the ranking's own file.  Raises UserError where the file beside it is missing, or of another run or lists.
+    """
+    beside = results.name_mean_file(path)
+    if not beside.exists():
+        raise UserError(f"{beside}: there is no such file: {advise_round_1(round_)}")
+    made, of_means = results.read_activations(beside)
+    problem = None
+    if made is None or provenance.differences(made, run, (*provenance.SETTINGS, "ranking")):
+        problem = f"is of another run than {path.name}"
+    elif select_lists(samples) != select_lists(of_means):
+        problem = f"has other lists than {path.name}"
+    if problem:
+        raise UserError(f"{beside}: {problem}: {advise_round_1(round_, overwrite=True)}")
+    return beside, of_means
+
+
+def select_lists(samples: list[dict]) -> list[list]:
+    """The ids and the lists of latents of samples."""
+    return [[sample[field] for field in ("id", *rankings.LISTS)] for sample in samples]
 
 
 def match_prompts(round_, samples):
@@ -98,12 +173,23 @@ def match_prompts(round_, samples):
     return by_id, missing
 
 
-def find_asked(round_, ranked):
-    """The questions that are masked: those selected that the files have."""
-    ids = [{question_id for question_id in file.samples} for file in ranked.values()]
-    if any(other != ids[0] for other in ids):
-        raise UserError("the activations files are of different questions: run baseline.py with all these rankings")
-    return [question for question in round_.asked if question.id in ids[0]]
+def find_asked(round_, ranked: dict[str, Ranked]) -> list:
+    """The questions that are masked: those selected that the files have.
+
+    Raises UserError where the files are not of the same unmasked answers: one draft, and one reference, stands for all.
+    """
+    first, *others = ranked.values()
+    for question in round_.asked:
+        one = first.samples.get(question.id, {})
+        for other in others:
+            two = other.samples.get(question.id, {})
+            if not provenance.same_answer(one, two):
+                command = write_command(round_.options, overwrite=True, **(first.selection or {}))
+                raise UserError(
+                    f"{first.path} and {other.path} are of different unmasked answers (question {question.id}): give "
+                    f"one --ranking at a time, or answer once for all of them: {command}"
+                )
+    return [question for question in round_.asked if question.id in first.samples]
 
 
 def check_latents(ranked, model):
@@ -118,41 +204,114 @@ def check_latents(ranked, model):
                 raise UserError(f"{where} names token {max(tokens)}, but the model has {words}")
 
 
-def store_means(round_, model, kept):
-    """For --ablation mean: each latent's mean activation over all positions of the kept questions and answers.
+def store_means(round_: Round, model, kept: dict[Question, dict]) -> None:
+    """For --ablation mean: each latent's mean activation over all positions of the kept questions and answers, and what
+    setting the first 1, 2, ... latents of each list to it changes.
 
-    kept: {question: its record}. Goes to means.json, which rounds 2 and 3 read.
+    kept: {question: its record}. The means go to means.json, the rest beside each ranking's activations: rounds 2 and 3
+    read both. means.json comes last: where it is, the others are.
     """
-    total, positions = torch.zeros(model.splice.d_sae, dtype=torch.float64, device=model.splice.device), 0
-    contexts = [question.context for question in kept]
-    sequences = [round_.prompt_ids(question) + record["tokens"][:-1] for question, record in kept.items()]
+    questions, tokens = list(kept), [record["tokens"] for record in kept.values()]
+    means, positions = find_means(round_, model, questions, tokens)
+    for ranking in round_.options.ranking:
+        path = name_file(round_.options, ranking)
+        run, samples = results.read_activations(path) if kept else (round_.run_of(ranking), [])
+        measured = measure_lists(round_, model, ranking, questions, samples, means)
+        results.write_activations(results.name_mean_file(path), run | {"ablation": "mean"}, measured)
+    with results.write_whole(round_.options.output_dir / "means.json") as file:
+        json.dump({"run": round_.run, "positions": positions, "means": means.tolist()}, file)
 
-    def add_up(part):
-        # One token more says nothing new: what counts is what the SAE read on the way there.
-        _, trace = answers.answer(model, [sequences[i] for i in part], [contexts[i] for i in part], 1)
-        latents = trace.select(range(len(part)), [len(sequences[i]) for i in part]).latents
+
+def find_means(
+    round_: Round, model: SplicedModel, questions: list[Question], tokens: list[list[int]]
+) -> tuple[Float[Tensor, " d_sae"], int]:
+    """Each latent's mean activation over all positions of these prompts and answers, and how many there are."""
+    total, positions = torch.zeros(model.splice.d_sae, dtype=torch.float64, device=model.splice.device), 0
+
+    def add_up(part: list[int]) -> list[tuple[Tensor, int]]:
+        _, trace = read_sequences(round_, model, [questions[n] for n in part], [tokens[n] for n in part])
+        latents = trace.select(range(len(part)), trace.rows.bincount().tolist()).latents
         sums = torch.zeros_like(total).index_add_(0, latents.ids, latents.values.double())
         return [(sums, int(latents.spliced.sum()))]
 
-    for batch in answers.plan_batches(list(map(len, sequences)), round_.options.batch_tokens, contexts):
+    for batch in plan(round_, questions, tokens):
         for sums, count in answers.in_halves(add_up, batch):
             total, positions = total + sums, positions + count
-    means = (total / max(1, positions)).float().tolist()
-    with results.write_whole(round_.options.output_dir / "means.json") as file:
-        json.dump({"run": round_.run, "positions": positions, "means": means}, file)
+    return (total / max(1, positions)).float(), positions
 
 
-def read_means(round_, model):
-    """The mean activations that round 1 stored with --ablation mean, [d_sae] on the SAE's device."""
+def measure_lists(
+    round_: Round,
+    model: SplicedModel,
+    ranking: str,
+    questions: list[Question],
+    samples: list[dict],
+    means: Float[Tensor, " d_sae"],
+) -> list[dict]:
+    """Samples of a ranking with what setting their latents to these means changes, in place of what zeroing removes;
+    of the matched ranking also what it changes of the baseline's."""
+    tokenizer = round_.tokenizer
+    tokens = [sample["tokens"] for sample in samples]
+
+    def measure(part: list[int]) -> list[dict]:
+        generated = [tokens[n] for n in part]
+        prompt_ids, trace = read_sequences(round_, model, [questions[n] for n in part], generated)
+        sequences = rankings.Sequences(
+            ids=[samples[n]["id"] for n in part],
+            prompts=prompt_ids,
+            generated=generated,
+            brackets=[prompts.find_bracket(tokenizer, ids) for ids in generated],
+            insides=[samples[n]["inside"] for n in part],
+            rows=list(range(len(part))),
+            trace=trace,
+            special_ids=prompts.find_special_ids(tokenizer),
+        )
+        lists = rankings.add_removed(model, sequences, [samples[n] for n in part], means)
+        if ranking != "matched":
+            return lists
+        scores = rankings.rank_by_mean_activation(model, sequences, round_.options.seed)
+        baseline = rankings.add_removed(model, sequences, rankings.cut_lists(scores, sequences), means)
+        return rankings.add_targets(lists, baseline)
+
+    measured = {}
+    for batch in plan(round_, questions, tokens):
+        measured |= dict(zip(batch, answers.in_halves(measure, batch)))
+    return [measured[n] for n in range(len(samples))]
+
+
+def plan(round_: Round, questions: list[Question], tokens: list[list[int]]) -> list[list[int]]:
+    """Batches of the questions' numbers."""
+    lengths = [len(round_.prompt_ids(question)) + len(ids) for question, ids in zip(questions, tokens)]
+    return answers.plan_batches(lengths, round_.options.batch_tokens, [question.context for question in questions])
+
+
+def read_sequences(
+    round_: Round, model: SplicedModel, questions: list[Question], tokens: list[list[int]]
+) -> tuple[list[list[int]], Trace]:
+    """The questions' prompts as token ids, and the Trace of them with their answers, but for the answers' last token,
+    which the SAE never read."""
+    prompt_ids = [round_.prompt_ids(question) for question in questions]
+    sequences = [prompt + ids[:-1] for prompt, ids in zip(prompt_ids, tokens)]
+    # One token more says nothing new: what counts is what the SAE reads on the way there.
+    _, trace = answers.answer(model, sequences, [question.context for question in questions], 1)
+    return prompt_ids, trace
+
+
+def read_means(round_) -> list[float]:
+    """The mean activation of each latent of the SAE that round 1 stored with --ablation mean."""
     path = round_.options.output_dir / "means.json"
     if not path.exists():
-        raise UserError(f"{path}: there is no such file: run baseline.py with --ablation mean first")
+        raise UserError(f"{path}: there is no such file: {advise_round_1(round_)}")
     content = results.load_json(path)
-    try:
-        made, means = dict(content["run"]), torch.tensor(content["means"], dtype=torch.float32)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: is damaged ({error!r}): move it away") from None
-    results.refuse_other_run(path, made, round_.run, (*results.COMPARED, *results.SELECTED))
-    if means.shape != (model.splice.d_sae,) or not means.isfinite().all():
-        raise UserError(f"{path}: is damaged, or of another SAE: move it away")
-    return means.to(model.splice.device)
+    if problem := results.find_problem(content, results.MEANS):
+        raise UserError(f"{path}: is damaged ({problem}): move it away")
+    provenance.refuse_other_run(path, content["run"], round_.run, provenance.SETTINGS)
+    refuse_unasked(round_, path, content["run"])
+    return content["means"]
+
+
+def load_means(round_, means: list[float], model) -> Float[torch.Tensor, " d_sae"]:
+    """These means on the SAE's device."""
+    if len(means) != model.splice.d_sae:
+        raise UserError(f"{round_.options.output_dir / 'means.json'}: is of another SAE: move it away")
+    return torch.tensor(means, dtype=torch.float32, device=model.splice.device)

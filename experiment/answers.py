@@ -10,15 +10,20 @@ cache for one mask at a time (344 KB a token; the lower layers' part, a quarter 
 the batch), while a step copies the cache once more at most, 0.5 GB of latents, and 2 GB for attention in one layer.
 """
 
+import contextlib
 import copy
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils.memory import release_memory, should_reduce_batch_size
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
 from transformers import DynamicCache
 
-from experiment import say
-from experiment.passes import Layout, find_shared
+from experiment import UserError, own_mistakes, say
+from experiment.passes import Layout, SplicedModel, find_shared
 from experiment.splice import Latents, join
 
 NO_TOKEN = -1  # ends a draft that is only the beginning of an answer
@@ -85,14 +90,37 @@ def plan_batches(lengths, batch_tokens, contexts):
     return batches
 
 
-def in_halves(work, batch):
-    """work(batch), a list; where the device runs out of memory, that of the two halves, and so on."""
+def is_out_of_memory(error: Exception) -> bool:
+    if "CUBLAS_STATUS_ALLOC_FAILED" in str(error):  # accelerate does not know this one yet
+        return True
+    return should_reduce_batch_size(error)
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Tells in one line what helps where the device runs out of memory and there is nothing to split any more."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        with own_mistakes():  # a process of several: the others may have memory enough
+            raise UserError(
+                "out of memory, with no batch left to split, so that a smaller --batch-tokens cannot help: several "
+                "GPUs (--device-map auto), a smaller --sae-dtype or --dtype, a shorter --max-new-tokens or fewer "
+                "rankings can; what was finished is kept"
+            ) from error
+
+
+def in_halves(work: Callable[[list], list], batch: list) -> list:
+    """work(batch), a list; where the device runs out of memory, that of the two halves, and so on.
+
+    Raises what `work` raised where even one of the batch is too much: a caller's own batch may still be split.
+    """
     try:
         return work(batch)
     except Exception as error:
-        # accelerate does not know this one yet
-        out_of_memory = should_reduce_batch_size(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-        if len(batch) == 1 or not out_of_memory:
+        if len(batch) == 1 or not is_out_of_memory(error):
             raise
     say(f"Out of memory with {len(batch)} questions in a batch: this one is split in two; nothing is lost.")
     release_memory()
@@ -144,7 +172,7 @@ def answer_masked(model, prompts, contexts, drafts, masks, max_new_tokens):
 
     drafts: the unmasked answers, lists of token ids, possibly empty.
     """
-    drafts = [draft or [NO_TOKEN] for draft in drafts]
+    drafts = [until_end(model, draft) or [NO_TOKEN] for draft in drafts]
     layout = lay_out(model, prompts, drafts, contexts if model.boundary else None, max_new_tokens)
     (count, width), below = layout.ids.shape, new_cache(model)
     rows = torch.arange(count, device=model.splice.device).repeat_interleave(width)
@@ -200,6 +228,12 @@ def find_outputs(drafts, width):
     return rows, columns
 
 
+def cut(items: list, lengths: list[int]) -> list[list]:
+    """The items in lists of these lengths, which add up to all of them."""
+    remaining = iter(items)
+    return [list(itertools.islice(remaining, length)) for length in lengths]
+
+
 def go_on_from(model, drafts, logits, cache, attention, mask, max_new_tokens, redo=None):
     """Each draft as far as the model says the same, and greedily on from there.
 
@@ -207,12 +241,11 @@ def go_on_from(model, drafts, logits, cache, attention, mask, max_new_tokens, re
     Returns Answers, the attention without what drafts have behind their first difference, and the steps of `go_on`.
     """
     lengths = list(map(len, drafts))
-    said = [part.tolist() for part in logits.argmax(-1).split(lengths)]
+    said = cut(logits.argmax(-1).tolist(), lengths)
     given = [draft[-1] != NO_TOKEN for draft in drafts]  # an answer whose log probabilities are asked for
     scored = [draft if is_given else own for draft, own, is_given in zip(drafts, said, given)]
-    targets = torch.tensor([token for ids in scored for token in ids], device=logits.device)
-    each = iter(pick_log_probs(logits, targets))
-    log_probs = [[next(each) for _ in range(n)] for n in lengths]
+    targets = torch.tensor(list(itertools.chain.from_iterable(scored)), device=logits.device)
+    log_probs = cut(pick_log_probs(logits, targets), lengths)
     tokens, left = [], []
     for row, (draft, own) in enumerate(zip(drafts, said)):
         agree = next((i for i, (a, b) in enumerate(zip(draft, own)) if a != b), len(draft))
@@ -264,10 +297,19 @@ def go_on(model, tokens, going, log_probs, cache, attention, mask, max_new_token
         steps.append(going)
         chosen = logits.argmax(-1)
         chosen_log_probs = pick_log_probs(logits, chosen) if log_probs else None
-        for place, token in zip(places, chosen[list(places)].tolist()):
-            tokens[going[place]].append(token)
+        chosen_ids = chosen.tolist()
+        for place in places:
+            tokens[going[place]].append(chosen_ids[place])
             if going[place] in log_probs:
                 log_probs[going[place]].append(chosen_log_probs[place])
+
+
+def until_end(model: SplicedModel, tokens: list[int]) -> list[int]:
+    """Tokens up to and including the first that ends an answer; all where none does."""
+    for number, token in enumerate(tokens, 1):
+        if token in model.end_ids:
+            return tokens[:number]
+    return tokens
 
 
 def has_ended(model, tokens, max_new_tokens):
@@ -281,25 +323,30 @@ def keep(cache, index):
             layer.batch_select_indices(index.to(layer.keys.device))
 
 
-def pick_log_probs(logits, tokens):
-    """The log probability of a token [output] in each row of logits [output, vocab], in nats."""
-    log_probs = []
+def pick_log_probs(logits: Float[Tensor, "output vocab"], tokens: Int[Tensor, " output"]) -> list[float]:
+    """The log probability of a token in each row of logits, in nats."""
+    picked = []
     for part, chosen in zip(logits.split(256), tokens.split(256)):  # in single precision, a part at a time
-        log_probs += part.float().log_softmax(-1).gather(1, chosen[:, None]).flatten().tolist()
-    return log_probs
+        log_probs = part.float().log_softmax(-1)
+        picked.append(log_probs.gather(1, chosen.unsqueeze(1)).flatten())
+    return torch.cat(picked).tolist()
 
 
-def gradients(model, sequences, next_ids, trace):
-    """The gradient of the probability of next_ids[row] after each sequence, at the reconstruction: [pos, d_in].
+def gradients(
+    model: SplicedModel, sequences: list[list[int]], next_ids: list[int], trace: Trace
+) -> tuple[Float[Tensor, "pos ..."], Float64[Tensor, " row"]]:
+    """The gradient of the probability of next_ids[row] after each sequence, at the reconstruction at trace's positions.
 
-    sequences: lists of token ids; trace: theirs. Also returns what each row's is to be multiplied by, [row]: gradients
-    are scaled up on their way down, where float16 would lose what is small.
+    sequences: lists of token ids; trace: theirs. Also returns what each row's is to be multiplied by: gradients are
+    scaled up on their way down, where float16 would lose what is small.
     The graph begins at the reconstruction, so only the layers above the SAE keep what their gradient needs.
     """
     layout = Layout(sequences, model.pad_id, model.device)
     whole = model.splice.reconstruct(trace.latents)
     padding = layout.ids.shape[1] - torch.tensor([len(ids) for ids in sequences], device=trace.rows.device)
-    places = trace.rows, padding[trace.rows] + trace.columns
+    columns = padding[trace.rows] + trace.columns
+    # With --device-map auto the SAE, its place in the model and the last layer may be on three devices.
+    places = trace.rows.to(whole.device), columns.to(whole.device)
     leaf = whole.new_zeros(*layout.ids.shape, *whole.shape[1:]).index_put(places, whole).requires_grad_()
     with model.ready(), torch.enable_grad():
         logits = model.run(layout.ids, layout.attention, start=leaf if model.at_boundary else None, replacement=leaf)
@@ -310,4 +357,4 @@ def gradients(model, sequences, next_ids, trace):
     pull.scatter_add_(1, target, p.gather(1, target))
     scale = pull.abs().amax(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
     (slope,) = torch.autograd.grad(logits, leaf, (pull / scale).to(logits.dtype))
-    return slope[places], scale.flatten()
+    return slope[places].to(model.splice.device), scale.flatten().to(model.splice.device)

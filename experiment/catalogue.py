@@ -74,7 +74,7 @@ def is_transcoder(release):
     return "transcoder" in release or "transcoder" in (sae_table()[release].get("conversion_func") or "")
 
 
-def find_sae(release, sae_id):
+def find_sae(release: str, sae_id: str) -> tuple[str, str]:
     """The model of a release in the table, and the id of its SAE, which may be empty where it has only one."""
     if release not in sae_table():
         raise UserError(f"--sae-release {release}: not in SAELens' table, nor a folder{nearest(release, sae_table())}")
@@ -90,6 +90,46 @@ def find_sae(release, sae_id):
 
 def _ids_of(release):
     return [sae["id"] for sae in sae_table()[release]["saes"]]
+
+
+def releases_for(model: str) -> list[str]:
+    """The releases in the table that are for a model; a local folder is taken for the model that it is named after."""
+    name = Path(model).resolve().name if Path(model).is_dir() else aliases().get(model, model)
+    wanted = name.split("/")[-1].lower()
+    found = []
+    for release, entry in sae_table().items():
+        its_model = aliases().get(entry["model"], entry["model"])
+        if its_model.split("/")[-1].lower() == wanted and not is_transcoder(release):
+            found.append(release)
+    return found
+
+
+def releases_of_repository(repository: str) -> list[str]:
+    """The releases in the table whose files lie in a repository on the Hub."""
+    found = [release for release, entry in sae_table().items() if entry["repo_id"] == repository]
+    return [release for release in found if not is_transcoder(release)] or found
+
+
+def names_of_files(folder: Path) -> list[tuple[str, str]]:
+    """The (release, id) of what a folder holds, by its place in the repositories of the table: the folder's path ends
+    in the path that one of them has there. Of several, those whose repository's name stands in the path too."""
+    path = folder.resolve().as_posix()
+    found, of_repository = [], []
+    for release, entry in sae_table().items():
+        repository = entry["repo_id"].split("/")[-1]
+        for sae in entry["saes"]:
+            if not path.endswith(f"/{sae['path']}") or is_transcoder(release):
+                continue
+            found.append((release, sae["id"]))
+            if repository in path:
+                of_repository.append((release, sae["id"]))
+    return of_repository or found
+
+
+def enumerate_briefly(names: list[str], most: int = 4) -> str:
+    """The first names of a list for a message of one line, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def list_saes(word):

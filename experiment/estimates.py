@@ -33,7 +33,8 @@ def bootstrap(columns, contexts, resamples=10_000, seed=0):
     columns: [question, column]; a question that is NaN in a column does not count there.
     contexts: a key for each question. Questions on one context are not independent, so contexts are drawn, with all
     their questions (a cluster bootstrap: Davison & Hinkley 1997, section 3.8). All columns see the same draws.
-    NaN stands for a column in which no question counts. A draw in which none counts is left out of that column.
+    NaN stands for a column in which the questions of less than two contexts count: what other contexts would give, one
+    does not say. A draw in which none counts is left out of that column.
     resamples: a multiple of 100.
     """
     columns = np.asarray(columns, dtype=float)
@@ -48,15 +49,18 @@ def bootstrap(columns, contexts, resamples=10_000, seed=0):
         for _ in range(resamples // 100):  # in parts: [resamples, contexts] need not fit in memory
             times = rng.multinomial(groups, np.full(groups, 1 / groups), size=100)  # [draw, context]
             means.append((times @ sums) / (times @ sizes))
-        return np.nanpercentile(np.concatenate(means), [2.5, 97.5], axis=0)
+        intervals = np.nanpercentile(np.concatenate(means), [2.5, 97.5], axis=0)
+    contexts_that_count = (sizes > 0).sum(0)  # [column]
+    return np.where(contexts_that_count > 1, intervals, np.nan)
 
 
 def summarize(columns, contexts):
     """n, each column's mean and its interval, in the units of METRICS.
 
     columns: {metric: a score for each question}; NaN or None where it does not count.  contexts: a key for each.
-    Returns {"n", metric: mean, ..., "intervals": {metric: [low, high], ...}}, None for a metric that counts nowhere,
-    and "counted": {metric: questions} of the metrics that do not count for all.
+    Returns {"n", metric: mean, ..., "intervals": {metric: [low, high], ...}}, None for a metric that counts nowhere
+    and for an interval over less than two contexts, and "counted": {metric: questions} of the metrics that do not count
+    for all.
     """
     return _summarize_each([columns], contexts)[0]
 
@@ -85,8 +89,9 @@ def _summarize_each(tables, contexts):
         summary = {"n": n} | dict.fromkeys(columns) | {"intervals": dict.fromkeys(columns)}
         for (metric, column), interval in zip(columns.items(), intervals):
             counted = column[~np.isnan(column)]
-            if len(counted):
-                summary[metric], summary["intervals"][metric] = _mean(counted), interval
+            summary[metric] = _mean(counted)
+            if not np.isnan(interval).any():
+                summary["intervals"][metric] = interval
             if len(counted) < n:
                 summary.setdefault("counted", {})[metric] = len(counted)
         summaries.append(summary)

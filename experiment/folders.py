@@ -1,23 +1,22 @@
 """A round's output folder read again, without a model: its results, what was answered, which latents were masked."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment import UserError, estimates, questions, rankings, report, results, say
-from experiment.journal import FIELDS, Journal
+from experiment import UserError, provenance, questions, rankings, report, results, say
+from experiment.journal import Journal, read_run
 from experiment.options import ROOT, bundled
 
 
 @dataclass(frozen=True)
 class Folder:
-    """entries: of results.json, with the runs that made them.
+    """entries: of results.json, with the runs that made them; those that are of what lies in the folder.
 
     questions: {id: Question}, empty where the data set cannot be read.
     answers: {id: unmasked record}: of all questions that round 1 asked; without it, of those in a file of activations.
     kept: ids of the questions that round 1 kept; without it, of those that were masked.
     masked: (entry, {id: record}) of each masked round, in the table's order.
-    samples: {ranking: {id: its lists of latents}} of the rankings of masked rounds.
+    samples: {file of activations: {id: its lists of latents}} of masked rounds.
     """
 
     path: Path
@@ -29,25 +28,27 @@ class Folder:
     samples: dict[str, dict[str, dict]]
 
 
-def read(path, known=None, activations=None):
+def read(path: Path, entries: list[dict] | None = None, known: list[questions.Question] | None = None) -> Folder:
     """The Folder at `path`. What in it is damaged or of another run, but for results.json, is left out, with a line.
 
-    known: its questions, where the caller has them; else they are read again.  activations: round 1's file, where it
-    does not lie in the folder.
+    entries: those of its results.json, where the caller has them.  known: its questions, likewise; else they are read.
     """
-    entries = read_entries(path / "results.json")
-    journals = list(_read_journals(path))
-    answered = [
-        (entry, journal)
-        for entry in [entry for entry in entries if "masked" not in entry] + report.sort_masked(entries)
-        for journal in journals
-        if not results.differences(journal.run, entry["run"], FIELDS) and _is_whole(journal, entry)
-    ]
-    round_1 = {entry["run"]["ranking"]: journal for entry, journal in answered if "masked" not in entry}
-    masked = [(entry, journal) for entry, journal in answered if "masked" in entry]
-    runs = {entry["run"]["ranking"]: entry["run"] for entry, _ in masked}
-    samples = {name: round_1.get(name) or _read_samples(path, run, activations) for name, run in runs.items()}
-    answers = next(iter((round_1 or samples).values()), {})
+    entries = read_entries(path / "results.json") if entries is None else entries
+    journals = _read_journals(path, entries)
+    samples = _read_samples(path, entries)
+    entries = [entry for entry in entries if _is_of(path, entry, journals, samples)]
+    if not entries:
+        raise UserError(f"{path}: none of its results is of what lies in it: repeat its rounds")
+    unmasked = [entry for entry in entries if "masked" not in entry]
+    answered = []
+    for entry in unmasked + report.sort_masked(entries):
+        journal = journals.get(entry.get("journal"))
+        if journal is not None and _is_whole(journal, entry):
+            answered.append((entry, journal))
+    round_1 = [journal for entry, journal in answered if "masked" not in entry]
+    answers = next(iter(round_1 or samples.values()), {})
+    others = _find_other_answers(samples, answers)
+    masked = [pair for pair in answered if "masked" in pair[0] and pair[0].get("latents") not in others]
     if round_1:
         kept = [name for name, record in answers.items() if "active" in record]
     else:
@@ -55,6 +56,60 @@ def read(path, known=None, activations=None):
     if known is None:
         known = _load_questions(entries[0]["run"]) if answered else []
     return Folder(path, entries, {question.id: question for question in known}, answers, kept, masked, samples)
+
+
+def _is_of(path: Path, entry: dict, journals: dict[str, Journal], samples: dict[str, dict[str, dict]]) -> bool:
+    """Whether an entry is of what lies in the folder now; a line where it is not."""
+    reason = _find_other_run(entry, journals) or _find_other_latents(entry, journals, samples)
+    reason = reason or _find_other_means(path, entry)
+    if reason:
+        name = entry["run"]["ranking"]
+        if "masked" in entry:
+            name += f" {report.name_mask(entry)} at K = {entry['k']}"
+        say(f"{path / 'results.json'}: {name} is left out: {reason}")
+    return not reason
+
+
+def _find_other_run(entry: dict, journals: dict[str, Journal]) -> str:
+    """Says in what the journal that an entry names is of another run; an empty text where it is of the same."""
+    journal = journals.get(entry.get("journal"))
+    if journal is None:
+        return ""
+    named = provenance.differences(entry["run"], journal.run, provenance.ALL)
+    return f"{journal.path.name} is of another run ({named})" if named else ""
+
+
+def _find_other_latents(entry: dict, journals: dict[str, Journal], samples: dict[str, dict[str, dict]]) -> str:
+    """Says where round 1 has other latents, or unmasked answers, than those that an entry is of."""
+    journal, lists = journals.get(entry.get("journal")), samples.get(entry.get("latents"))
+    if journal is None or lists is None or len(journal) != entry["n"]:
+        return ""  # it cannot be told which questions they are of
+    same = provenance.digest_samples(lists, entry["masked"], journal) == entry["run"].get("activations")
+    return "" if same else f"{entry['latents']} has other latents or answers now"
+
+
+def _find_other_means(path: Path, entry: dict) -> str:
+    """Says where the means are not those that an entry is of."""
+    file = path / "means.json"
+    if "means" not in entry["run"] or not file.exists():
+        return ""
+    content = results.load_json(file)
+    is_damaged = results.find_problem(content, results.MEANS)
+    if is_damaged or provenance.digest_numbers(content["means"]) != entry["run"]["means"]:
+        return f"{file.name} has other means now"
+    return ""
+
+
+def _find_other_answers(samples: dict[str, dict[str, dict]], answers: dict[str, dict]) -> list[str]:
+    """The files of activations of other unmasked answers than those that the page shows; a line for each."""
+    others = []
+    for name, lists in samples.items():
+        both = [question_id for question_id in lists if question_id in answers]
+        differ = [i for i in both if not provenance.same_answer(lists[i], answers[i])]
+        if differ:
+            others.append(name)
+            say(f"{name}: is of other unmasked answers ({len(differ)} of {len(both)}): its masks are not on the page")
+    return others
 
 
 def read_entries(path):
@@ -78,42 +133,46 @@ def _is_whole(journal, entry):
     return len(journal) == number
 
 
-def _read_journals(path):
-    for file in sorted(path.glob("predictions_*.jsonl")):
-        if ".part" in file.name:  # the Journal reads it
+def _read_journals(path: Path, entries: list[dict]) -> dict[str, Journal]:
+    """{name: Journal} of the journals that the entries name, as far as they are there and can be read."""
+    journals = {}
+    for name in dict.fromkeys(entry["journal"] for entry in entries if "journal" in entry):
+        file = path / name
+        if not file.exists():
             continue
         try:
-            with open(file, "rb") as lines:
-                run = json.loads(lines.readline())["run"]
-            yield Journal(file, run)
-        except (UserError, OSError, ValueError, LookupError, TypeError) as error:
-            say(f"{file.name} is left out: {error}")
+            journals[name] = Journal(file, read_run(file) or {})
+        except UserError as error:
+            say(f"{name} is left out: {error}")
+    return journals
 
 
-def _read_samples(path, run, activations):
-    """{id: sample} of the ranking of `run`, from a file of activations: the folder's, or the one that ships."""
-    name = f"activations_{run['ranking']}.json"
-    for file in filter(None, (activations, path / name, ROOT / name)):
-        if file.exists():
-            try:
-                made, samples = results.read_activations(file)
-            except UserError as error:
-                say(f"{error}: it is left out")
-                continue
-            if made and not results.differences(made, run, results.COMPARED):
-                return {sample["id"]: sample for sample in samples}
-    return {}
+def _read_samples(path: Path, entries: list[dict]) -> dict[str, dict[str, dict]]:
+    """{name: {id: sample}} of the files of activations that the entries name: the folder's, or one that ships."""
+    samples = {}
+    for name in dict.fromkeys(entry["latents"] for entry in entries if "latents" in entry):
+        file = next((file for file in (path / name, ROOT / name) if file.exists()), None)
+        if file is None:
+            continue
+        try:
+            made, found = results.read_activations(file)
+        except UserError as error:
+            say(f"{error}: it is left out")
+            continue
+        if made:  # the authors' samples have no ids
+            samples[name] = {sample["id"]: sample for sample in found}
+    return samples
 
 
 def _load_questions(run):
     try:
-        known, _, digest = questions.load(bundled(run["dataset"]), run["split"])
+        known, _, digest = questions.load(bundled(run["dataset"]), run["split"], run.get("dataset_config"))
         if digest == run["questions"]:
             return known
         reason = "is not what it was when the answers were made"
     except (UserError, OSError, ValueError, KeyError) as error:
         reason = f"cannot be read ({error})"
-    say(f"{run.get('dataset')}: {reason}: no contexts on the page, and no answer is scored again")
+    say(f"{run.get('dataset')}: {reason}: no contexts on the page")
     return []
 
 
@@ -123,11 +182,11 @@ def join(folders):
     That is for a folder that has neither model, SAE nor questions in common with any other, and for the same ranking,
     mask and K of the same settings in two of them.
     """
-    names = ("model", "sae_release", "questions")
-    runs = [folder.entries[0]["run"] for folder in folders]
+    runs = [provenance.depends_on(folder.entries[0]["run"]) for folder in folders]
     for folder, run in zip(folders, runs):
         others = [other for other in runs if other is not run]
-        if not any(run.get(name) == other.get(name) for other in others for name in names):
+        alike = [name for name in report.NAMES if any(run[name] == other[name] for other in others)]
+        if not alike:
             raise UserError(f"{folder.path}: has neither model, SAE nor questions in common with the other folders")
     entries = [entry for folder in folders for entry in folder.entries]
     if (report.frame(entries).masked != "none").sum() < sum("masked" in e and e["k"] != "0" for e in entries):
@@ -135,43 +194,7 @@ def join(folders):
     return entries
 
 
-def masked_latents(folder, entry, question_id):
+def masked_latents(folder: Folder, entry: dict, question_id: str) -> list[int]:
     """The latents of a question that the entry's round masked, first those that are masked first; [] where unknown."""
-    sample, which = folder.samples[entry["run"]["ranking"]].get(question_id, {}), entry["masked"]
+    sample, which = folder.samples.get(entry.get("latents"), {}).get(question_id, {}), entry["masked"]
     return rankings.pick_latents(sample, which, entry["k"])[0] if which in sample else []
-
-
-def rescore(folder):
-    """Scores all answers again, in place, and returns the entries with the new figures.
-
-    Which questions are kept stays as it was, for only these were masked, and so do the log probabilities.
-    """
-    for records in (folder.answers, *(records for _, records in folder.masked)):
-        for question_id, record in records.items():
-            text = record.get("text", record["answer"])  # a file of activations has the answer alone
-            scores = questions.score(record["answer"], text, folder.questions[question_id].truths)
-            record.update(scores if "text" in record else scores | {"named": record.get("named", scores["named"])})
-    return [entry | _figures(folder, entry) for entry in folder.entries]
-
-
-def _figures(folder, entry):
-    """The figures of an entry from the records' scores; none where the folder does not have the records."""
-    records = next((records for masked, records in folder.masked if masked is entry), None)
-    if entry.get("asked") == len(folder.answers):
-        return _summarize(folder, folder.kept) | {"all": _summarize(folder, list(folder.answers))}
-    if records is None or not entry["clean"] or not records.keys() <= folder.answers.keys():
-        return {}
-    columns = [_columns(folder.answers[name] for name in records), _columns(records.values())]
-    figures = estimates.compare(*columns, [folder.questions[name].context for name in records])
-    intervals = entry["drop"]["intervals"] | figures["drop"]["intervals"]
-    return figures | {"drop": entry["drop"] | figures["drop"] | {"intervals": intervals}}
-
-
-def _summarize(folder, ids):
-    contexts = [folder.questions[name].context for name in ids]
-    return estimates.summarize(_columns(folder.answers[name] for name in ids), contexts)
-
-
-def _columns(records):
-    records = list(records)
-    return {metric: [record[metric] for record in records] for metric in results.SCORES}

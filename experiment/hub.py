@@ -1,23 +1,31 @@
-"""What is asked of libraries before a model is there: devices, tokens, errors in one line, whether an SAE fits."""
+"""What is asked of libraries before a model is there: devices, tokens, errors in one line, what fits together."""
 
 import contextlib
 import os
 import re
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from experiment import UserError, catalogue
-from experiment.options import ROOT, bundled
+from experiment import UserError, catalogue, os_errors
+from experiment.options import ROOT, TOKEN_FILE, Options, bundled
+
+if TYPE_CHECKING:  # importing SAELens takes seconds
+    from sae_lens.saes.sae import SAEConfig
 
 TOKEN = "(token.txt, HF_TOKEN or `hf auth login`)"
 REFUSED = f"the Hub refused the token, or the name: check both {TOKEN}"
 NOWHERE = "there is no such repository on the Hub, or it is private and the token is not allowed in"
+OWN_CODE = "needs Python code of its own to be loaded, and code of models is never run here"
+NO_TOKENIZER = "has no tokenizer files that can be read: it needs tokenizer.json, or what its tokenizer is made from"
 UNREACHABLE = "is not on this machine and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE)"
 # What to do about an error, by the first of these that stands in the names of its classes, in its text, or in those of
 # its causes. A gated repository is a kind of one that is not found, and a refused token is reported as one.
@@ -31,26 +39,31 @@ ADVICE = {
     "OfflineModeIsEnabled": UNREACHABLE,
     "ConnectionError": UNREACHABLE,
     "HTTPError": UNREACHABLE,  # of the HTTP library, which the Hub's libraries do not always wrap
+    "trust_remote_code=True": OWN_CODE,
+    "Couldn't instantiate the backend tokenizer": NO_TOKENIZER,
 }
+LONG = 400  # characters of an error of a library: a longer one is a list of everything that is wrong
 
 
 @contextlib.contextmanager
-def hub_errors(name):
+def hub_errors(name: str) -> Iterator[None]:
     """Turns what libraries raise while they load `name` into one line that says what to do."""
     try:
         yield
     except Exception as error:
         # OSError: the Hub's own errors, ConnectionError, a file that is not there. RuntimeError: too little memory.
-        kinds = (OSError, ValueError, RuntimeError, SafetensorError)
+        # ImportError: a package that this model needs and no other one does.
+        kinds = (OSError, ValueError, RuntimeError, SafetensorError, ImportError)
         folders = {Path(frame.f_code.co_filename).parent for frame, _ in traceback.walk_tb(error.__traceback__)}
-        expected = isinstance(error, kinds) or type(error).__module__.startswith("datasets")
+        # The HTTP library's own errors are of no common kind, and come through where they are not wrapped.
+        expected = isinstance(error, kinds) or type(error).__module__.startswith(("datasets", "httpx"))
         if not expected or folders <= {ROOT, ROOT / "experiment"}:  # no library has a part in it
             raise  # a bug of ours
         raise UserError(f"{name}: {_advise(error)}") from error
 
 
-def _advise(error):
-    """What to do about an error of the Hub's libraries."""
+def _advise(error: BaseException) -> str:
+    """What to do about an error of the Hub's libraries, in one line: advice of our own, or what they say themselves."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -59,10 +72,12 @@ def _advise(error):
         if sign in seen:
             return advice
     silent = type(error).__name__ == "DatasetGenerationError"  # says nothing itself
-    return str(chain[1] if silent else error).strip().split("\n")[0]
+    text = str(chain[1] if silent else error).strip()
+    whole = " ".join(text.split())
+    return whole if len(whole) <= LONG or isinstance(error, ImportError) else text.split("\n")[0]
 
 
-def prepare_libraries(options):
+def prepare_libraries(options: Options) -> None:
     """Before any library is asked for anything: device there, token in place, their progress and warnings off."""
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
@@ -74,34 +89,120 @@ def prepare_libraries(options):
         raise UserError(f"--device {options.device}: PyTorch has no such device here") from None
     torch.backends.cuda.matmul.allow_tf32 = options.sae_dtype == "tf32"  # of float32 products: the SAE's
     if options.token_file:
-        token = options.token_file.read_text(encoding="utf-8", errors="replace").strip()
-        if not re.fullmatch(r"hf_[A-Za-z0-9]{8,}", token):
-            raise UserError(f"{options.token_file}: holds no Hugging Face token (hf_...): put yours in, or remove it")
-        os.environ["HF_TOKEN"] = token
+        _use_token(options)
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # the line above hides downloads too: those a person waits for
 
 
-def check_fit(options, sae):
-    """Refuses an SAE of another model, before the model's weights are downloaded or loaded."""
-    hook_name, made_for = sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name
+def _use_token(options: Options) -> None:
+    """Gives the Hub's libraries the token of --token-file, or of a token.txt that is there.
+
+    The demo needs none: a token.txt that holds something else stops everything but the demo.
+    """
+    file = options.token_file
+    with os_errors(f"{file}: cannot be read"):
+        token = file.read_text(encoding="utf-8", errors="replace").strip()
+    if re.fullmatch(r"hf_[A-Za-z0-9]{8,}", token):
+        os.environ["HF_TOKEN"] = token
+    elif not (options.demo and file == ROOT / TOKEN_FILE):
+        raise UserError(f"{file}: holds no Hugging Face token (hf_...): put yours in, or remove it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether a model can be taken apart, and whether an SAE fits it
+
+
+def check_fit(options: Options, sae: "SAEConfig") -> None:
+    """Refuses a model that cannot be run here, and an SAE of another model.
+
+    By their configurations alone, before any weights are downloaded or loaded.
+    """
+    made_for = sae.metadata.model_name
     if made_for in catalogue.aliases() and not catalogue.same_model(bundled(options.model), made_for):
         raise UserError(
-            f"{options.sae_release}: its cfg.json says that it is for {made_for}, not for {options.model}: if that is "
-            "meant, give the model as a local folder"
+            f"{options.sae_release}: its configuration says that it is for {made_for}, not for {options.model}: if "
+            "that is meant, give the model as a local folder"
         )
     with hub_errors(options.model):
         name = catalogue.official_name(bundled(options.model))
-        config = transformers.AutoConfig.from_pretrained(name).get_text_config()
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        obstacle = _find_obstacle(config)
+        if obstacle is None:
+            skeleton = _build_without_weights(options, config)
+            obstacle = _find_obstacle_in_layers(skeleton)
+    if obstacle:
+        raise UserError(f"{options.model}: cannot be run here: {obstacle}")
+    _check_place(options, sae, config.get_text_config())
+    _check_module(options, sae, skeleton)
+
+
+def _find_obstacle(config: transformers.PretrainedConfig) -> str | None:
+    """Why a model of this configuration cannot be run in two parts with a mask between them; None where it can."""
+    text_config = config.get_text_config()
+    quantization = getattr(config, "quantization_config", None) or getattr(text_config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        return f"its weights are quantised ({method}): give them in float16, bfloat16 or float32"
+    if config.is_encoder_decoder:
+        return "it has an encoder beside its decoder"
+    if getattr(text_config, "num_kv_shared_layers", 0):
+        return "some of its layers use the keys and values of others"
+    for layer in transformers.DynamicCache(config=config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            return "some of its layers keep a state in place of keys and values (linear attention)"
+    return None
+
+
+def _build_without_weights(options: Options, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """The model that TransformerLens would load, as a skeleton: modules in their places, no memory for weights."""
+    # Here, for it takes seconds, and what is wrong with the SAE should show before.
+    from transformer_lens.model_bridge.sources import transformers as bridge
+
+    try:
+        architecture = bridge.determine_architecture_from_hf_config(config)
+    except ValueError:
+        raise UserError(f"{options.model}: TransformerLens knows no model of its kind ({config.model_type})") from None
+    model_class = bridge.get_hf_model_class_for_architecture(architecture)
+    with torch.device("meta"):
+        return model_class.from_config(config, attn_implementation="eager", trust_remote_code=False)
+
+
+def _find_obstacle_in_layers(model: transformers.PreTrainedModel) -> str | None:
+    """What in a model's modules keeps it from being run in two parts; None where nothing does."""
+    decoder = model.get_decoder()
+    if not isinstance(getattr(decoder, "layers", None), torch.nn.ModuleList):
+        return f"its {type(decoder).__name__} has no list of layers by that name, as Gemma's and Llama's have"
+    sizes = {module.head_dim for module in decoder.layers.modules() if hasattr(module, "head_dim")}
+    if len(sizes) > 1:
+        return f"its attention heads are of several sizes ({', '.join(map(str, sorted(sizes)))})"
+    return None
+
+
+def _check_place(options: Options, sae: "SAEConfig", config: transformers.PretrainedConfig) -> None:
+    """Raises UserError where the place that an SAE is for is not in the model, or of another width."""
+    hook_name = sae.metadata.hook_name
     if int(hook_name.split(".")[1]) >= config.num_hidden_layers:
         layers = config.num_hidden_layers
         raise UserError(f"{options.sae_release}: is for {hook_name}, but {options.model} has {layers} layers")
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * d_head if hook_name.endswith("attn.hook_z") else config.hidden_size
-    if sae.cfg.d_in != width:
+    if sae.d_in != width:
         raise UserError(
-            f"{options.sae_release}: reads {sae.cfg.d_in} dimensions, but {options.model} has {width}: "
+            f"{options.sae_release}: reads {sae.d_in} dimensions, but {options.model} has {width}: "
             "this SAE belongs to another model"
+        )
+
+
+def _check_module(options: Options, sae: "SAEConfig", skeleton: transformers.PreTrainedModel) -> None:
+    """Raises UserError where sparsify and TransformerLens mean different places by a module's output: in models that
+    norm it before it is added to the residual stream, hook_mlp_out and hook_attn_out come after that norm."""
+    module = sae.metadata.hf_hook_name
+    if not re.fullmatch(r"layers[._][0-9]+[._](mlp|self_attn|attention)", module or ""):
+        return
+    if hasattr(skeleton.get_decoder().layers[0], "post_feedforward_layernorm"):
+        raise UserError(
+            f"{options.sae_release}: is for what {module} gives, but {options.model} norms that before it is added to "
+            "the residual stream, and only what is added can be replaced: give an SAE of a layer's output"
         )

@@ -2,10 +2,10 @@
 
 import json
 import os
+from collections.abc import Callable
+from pathlib import Path
 
-from experiment import UserError, os_errors, own_mistakes, results, say
-
-FIELDS = (*results.COMPARED, *results.SELECTED)  # of a run: another value makes another journal
+from experiment import UserError, os_errors, own_mistakes, provenance, results, say
 
 
 class Journal(dict):
@@ -19,14 +19,25 @@ class Journal(dict):
     process 0 calls finish().
     """
 
-    def __init__(self, path, run, process=0, overwrite=False):
+    def __init__(
+        self,
+        path: Path,
+        run: dict,
+        process: int = 0,
+        overwrite: bool = False,
+        find_wanted: Callable[[dict], dict] | None = None,
+    ):
         """run: what makes these records. `self.run` is that of the files that are there, if any: it is the same but
         for what is not compared. overwrite: starts again, and reads nothing.
+
+        find_wanted: for the run in a file, the one that it has to be of, so that a journal of fewer questions can go
+        on as one of more; without it, that is `run`.
 
         Raises UserError for files that are damaged or of another run.
         """
         super().__init__()
         self.path, self.run = path, dict(run)
+        self._wanted, self._find_wanted = dict(run), find_wanted or (lambda made: run)
         self._own = path if process == 0 else path.with_name(f"{path.stem}.part{process}{path.suffix}")
         self._is_whole = False  # whether our own file ends with a whole line that was written here
         if overwrite and process == 0:
@@ -101,20 +112,22 @@ class Journal(dict):
         except (ValueError, RecursionError) as error:
             damaged = "that line" if number > 1 else "the file"
             raise UserError(f"{path}, line {number}: is damaged ({error}): remove {damaged}, or --overwrite") from None
-        results.refuse_other_run(path, run, self.run, FIELDS)
+        provenance.refuse_other_run(path, run, self._find_wanted(run), provenance.ALL)
         if not self:
-            self.run = run
+            # Of all that is asked now: the file may be of fewer questions.
+            named = (*provenance.SELECTION, "activations")
+            self.run = run | {name: self._wanted[name] for name in named if name in self._wanted}
         self.update({**records, **self})
         return bool(cut_off)
 
 
-def is_begun(path, run):
-    """Whether the file at `path` is a journal of this run."""
+def read_run(path: Path) -> dict | None:
+    """The run of a journal; None where there is none that can be read."""
     try:
         with open(path, "rb") as file:
-            return not results.differences(_parse(file.readline(), {"run": results.OBJECT})["run"], run, FIELDS)
+            return _parse(file.readline(), {"run": results.OBJECT})["run"]
     except (OSError, ValueError, RecursionError):
-        return False
+        return None
 
 
 def _to_line(entry):

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ DEMO = {  # what --demo changes
     "dtype": "float32",
     "batch_tokens": 16384,
 }
+TOKEN_FILE = "token.txt"  # at the top of the project: used where it exists
+PAPER_DATASET = "rajpurkar/squad"
 FLOATS = ("float16", "bfloat16", "float32")
 
 
@@ -59,10 +62,14 @@ class Options:
 
     demo: bool = option(False, "the bundled model, SAE and questions, on the CPU: no network, no token")
     model: str = option("gemma-2-9b-it", "a model TransformerLens knows, or a local folder")
-    sae_release: str = option("gemma-scope-9b-it-res-canonical", "a release in SAELens' table, or a local SAE folder")
+    sae_release: str = option(
+        "gemma-scope-9b-it-res-canonical",
+        "a release in SAELens' table, or an SAE of SAELens or sparsify: a folder, or a Hub repository",
+    )
     sae_id: str = option("layer_9/width_131k/canonical", "an id of that release")
-    dataset: str = option("rajpurkar/squad", "Hub data set with SQuAD's columns, or local folder, .json or .jsonl")
-    split: str = option("validation", "split of a Hub data set")
+    dataset: str = option(PAPER_DATASET, "Hub data set with SQuAD's columns, or local file or folder")
+    split: str = option("validation", "split of a Hub data set, or of a folder")
+    dataset_config: str | None = option(None, "of a data set that has several (default: none)", metavar="NAME")
     limit: int | None = option(None, "only the first N questions (default: all)", **NUMBER)
     sample: int | None = option(None, "only N questions, drawn (default: all)", **NUMBER)
     seed: int = option(42, "seed of --sample, and in round 1 of random rankings", type=int, metavar="N")
@@ -104,13 +111,33 @@ def parse(argv, doc, masks):
     if "list_saes" in given:
         print(catalogue.list_saes(given["list_saes"]))
         sys.exit(0)
-    if (ROOT / "token.txt").is_file():
-        defaults["token_file"] = ROOT / "token.txt"
+    if (ROOT / TOKEN_FILE).is_file():
+        defaults["token_file"] = ROOT / TOKEN_FILE
+    for name in given.keys() & {"model", "sae_release", "sae_id", "dataset", "split"}:
+        _check_text(name, given[name])  # these stand in the files of a round
     chosen = defaults | given | _settle_names(given, defaults)
     chosen |= {name: tuple(dict.fromkeys(chosen[name])) for name in ("ranking", "k")}  # each once
     options = Options(**chosen)
     _check(options)
     return dataclasses.replace(options, output_dir=options.output_dir or _name_output_dir(options))
+
+
+def write_command(options: Options, **changed: object) -> str:
+    """The command of round 1 with these options, to be pasted into a shell; `changed` take their place."""
+    options = dataclasses.replace(options, **changed)
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)} | (DEMO if options.demo else {})
+    defaults |= {"token_file": ROOT / "token.txt", "output_dir": _name_output_dir(options)}
+    words = ["python", "baseline.py"]
+    for name, default in defaults.items():
+        value = getattr(options, name)
+        if name == "k" or value in (None, default):
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if isinstance(value, tuple):
+            words += value
+        elif value is not True:
+            words.append(str(value))
+    return shlex.join(words)
 
 
 def _build_parser(doc, masks, defaults):
@@ -131,7 +158,7 @@ def _build_parser(doc, masks, defaults):
     return parser
 
 
-def _check(options):
+def _check(options: Options) -> None:
     for name in ("model", "sae_release", "dataset"):
         if not getattr(options, name):
             raise UserError(f"--{name.replace('_', '-')}: is empty")
@@ -141,19 +168,37 @@ def _check(options):
         raise UserError("--activations: such a file holds one ranking: leave it out, or give one --ranking")
     if options.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--device-map auto: spreads one process over all GPUs: start it without a launcher")
+    if options.device_map and re.search(r":[0-9]+$", options.device):
+        raise UserError(f"--device-map auto: spreads the model over all GPUs: leave --device {options.device} out")
     if options.sae_dtype == "tf32" and not options.device.startswith("cuda"):
         raise UserError(f"--sae-dtype tf32: only a CUDA device has it, not {options.device}: leave it out")
     if options.token_file and not options.token_file.is_file():
         raise UserError(f"--token-file {options.token_file}: there is no such file")
 
 
-def _settle_names(given, defaults):
+def _check_text(name: str, text: str) -> None:
+    """Raises UserError for what no file in UTF-8 can hold: bytes of a path that are no characters to this locale."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+        raise UserError(
+            f"--{name.replace('_', '-')} {shown}: holds bytes that are no characters in this locale: use another name, "
+            "or a UTF-8 locale"
+        ) from None
+
+
+def _settle_names(given: dict[str, object], defaults: dict[str, object]) -> dict[str, str]:
     """Model and SAE id where the release says them. Refuses names that do not belong together. Downloads nothing."""
     if not given.keys() & {"model", "sae_release", "sae_id"}:
         return {}
     release = given.get("sae_release", defaults["sae_release"])
+    if "sae_release" not in given and "model" in given and release in catalogue.sae_table():
+        _ask_for_release(given["model"], release)
     sae_id = given.get("sae_id", defaults["sae_id"] if release == defaults["sae_release"] else "")
     on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", release) and release not in catalogue.sae_table()
+    if on_hub and not Path(release).is_dir():
+        _refuse_repository_of_table(release)
     if on_hub or Path(bundled(release)).is_dir():
         return {"sae_id": sae_id}  # a folder, or a repository on the Hub, may hold one SAE that has no id
     its_model, sae_id = catalogue.find_sae(release, sae_id)
@@ -163,12 +208,59 @@ def _settle_names(given, defaults):
     return {"model": model, "sae_id": sae_id}
 
 
-def _name_output_dir(options):
-    """A folder named after what is run, in the current one."""
+def _ask_for_release(model: str, release: str) -> None:
+    """Raises UserError for a model that is given alone and that the default SAE is not for: downloading that SAE would
+    only show that it does not fit."""
+    if not model:
+        return  # _check says so
+    if not Path(bundled(model)).is_dir():
+        catalogue.official_name(model)  # a name that is mistyped is that first
+    found = catalogue.releases_for(bundled(model))
+    if release in found:
+        return
+    advice = f"SAELens' table has {catalogue.enumerate_briefly(found)}"
+    if model == DEMO["model"]:
+        advice = f"{DEMO['sae_release']} is for it"
+    elif not found:
+        advice = "SAELens' table has none for it: give a local SAE folder, or a repository on the Hub"
+    its_model = catalogue.sae_table()[release]["model"]
+    raise UserError(f"--model {model}: give --sae-release too, for the default SAE is for {its_model}: {advice}")
+
+
+def _refuse_repository_of_table(repository: str) -> None:
+    """Raises UserError for a repository whose files SAELens reads by the names of releases in its table alone."""
+    releases = catalogue.releases_of_repository(repository)
+    if releases:
+        raise UserError(
+            f"--sae-release {repository}: give the name that SAELens' table has for it: "
+            f"{catalogue.enumerate_briefly(releases)} (--list-saes RELEASE prints the ids)"
+        )
+
+
+def _name_output_dir(options: Options) -> Path:
+    """A folder named after what is run, in the current one: other questions than the default ones are in its name."""
+    changes = []
+    if options.error_term == "keep":
+        changes.append("error_term_keep")
+    if options.dataset != (DEMO["dataset"] if options.demo else PAPER_DATASET):
+        changes.append(_name_dataset(options.dataset))
     of_demo = all(getattr(options, name) == DEMO[name] for name in ("model", "sae_release", "sae_id"))
     if options.demo and of_demo and options.error_term == "drop":
-        return Path("runs", "demo")
-    names = [bundled(options.model), bundled(options.sae_release)]
-    names = [Path(name).resolve().name if Path(name).is_dir() else name for name in names] + [options.sae_id]
-    folder = Path("runs", *(re.sub(r"[/\\:]+", "_", name.strip("./")) for name in names))
-    return folder.with_name(f"{folder.name}_error_term_keep") if options.error_term == "keep" else folder
+        names = ["demo"]
+    else:
+        names = [bundled(options.model), bundled(options.sae_release)]
+        names = [Path(name).resolve().name if Path(name).is_dir() else name for name in names] + [options.sae_id]
+    folder = Path("runs", *(_name_folder(name) for name in names))
+    return folder.with_name("_".join([folder.name, *map(_name_folder, changes)]))
+
+
+def _name_dataset(dataset: str) -> str:
+    """What a data set adds to the name of a folder: its own name, without what says of a file how to read it."""
+    if os.path.isdir(dataset):
+        return Path(dataset).resolve().name
+    return Path(dataset).stem if os.path.isfile(dataset) else dataset
+
+
+def _name_folder(name: str) -> str:
+    """A name of a model, an SAE or a data set as the name of one folder."""
+    return re.sub(r"[/\\:]+", "_", name.strip("./"))

@@ -25,6 +25,7 @@ FACTS = {
     "error term": "error_term",
     "data set": "dataset",
     "split": "split",
+    "configuration": "dataset_config",
     "precision": "dtype",
     "SAE's precision": "sae_dtype",
     "device": "device",
@@ -65,7 +66,15 @@ def describe(folder):
     round_1 = next((entry for entry in folder.entries if "asked" in entry), None)
     kept = f"{round_1['kept']} of {round_1['asked']} asked" if round_1 else f"{len(folder.kept)}"
     versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
-    return {"questions kept": kept} | facts | {"versions": versions}
+    return {"questions kept": kept} | name_left_out(folder.entries) | facts | {"versions": versions}
+
+
+def name_left_out(entries: list[dict]) -> dict[str, str]:
+    """{what: text} of the questions that do not fit the model's context; none where all do."""
+    left_out = dict.fromkeys(name for entry in entries for name in entry.get("left_out", ()))
+    if not left_out:
+        return {}
+    return {"left out, too long for the model's context": f"{len(left_out)}: {', '.join(left_out)}"}
 
 
 def name_folder(folder, folders):
@@ -90,7 +99,7 @@ def collect(folders):
     columns, lists = [], []  # of a mask: its folder's number, its entry, its records, its list's number
     for number, folder in enumerate(folders):
         for entry, records in folder.masked:
-            name = number, entry["run"]["ranking"], entry["masked"]
+            name = number, entry["run"]["ranking"], entry["masked"], entry.get("latents")
             lists += [] if name in lists else [name]
             columns.append((number, entry, records, lists.index(name)))
     contexts, by_key = {}, {}
@@ -113,7 +122,7 @@ def collect(folders):
             }
             for number, e, _, place in columns
         ],
-        "lists": [{"folder": f, "name": f"{ranking} {report.MASKS[which]}"} for f, ranking, which in lists],
+        "lists": [{"folder": f, "name": f"{ranking} {report.MASKS[which]}"} for f, ranking, which, _ in lists],
         "questions": list(by_key.values()),
     }
 

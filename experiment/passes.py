@@ -2,14 +2,21 @@
 
 import contextlib
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from experiment import UserError, own_mistakes
 
 
-def pad_left(sequences, pad_id, device):
-    """Token ids and attention mask [row, pos]: every row's next token stands at the same place."""
+def pad_left(
+    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str
+) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+    """Token ids and attention mask: every row's next token stands at the same place."""
     length = max(map(len, sequences))
     ids = torch.full((len(sequences), length), pad_id)
     mask = torch.zeros_like(ids)
@@ -99,6 +106,29 @@ def hooked(model, hook_name, replace):
                 setattr(parent, name, child)
 
 
+@contextlib.contextmanager
+def padding_that_sees() -> Iterator[None]:
+    """Eager attention in which a position that may see nothing sees everything, for as long as the block lasts.
+
+    Padding on the left sees only padding. To the score of what is not to be seen Transformers adds the lowest number of
+    the dtype, in float16 -65504, and from a score of -16 down the sum is -inf. A position at which all scores are -inf
+    becomes NaN; in the next layer so do its keys and values, which every position of the row reads, if with weight 0.
+    What padding sees instead makes no difference, for no other position sees it.
+    """
+    usual = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+
+    def build_mask(**how: Any) -> Float[Tensor, "row 1 pos cached+pos"]:
+        mask = usual(**how)  # 0 at what a position sees
+        sees_nothing = (mask < 0).all(-1, keepdim=True)
+        return mask.masked_fill_(sees_nothing, 0)
+
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = build_mask
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS["eager"] = usual
+
+
 class _Reached(Exception):
     """Carries what the first layer above the SAE reads, and ends the forward pass there."""
 
@@ -140,7 +170,7 @@ class SplicedModel:
         """The SAE in its place, for as long as the block lasts. seen: a list that gets the Latents of every pass."""
         self._seen = seen
         try:
-            with hooked(self.model, self.hook_name, self._replace):
+            with hooked(self.model, self.hook_name, self._replace), padding_that_sees():
                 yield
         finally:
             self._seen = None

@@ -1,39 +1,76 @@
 """Prompts as tokens, and places in what was generated. Knows nothing of models."""
 
+import os
 import re
+
+from transformers import PreTrainedTokenizerBase
 
 BRACKETS = re.compile(r"\[\s*(.*?)\s*\]")  # on one line
 
 
-def build_prompt(template, context, question):
+def build_prompt(template: str, context: str, question: str) -> str:
     """The prompt's text, BOS not included. Only the two fields are filled in: other braces stay as they are."""
     fields = {"{context}": context, "{question}": question}
     return re.sub(r"\{context\}|\{question\}", lambda match: fields[match[0]], template)
 
 
-def tokenize(tokenizer, text):
-    """Token ids of a prompt; BOS stands first exactly once, whether or not the text begins with it."""
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a prompt. BOS stands before it where the tokenizer puts it there by itself, and the text does not
+    begin with it already."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    if bos is None or ids[:1] == [bos] or not _adds_bos(tokenizer):
+        return ids
+    return [bos, *ids]
 
 
-def find_special_ids(tokenizer):
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts its BOS before a text, as Gemma's and Llama's do; SmolLM2's has one and does not."""
+    return tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def find_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of BOS, padding, turn markers and the like, ascending."""
     added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
     return sorted({*tokenizer.all_special_ids, *added})
 
 
-def find_bracket(tokenizer, tokens):
-    """The place of the last generated token whose text contains [, or None. Latents are ranked just before it."""
-    return next((i for i in reversed(range(len(tokens))) if "[" in tokenizer.decode([tokens[i]])), None)
+def find_bracket(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> int | None:
+    """The place of the last generated token whose text contains [, or None. Latents are ranked just before it.
+
+    An end token such as [EOS] is no text.
+    """
+    for place in reversed(range(len(tokens))):
+        if "[" in tokenizer.decode([tokens[place]], skip_special_tokens=True):
+            return place
+    return None
 
 
-def find_answer(tokenizer, tokens):
-    """The places of the generated tokens that write the answer inside the brackets; none where nothing stands there."""
-    texts = [tokenizer.decode(tokens[:n], skip_special_tokens=True) for n in range(len(tokens) + 1)]
-    match = BRACKETS.search(texts[-1])
-    inner = match[1].lstrip("[]= ") if match else ""  # of [[ Oslo ]] the match holds a bracket too
-    start = match.end(1) - len(inner) if match else 0
+def find_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+    """The places of the generated tokens that write the answer inside the brackets; none where nothing stands there.
+
+    A character may be written by several tokens: then all of them count.
+    """
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    match = BRACKETS.search(text)
+    if not match:
+        return []
+    inner = match[1].lstrip("[]= ")  # of [[ Oslo ]] the match holds a bracket too
+    start = match.end(1) - len(inner)
     end = start + len(inner.rstrip("[]= "))
-    return [n for n in range(len(tokens)) if len(texts[n]) < end and len(texts[n + 1]) > start]
+    if start == end:
+        return []
+    # How much of the text the first n tokens have written for sure. Inside a character they decode to a replacement
+    # character, which is not in the text; their lengths would count it.
+    written = []
+    for n in range(len(tokens) + 1):
+        beginning = tokenizer.decode(tokens[:n], skip_special_tokens=True)
+        written.append(len(os.path.commonprefix([beginning, text])))
+    special = set(find_special_ids(tokenizer))
+    places = []
+    for place, token in enumerate(tokens):
+        # A token that leaves its character unfinished has written a part of the next one.
+        reaches = max(written[place + 1], written[place] + 1)
+        if token not in special and written[place] < end and reaches > start:
+            places.append(place)
+    return places

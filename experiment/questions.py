@@ -1,17 +1,34 @@
 """SQuAD questions in, scores out. Knows nothing of models."""
 
+import ast
 import collections
+import glob
 import hashlib
 import json
+import logging
+import os
 import random
 import re
 import string
 import sys
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiment import UserError, os_errors
-from experiment.results import load_json, parse_json
+from experiment.results import parse_json
+
+if TYPE_CHECKING:
+    import datasets
+
+SAVED_SPLIT, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk leaves in a folder
+CSV_COLUMNS = ("id", "context", "question", "answers", "is_impossible")
+# Scripts that are written without spaces between words: Thai to Myanmar, Khmer, Japanese and Chinese with all that
+# stands beside the characters themselves, halfwidth Katakana, and the supplementary ideographs.
+UNSPACED = re.compile(
+    "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +39,22 @@ class Question:
     truths: tuple[str, ...]  # the ground truths: any one of them is right
 
 
-def load(dataset, split):
+def load(dataset: str, split: str | None, config: str | None = None) -> tuple[list[Question], int, str]:
     """Reads a data set. Returns its questions, in its order; how many were left out for having no ground truth; and a
     hash of ids, texts and ground truths: two runs with the same one asked the same questions.
 
-    dataset: a local .jsonl (SQuAD's columns, one object a line), a local .json (a list of such objects, or SQuAD's
-    nested form), or a local folder or Hub data set with SQuAD's columns, of which `split` is read.
+    dataset: a file, a folder or a Hub data set: whatever the `datasets` package reads, in SQuAD's columns (answers as
+    lists, as objects in a list, or as texts) or in its nested form. A .jsonl or .json is read without that package.
+    split: of a folder or a Hub data set the part that is read.  config: of one with configurations that which is read.
     Raises UserError, naming the row, for anything that is not a question, and for an id that stands twice.
     """
-    questions, ids, sha = [], set(), hashlib.sha256()
-    for where, row in _read_rows(dataset, split):
+    is_saved = os.path.isfile(os.path.join(dataset, SAVED_SPLITS))
+    if config and (is_saved or is_local(dataset)):
+        raise UserError(f"--dataset-config {config}: {dataset} has no configurations: leave it out")
+    questions: list[Question] = []
+    ids: set[str] = set()
+    sha = hashlib.sha256()
+    for where, row in _read_rows(dataset, split, config):
         question = _make_question(row, f"{dataset}, {where}")
         if question.id in ids:
             raise UserError(f"{dataset}, {where}: the id {question.id!r} stands twice")
@@ -44,61 +67,204 @@ def load(dataset, split):
     return questions, len(ids) - len(questions), sha.hexdigest()
 
 
-def is_local(dataset):
-    """Whether a data set is read as a file, of which a split says nothing."""
+def is_local(dataset: str) -> bool:
+    """Whether a data set is one file, or what save_to_disk wrote of one split: of these --split says nothing."""
+    is_file = _is_plain(dataset) or os.path.isfile(dataset)
+    return is_file or os.path.isfile(os.path.join(dataset, SAVED_SPLIT))
+
+
+def _is_plain(dataset: str) -> bool:
     return dataset.endswith((".json", ".jsonl"))
 
 
-def _read_rows(dataset, split):
-    """Yields (where, row), the row with SQuAD's columns unless the data set is wrong."""
-    if dataset.endswith(".jsonl"):
-        with os_errors(f"{dataset}: cannot be read"), open(dataset, "rb") as file:
+def _read_rows(dataset: str, split: str | None, config: str | None) -> Iterator[tuple[str, object]]:
+    """Yields (where, row) of each question, the row with SQuAD's columns unless the data set is wrong."""
+    rows = _read_plain(dataset) if _is_plain(dataset) else _read_with_datasets(dataset, split, config)
+    for where, row in rows:
+        try:
+            yield from _unfold(where, row)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{dataset}, {where}: is neither a list of questions nor in SQuAD's nested form ({error!r})"
+            ) from None
+
+
+def _unfold(where: str, row: object) -> Iterator[tuple[str, object]]:
+    """Yields (where, row) of each question in a row: itself, or those in an object of SQuAD's nested form, which holds
+    articles or rows ("data"), an article's paragraphs, or a paragraph's questions ("qas")."""
+    if not isinstance(row, dict) or "question" in row:
+        yield where, row
+    elif "data" in row:
+        for number, part in enumerate(row["data"], 1):
+            yield from _unfold(f"row {number}", part)
+    elif "paragraphs" in row:
+        for paragraph in row["paragraphs"]:
+            yield from _unfold(where, paragraph)
+    elif "qas" in row:
+        for question in row["qas"]:
+            yield f"id {question['id']!r}", {"context": row["context"]} | question
+    else:
+        yield where, row
+
+
+def _read_plain(path: str) -> Iterator[tuple[str, object]]:
+    """Yields (where, row) of a .json, or of a .jsonl, an object a line. A .json may hold lines too, as `datasets` and
+    pandas write them."""
+    content = _parse_whole(path) if path.endswith(".json") else None
+    if content is None:
+        with os_errors(f"{path}: cannot be read"), open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"line {number}", parse_json(line, f"{dataset}, line {number}")
-        return
-    if dataset.endswith(".json"):
-        rows = load_json(Path(dataset))
-        if not isinstance(rows, list):
-            yield from _flatten(dataset, rows)
-            return
+                    yield f"line {number}", parse_json(line, f"{path}, line {number}")
+    elif isinstance(content, list):
+        for number, row in enumerate(content, 1):
+            yield f"row {number}", row
+    elif isinstance(content, dict) and "data" in content:
+        yield "data", content
     else:
-        import datasets  # slow to import, and a file does not need it
-
-        rows = datasets.load_dataset(dataset, split=split or None)
-        if isinstance(rows, dict):
-            raise UserError(f"{dataset}: has the splits {', '.join(map(str, rows))}: give one as --split")
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+        raise UserError(f"{path}: is neither a list of questions nor in SQuAD's nested form")
 
 
-def _flatten(path, content):
-    """Yields (where, row) of SQuAD's nested form."""
+def _parse_whole(path: str) -> object:
+    """The value in a file that holds one; None where it holds something else."""
+    with os_errors(f"{path}: cannot be read"), open(path, "rb") as file:
+        try:
+            return json.loads(file.read())
+        except (ValueError, RecursionError):
+            return None
+
+
+def _read_with_datasets(dataset: str, split: str | None, config: str | None) -> Iterator[tuple[str, object]]:
+    """Yields (where, row) of what the `datasets` package reads: a file, a folder, a Hub data set."""
+    import datasets  # slow to import, and a plain file of rows does not need it
+
+    # What cannot be read is an exception, of which the person gets one line: they log it as well, in several.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+    if os.path.exists(dataset):
+        datasets.disable_progress_bars()  # of what is converted; nobody waits for a download
+    is_csv = False
+    if os.path.isfile(os.path.join(dataset, SAVED_SPLIT)):
+        rows = datasets.load_from_disk(dataset)
+    elif os.path.isfile(os.path.join(dataset, SAVED_SPLITS)):
+        saved = datasets.load_from_disk(dataset)
+        if split not in saved:
+            raise UserError(_ask_for_split(dataset, saved))
+        rows = saved[split]
+    else:
+        builder, is_csv = _find_builder(dataset, config)
+        builder.download_and_prepare()
+        if os.path.isfile(dataset):
+            split = next(iter(builder.info.splits))  # its only one, whatever its name
+        if not split:
+            raise UserError(_ask_for_split(dataset, builder.info.splits))
+        try:
+            rows = builder.as_dataset(split)
+        except ValueError as error:
+            raise UserError(f"{_ask_for_split(dataset, builder.info.splits)} ({error})") from None
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", _read_cells(row, f"{dataset}, row {number}") if is_csv else row
+
+
+def _ask_for_split(dataset: str, splits: Iterable[str]) -> str:
+    return f"{dataset}: has the splits {', '.join(map(str, splits))}: give one as --split"
+
+
+def _find_builder(dataset: str, config: str | None) -> tuple["datasets.DatasetBuilder", bool]:
+    """What reads this data set, and whether it is CSV."""
+    import datasets
+
+    path, which = dataset, {}
+    if os.path.isfile(dataset):
+        path, name = os.path.split(os.path.abspath(dataset))
+        which["data_files"] = glob.escape(name)
     try:
-        for article in content["data"]:
-            for paragraph in article["paragraphs"]:
-                for qa in paragraph["qas"]:
-                    # SQuAD v2.0's unanswerable questions have answers that are only plausible.
-                    truths = [] if qa.get("is_impossible") else [answer["text"] for answer in qa["answers"]]
-                    row = {"id": qa["id"], "context": paragraph["context"], "question": qa["question"]}
-                    yield f"id {qa['id']!r}", row | {"answers": {"text": truths}}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is neither a list of questions nor in SQuAD's nested form ({error!r})") from None
+        builder = datasets.load_dataset_builder(path, config, **which)
+    except ValueError as error:
+        if "onfig" not in str(error):  # Config name is missing; BuilderConfig ... not found
+            raise
+        names = ", ".join(datasets.get_dataset_config_names(path))
+        raise UserError(
+            f"{dataset}: has the configurations {names}: give one as --dataset-config, and one of its splits as --split"
+        ) from None
+    if not hasattr(builder.config, "keep_default_na"):
+        return builder, False
+    # All cells as they are: else the answer 007 would be the number 7, and NA none.
+    texts = {"converters": dict.fromkeys(CSV_COLUMNS, str), "keep_default_na": False}
+    return datasets.load_dataset_builder(path, config, **which, **texts), True
 
 
-def _make_question(row, where):
+def _read_cells(row: dict[str, object], where: str) -> dict[str, object]:
+    """A row of CSV, all of it texts, as other forms have it: answers that were written as an object or a list (by
+    datasets or pandas: Python's; by others: JSON) are one again, and is_impossible is true or false."""
+    row = dict(row)
+    impossible = row.get("is_impossible")
+    if impossible is not None:
+        row["is_impossible"] = {"true": True, "1": True, "false": False, "0": False, "": None}.get(
+            impossible.lower(), impossible
+        )
+    answers = row.get("answers")
+    if answers is not None and answers.startswith(("{", "[")):
+        try:
+            row["answers"] = json.loads(answers)
+        except (ValueError, RecursionError):
+            row["answers"] = _read_literal(answers, where)
+    return row
+
+
+def _read_literal(text: str, where: str) -> object:
+    """The value that Python's repr wrote, in which NumPy's arrays are lists."""
     try:
-        truths = row["answers"]["text"]
-        texts = [row["id"], row["context"], row["question"], *truths]
-    except (KeyError, TypeError, IndexError) as error:
+        tree = _Arrays().visit(ast.parse(text, mode="eval"))
+        return ast.literal_eval(tree)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        raise UserError(f"{where}: the answers are neither a text nor an object with text: {text[:60]!r}") from None
+
+
+class _Arrays(ast.NodeTransformer):
+    """array([...], dtype=object) is [...]."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        is_array = isinstance(node.func, ast.Name) and node.func.id == "array" and len(node.args) == 1
+        return node.args[0] if is_array else node
+
+
+def _make_question(row: object, where: str) -> Question:
+    try:
+        question_id, context, question = row["id"], row["context"], row["question"]
+        truths = _find_truths(row["answers"])
+        is_impossible = row.get("is_impossible") or False
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
             f"{where}: lacks one of SQuAD's columns id, context, question, answers.text ({error})"
         ) from None
-    if not isinstance(truths, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: id, context, question and the answers' texts must be strings")
+    if type(question_id) is int:
+        question_id = str(question_id)
+    texts = [question_id, context, question, *truths]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"{where}: context, question and the answers' texts must be strings, the id a string or a whole number"
+        )
     if any(re.search(r"[\ud800-\udfff]", text) for text in texts):
         raise UserError(f"{where}: holds half a character (a lone surrogate)")
+    if is_impossible not in (True, False):
+        raise UserError(f"{where}: is_impossible must be true or false, not {is_impossible!r}")
+    # What is said of SQuAD v2.0's unanswerable questions is only plausible, and a blank text is no answer.
+    truths = [] if is_impossible else [text for text in truths if text.strip()]
     # SQuAD asks five questions on a context: interned, they share one string.
-    return Question(row["id"], sys.intern(row["context"]), row["question"], tuple(truths))
+    return Question(question_id, sys.intern(context), question, tuple(truths))
+
+
+def _find_truths(answers: object) -> list[object]:
+    """The texts of answers: of {"text": [...]}, as SQuAD's columns have them, or of [{"text": ...}, ...], as its nested
+    form has them; or they are texts, or one text, themselves. None where they are null. What is none of these is given
+    back as it is."""
+    if isinstance(answers, dict):
+        answers = answers["text"]
+    if answers is None:
+        return []
+    if not isinstance(answers, list):
+        return [answers]
+    return [answer["text"] if isinstance(answer, dict) else answer for answer in answers]
 
 
 def select(questions, limit=None, sample=None, seed=42):
@@ -121,21 +287,45 @@ def token_f1(answer, truth):
     return 2 * shared / (len(answer_words) + len(truth_words)) if shared else 0.0
 
 
-def score(answer, text, truths):
+def score(answer: str, text: str, truths: Sequence[str]) -> dict[str, float]:
     """Scores of a parsed answer and of the text it was parsed from, each 0 to 1 and the best over the ground truths.
 
-    em, f1: SQuAD v1.1's.  accuracy: the stripped strings are equal.  named: a ground truth stands as whole words
-    anywhere in the text, whatever the format around it.
+    em, f1: SQuAD v1.1's.  accuracy: the stripped strings are equal.  named: em is 1, or a ground truth stands anywhere
+    in the text, whatever the format around it: as whole words, but for scripts without spaces between words.
     """
+    em = any(normalize(answer) == normalize(truth) for truth in truths)
     return {
-        "em": float(any(normalize(answer) == normalize(truth) for truth in truths)),
+        "em": float(em),
         "f1": max(token_f1(answer, truth) for truth in truths),
         "accuracy": float(any(answer.strip() == truth.strip() for truth in truths)),
-        "named": float(any(_names(text, truth) for truth in truths)),
+        "named": float(em or any(_names(text, truth) for truth in truths)),
     }
 
 
-def _names(text, truth):
+def _names(text: str, truth: str) -> bool:
+    """Whether a ground truth stands in a text, both in SQuAD's normal form."""
     # Brackets are spaces here: without that, "[[Oslo]]<end_of_turn>" would be the one word "osloendofturn".
     text, truth = (normalize(re.sub(r"[\[\]{}()<>=]", " ", words)) for words in (text, truth))
-    return bool(truth) and f" {truth} " in f" {text} "
+    if not truth:
+        return False
+    start = text.find(truth)
+    while start >= 0:
+        end = start + len(truth)
+        begins_word = _is_boundary(text[start - 1 : start], truth[0])
+        ends_word = _is_boundary(truth[-1], text[end : end + 1])
+        if begins_word and ends_word:
+            return True
+        start = text.find(truth, start + 1)
+    return False
+
+
+def _is_boundary(before: str, after: str) -> bool:
+    """Whether a word may end between two characters, "" for none: not inside a word of a script with spaces."""
+    return not (_is_in_word(before) and _is_in_word(after))
+
+
+def _is_in_word(character: str) -> bool:
+    """Whether a character is a letter, mark or digit of a script with spaces between words."""
+    if not character or UNSPACED.match(character):
+        return False
+    return unicodedata.category(character)[0] in "LMN"

@@ -4,12 +4,28 @@ To add a ranking of your own, write a function that gives the scores [sequence, 
 RANKINGS: `--ranking` takes its name then.
 """
 
+from __future__ import annotations
+
 import functools
 import random
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from experiment import UserError
+
+if TYPE_CHECKING:  # the command line reads RANKINGS, and is to answer before PyTorch is there
+    from collections.abc import Sequence
+
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+    from experiment.answers import Trace
+    from experiment.passes import SplicedModel
+    from experiment.splice import Latents, Splice
+
+STORED = 100  # latents of a list at least, so that --k 30 and --k 100 mean what they say
 LONGEST = 1000  # of the lists of the matched ranking, which takes as many latents as remove enough
-ROOM = 2**26  # numbers that may be in memory while what masks remove is computed
+LISTS = ("topk", "bottomk")
 
 
 @dataclass(frozen=True)
@@ -18,7 +34,7 @@ class Sequences:
 
     ids: the questions'.  prompts, generated: token ids.  brackets: the place in `generated` of the last token with a [
     in its text.  insides: the places there of the tokens inside the brackets.  rows: each one's in `trace`, which is
-    the Trace of the whole batch.
+    the Trace of the whole batch.  special_ids: of the tokenizer's special tokens, BOS among them.
     """
 
     ids: list[str]
@@ -27,7 +43,8 @@ class Sequences:
     brackets: list[int]
     insides: list[list[int]]
     rows: list[int]
-    trace: object
+    trace: Trace
+    special_ids: Sequence[int]
 
     def until(self, places, numbers=None):
         """The Trace of sequences (`numbers`; None: of all) up to these places in what was generated, one for each."""
@@ -49,18 +66,47 @@ class Sequences:
         at_the_end = latents.take(last)
         return [ids.sort().values.tolist() for ids in at_the_end.ids.split(at_the_end.counts.tolist())]
 
+    @functools.cached_property
+    def ordinary(self) -> Bool[Tensor, " pos"]:
+        """Where in `ranked` the SAE stands at a token that is not special. Controls are drawn and what masks remove is
+        measured there: at BOS, whose norm is many times the others', an SAE's latents say nothing of the text."""
+        import torch
 
-def mean(model, trace, values=None, where=None):
-    """The mean of each latent's activation (or of other `values`, [entry]) over a sequence's positions (or over those
-    `where` [pos] is true), [sequence, d_sae]. In double precision, so that the order in which a GPU adds up does not
-    show."""
+        tokens = []
+        for prompt, generated, bracket in zip(self.prompts, self.generated, self.brackets):
+            tokens += prompt + generated[:bracket]
+        device = self.ranked.latents.spliced.device
+        special = torch.isin(torch.tensor(tokens, device=device), torch.tensor([*self.special_ids], device=device))
+        return self.ranked.latents.spliced & ~special
+
+    def read_ordinary(self) -> list[Latents]:
+        """What the SAE read at the `ordinary` positions of each sequence."""
+        positions = self.ordinary.nonzero().flatten()
+        counts = self.ranked.rows[positions].bincount(minlength=len(self.rows)).tolist()
+        return [self.ranked.latents.take(part) for part in positions.split(counts)]
+
+
+def mean(
+    model: SplicedModel,
+    trace: Trace,
+    values: Float[Tensor, " entry"] | None = None,
+    where: Bool[Tensor, " pos"] | None = None,
+) -> Float[Tensor, "sequence d_sae"]:
+    """The mean size of each latent's activation (or the mean of other `values`) over a sequence's positions, or over
+    those `where` it is true; over no position it is 0.
+
+    The size, for there are SAEs with negative activations: of two latents the one that writes less ranks lower. In
+    double precision, so that the order in which a GPU adds up does not show.
+    """
     latents, rows, d_sae = trace.latents, trace.rows, model.splice.d_sae
+    values = latents.values.abs() if values is None else values
     counted = latents.spliced if where is None else latents.spliced & where
-    values = (latents.values if values is None else values).double() * counted.repeat_interleave(latents.counts)
+    values = values.double() * counted.repeat_interleave(latents.counts)
     entries = rows.repeat_interleave(latents.counts) * d_sae + latents.ids
     count = int(rows.max()) + 1
     total = values.new_zeros(count * d_sae).index_add_(0, entries, values).view(count, d_sae)
-    return (total / rows[counted].bincount(minlength=count).unsqueeze(1)).float()
+    positions = rows[counted].bincount(minlength=count).clamp(min=1)
+    return (total / positions.unsqueeze(1)).float()
 
 
 def rank_by_mean_activation(model, sequences, seed):
@@ -100,18 +146,18 @@ def _score_by_gradient(model, sequences, places):
     return scores
 
 
-def rank_at_random(model, sequences, seed):
-    """A score drawn for each latent that is active anywhere: TopK and BottomK are two draws of active latents."""
-    scores = rank_by_mean_activation(model, sequences, seed)
+def rank_at_random(model: SplicedModel, sequences: Sequences, seed: int) -> Float[Tensor, "sequence d_sae"]:
+    """A score drawn for each latent active at an ordinary position: TopK and BottomK are two draws of these."""
+    scores = mean(model, sequences.ranked, where=sequences.ordinary)
     for question_id, row in zip(sequences.ids, scores):
         active, draw = row.nonzero().flatten(), random.Random(f"{seed} {question_id}")
         row[active] = row.new_tensor([1 + draw.random() for _ in active])
     return scores
 
 
-def rank_matched(model, sequences, seed):
+def rank_matched(model: SplicedModel, sequences: Sequences, seed: int) -> Float[Tensor, "sequence d_sae"]:
     """The fair control: as at random, but none of those that the baseline masks at K = 50%. Rounds 2 and 3 mask as many
-    as remove as much of the residual stream as the baseline's K."""
+    as it takes to remove no less of the residual stream than the baseline's K."""
     scores = rank_at_random(model, sequences, seed)
     for row, means, active in zip(scores, rank_by_mean_activation(model, sequences, seed), sequences.active):
         for ids in top_and_bottom(means, len(active) // 2):
@@ -128,29 +174,91 @@ RANKINGS = {
 }
 
 
-def rank(model, name, sequences, seed):
-    """The lists of each sequence: topk, bottomk, and removed_topk, removed_bottomk: what masking the first 1, 2, ...
-    latents of a list takes away, over the norm of the residual stream.
+def rank(model: SplicedModel, name: str, sequences: Sequences, seed: int) -> list[dict]:
+    """The lists of each sequence: topk and bottomk, and removed_topk and removed_bottomk beside them (`add_removed`).
 
     The lists hold 100 latents, or half of those active at the last position where that is more. Those of the matched
-    ranking go on until they remove as much as the baseline's, whose removed_ stand beside them as target_.
+    ranking go on until they remove as much as the baseline's, which stand beside them as target_topk, target_bottomk.
+    Raises UserError for a score that is NaN.
     """
-    scores, lists = RANKINGS[name](model, sequences, seed), []
+    scores = RANKINGS[name](model, sequences, seed)
+    refuse_nan(name, scores, sequences.ids)
+    if name != "matched":
+        return add_removed(model, sequences, cut_lists(scores, sequences))
+    lists = add_removed(model, sequences, cut_lists(scores, sequences, LONGEST))
+    baseline = rank(model, "baseline", sequences, seed)
+    return [cut_matched(sample) for sample in add_targets(lists, baseline)]
+
+
+def refuse_nan(name: str, scores: Float[Tensor, "sequence d_sae"], ids: list[str]) -> None:
+    """Raises UserError where a score is not a number: such latents would stand first in every list."""
+    wrong = scores.isnan().any(1).nonzero().flatten().tolist()
+    if wrong:
+        raise UserError(
+            f"--ranking {name}: gives scores that are not a number (NaN), first for question {ids[wrong[0]]}: a mean "
+            "over no position?"
+        )
+
+
+def refuse_unmeasurable(name: str, splice: Splice) -> None:
+    """Raises UserError for a ranking that needs to know what latents remove, with an SAE that does not tell."""
+    if name == "matched" and not splice.writes_rows:
+        raise UserError(
+            "--ranking matched: what a latent of this SAE removes is not known, for decoding does more than add up the "
+            f"latents' rows (normalize_activations: {splice.sae.cfg.normalize_activations}): leave matched out"
+        )
+
+
+def cut_lists(
+    scores: Float[Tensor, "sequence d_sae"], sequences: Sequences, length: int | None = None
+) -> list[dict[str, list[int]]]:
+    """topk and bottomk of each sequence, so many latents of each; None: as many as are stored."""
+    lists = []
     for row, active in zip(scores, sequences.active):
-        length = LONGEST if name == "matched" else max(100, len(active) // 2)
-        lists.append(dict(zip(("topk", "bottomk"), top_and_bottom(row, length))))
-    for which in ("topk", "bottomk"):
-        removed = compute_removed(model.splice, sequences.ranked, [sample[which] for sample in lists])
-        for sample, norms in zip(lists, removed):
-            sample[f"removed_{which}"] = norms
-    if name == "matched":
-        for sample, baseline in zip(lists, rank(model, "baseline", sequences, seed)):
-            for which in ("topk", "bottomk"):
-                sample[f"target_{which}"] = baseline[f"removed_{which}"]
-                enough = count_to_reach(sample[f"removed_{which}"], max(sample[f"target_{which}"], default=0))
-                for field in (which, f"removed_{which}"):
-                    sample[field] = sample[field][:enough]
+        topk, bottomk = top_and_bottom(row, length or max(STORED, len(active) // 2))
+        lists.append({"topk": topk, "bottomk": bottomk})
     return lists
+
+
+def add_removed(
+    model: SplicedModel, sequences: Sequences, lists: list[dict], means: Float[Tensor, " d_sae"] | None = None
+) -> list[dict]:
+    """The lists, with what masking the first 1, 2, ... latents of each takes away (`removed.removed_share`).
+
+    means: what masked latents are set to, None for zero.  Without these numbers where the SAE does not tell them.
+    """
+    from experiment.removed import removed_shares
+
+    lists = [dict(sample) for sample in lists]
+    if not model.splice.writes_rows:
+        return lists
+    positions = sequences.read_ordinary()
+    for which in LISTS:
+        shares = removed_shares(model.splice, positions, [sample[which] for sample in lists], means)
+        for sample, of_sample in zip(lists, shares):
+            sample[f"removed_{which}"] = of_sample
+    return lists
+
+
+def add_targets(lists: list[dict], baseline: list[dict]) -> list[dict]:
+    """The matched ranking's lists, with what the baseline's remove."""
+    with_targets = []
+    for sample, theirs in zip(lists, baseline):
+        targets = {f"target_{which}": theirs[f"removed_{which}"] for which in LISTS}
+        with_targets.append(sample | targets)
+    return with_targets
+
+
+def cut_matched(sample: dict) -> dict:
+    """The matched ranking's lists, as long as it takes to remove as much as any beginning of the baseline's."""
+    shorter = {}
+    for which in LISTS:
+        removed = sample[f"removed_{which}"]
+        enough = count_to_reach(removed, max(sample[f"target_{which}"], default=0))
+        length = max(STORED, enough)
+        shorter[which] = sample[which][:length]
+        shorter[f"removed_{which}"] = removed[:length]
+    return sample | shorter
 
 
 def top_and_bottom(scores, k):
@@ -164,58 +272,51 @@ def top_and_bottom(scores, k):
     return ids[descending[:k]].tolist(), ids[ascending[:k]].tolist()
 
 
-def pick_latents(sample, which, k):
+def pick_latents(sample: dict, which: str, k: str) -> tuple[list[int], bool]:
     """The latents that a question has masked, and whether its list has as many as K asks for.
 
     K is a number, or a percentage (rounded down) of the latents active at the last position. Of the matched ranking
-    as many are masked as it takes to remove as much as the baseline's first K.
+    as many are masked as it takes to remove no less than the baseline's first K.
     """
-    count, latents = count_masked(k, len(sample["active"])), sample[which]
-    if f"target_{which}" not in sample or not count:
+    latents = sample[which]
+    target = find_target(sample, which, k)
+    if target is None:
+        count = count_masked(k, len(sample["active"]))
         return latents[:count], len(latents) >= count
-    target, removed = [0, *sample[f"target_{which}"][:count]][-1], sample[f"removed_{which}"]
+    removed = sample[f"removed_{which}"]
     return latents[: count_to_reach(removed, target)], max(removed, default=0) >= target
+
+
+def find_target(sample: dict, which: str, k: str) -> float | None:
+    """What masking the baseline's first K latents takes away; None for rankings that are not matched to it."""
+    if f"target_{which}" not in sample:
+        return None
+    first = sample[f"target_{which}"][: count_masked(k, len(sample["active"]))]
+    return first[-1] if first else 0.0
+
+
+def find_removed(sample: dict, which: str, count: int) -> float | None:
+    """What masking the first `count` latents of a list takes away; None where the file does not say it."""
+    if f"removed_{which}" not in sample:
+        return None
+    return sample[f"removed_{which}"][count - 1] if count else 0.0
+
+
+def misses_target(sample: dict, which: str, k: str) -> bool:
+    """Whether a question's matched latents remove more or less than the baseline's by over half of that."""
+    target = find_target(sample, which, k)
+    if target is None:
+        return False
+    latents, _ = pick_latents(sample, which, k)
+    return abs(find_removed(sample, which, len(latents)) - target) > target / 2
 
 
 def count_masked(k, active):
     return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)
 
 
-def count_to_reach(removed, target):
-    """The smallest number of a list's latents that remove as much as `target`; all where none do."""
+def count_to_reach(removed: list[float], target: float) -> int:
+    """The smallest number of a list's latents that remove no less than `target`, 0 for nothing; all where none do."""
+    if target <= 0:
+        return 0
     return next((n for n, value in enumerate(removed, 1) if value >= target), len(removed))
-
-
-def compute_removed(splice, trace, lists):
-    """What masking the first 1, 2, ... of a sequence's latents takes away, over the norm of its residual stream: a list
-    of numbers for each of `lists`, one list of latents a sequence. Four digits, for files of a readable size.
-
-    The norm of `A_S W_dec[S]` over all positions. Its square grows, with the nth latent of a list, by the nth row of
-    (A^T A) * (W W^T) up to the diagonal, all but the diagonal twice.
-    """
-    import torch
-
-    latents, d_sae, device = trace.latents, splice.d_sae, splice.device
-    rows, columns = (index.repeat_interleave(latents.counts) for index in (trace.rows, trace.columns))  # [entry]
-    longest, width = max(map(len, lists)), int(trace.columns.max()) + 1
-    squares = latents.residual.to(device).flatten(1).float().square().sum(1) * latents.spliced  # [pos]
-    norms = squares.new_zeros(len(lists), 1).index_add_(0, trace.rows, squares.unsqueeze(1)).sqrt()
-    size, removed = max(1, ROOM // (d_sae + longest * (width + splice.sae.cfg.d_in + 3 * longest))), []
-    for first in range(0, len(lists), size):
-        part = lists[first : first + size]
-        padded = torch.tensor([ids + [d_sae] * (longest - len(ids)) for ids in part], device=device).long()
-        places = torch.full((len(part), d_sae + 1), -1, device=device)  # of each latent in its sequence's list
-        places.scatter_(1, padded, torch.arange(longest, device=device).expand_as(padded))
-        entries = ((rows >= first) & (rows < first + size)).nonzero().flatten()
-        place = places[rows[entries] - first, latents.ids[entries]]
-        listed = (place >= 0).nonzero().flatten()
-        entries, place = entries[listed], place[listed]
-        acts = torch.zeros(len(part), width, longest, device=device)
-        acts[rows[entries] - first, columns[entries], place] = latents.values[entries].float()
-        decoder = splice.sae.W_dec[padded.clamp(max=d_sae - 1)].float()  # [sequence, longest, d_in]
-        products = (acts.mT @ acts) * (decoder @ decoder.mT)
-        growth = 2 * products.tril().sum(2) - products.diagonal(dim1=1, dim2=2)
-        shares = (growth.cumsum(1).clamp(min=0).sqrt() / norms[first : first + size]).double()
-        power = (10 ** (3 - shares.clamp(min=1e-9).log10().floor())).round()
-        removed += [numbers[: len(ids)] for numbers, ids in zip(((shares * power).round() / power).tolist(), part)]
-    return removed

@@ -1,41 +1,59 @@
 """ONE table of all that a folder holds, a pandas DataFrame; terminal, CSV, LaTeX, figure and page are made of it.
 
-    python -m experiment.report runs/demo                              # scores the saved answers again
+    python -m experiment.report runs/demo                              # its files again, from what lies there
     python -m experiment.report runs/A runs/B --output-dir runs/both   # layers, widths or models side by side
 
 Knows nothing of models. pandas and matplotlib are imported where they are used: only the end of a round needs them.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import json
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from experiment import UserError, guard, results
+from experiment import UserError, guard, provenance, results
 from experiment.estimates import DROP_ONLY, MASKS, METRICS
+
+if TYPE_CHECKING:
+    import pandas
 
 SETTINGS = {"error_term": "drop", "ablation": "zero"}  # and the paper's choice, which runs that lack one made too
 TEXTS = ["ranking", "masked", "questions", "k", *SETTINGS, "population"]  # which, in one folder, no two rows share
 # Of several folders: those of these settings that differ are columns too.
-COLUMNS = [name for name in results.COMPARED if name not in ("ranking", "questions", *SETTINGS)] + ["limit", "sample"]
+COLUMNS = [name for name in provenance.SETTINGS if name not in ("questions", *SETTINGS)]
+COLUMNS += ["model_digest", "sae_digest", "dataset", "dataset_config", "split", "limit", "sample"]
+NAMES = {
+    "model": ("model",),
+    "sae_release": ("sae_release", "sae_id"),
+    "questions": ("dataset", "dataset_config", "split"),
+}
 BOUNDS = ("", "_low", "_high")
 LEVELS = [f"{metric}{bound}" for metric in METRICS if metric not in DROP_ONLY for bound in BOUNDS]
 DROPS = [f"{metric}_drop{bound}" for metric in METRICS for bound in BOUNDS]
-NUMBERS = ["mean_k", "fewer_than_k", "removed", "n", *LEVELS, *DROPS, "paper_em", "paper_f1"]
+NUMBERS = ["mean_k", "fewer_than_k", "removed", "missed_target", "n", "left_out"]
+NUMBERS += [*LEVELS, *DROPS, "paper_em", "paper_f1"]
 PAPER = Path(__file__).with_name("paper.json")
 
 SCORES = {"EM": "em", "EM drop": "em_drop", "F1": "f1", "F1 drop": "f1_drop"}
 OTHERS = {"named": "named", "named drop": "named_drop"}
 OTHERS |= {"answer": "answer_log_prob_drop", "format": "format_log_prob_drop"}
+MISSED_SHARE = 0.1  # of the questions: from there on a matched mask is marked
+MISSED = "*"  # marks what a matched mask removes where it is not matched to the baseline's
 NOTES = {
     "n": "[ ]: 95% interval over resampled contexts. drop: unmasked minus masked. Both in percent.",
     "set": "set: which of the sets of kept questions, by the beginning of its hash.",
     "named": "named: a right answer stands somewhere in the text, in percent.",
     "answer": "answer, format: drop in log probability (nats a token) of the unmasked text in, around its [[ ]].",
-    "removed": "removed: what the mask takes away, in percent of the residual stream's norm.",
+    "removed": "removed: what the mask takes away, in percent of each position's norm, special tokens left out.",
+    MISSED: f"{MISSED}: for over a tenth of the questions this is more than half above or below the baseline's.",
     "mean K": "mean K: latents masked a question.",
-    "fewer": "fewer: questions that have fewer than K latents to mask.",
+    "fewer": "fewer: questions for which the file of activations holds fewer latents than K asks for.",
+    "left out": "left out: questions that do not fit the model's context, and are in no figure.",
     "paper": "paper: EM / F1 in GradSAE, arXiv 2505.08080.",
 }
 
@@ -49,29 +67,55 @@ def frame(entries):
     """
     import pandas
 
+    entries = _name_alike(entries)
     differing = find_differing(entries)
     unmasked = [entry for entry in entries if "masked" not in entry]
     masked = sort_masked(entries)
-    rows = [_row(entry, entry["all"], "all asked", entry["population_all"]) for entry in unmasked]
+    parts = {entry["population"] for entry in unmasked if not _asks_all(entry)}  # round 1 did not ask all there is
+    rows = []
+    for entry in unmasked:
+        row = _row(entry, entry["all"], "all asked", entry["population_all"])
+        rows.append(row | {"left_out": len(entry.get("left_out", ()))})
     rows += [_row(entry, entry, "kept", entry["population"]) for entry in unmasked]
     rows += [_row(entry, entry["clean"], "kept", entry["population"]) for entry in masked if entry["clean"]]
     for entry in sorted(masked, key=lambda entry: entry["k"] != "0"):
         row = _row(entry, entry, "kept", entry["population"]) | _numbers(entry["drop"] or {}, "_drop")
-        row |= {name: entry.get(name) for name in ("k", "mean_k", "fewer_than_k", "removed")}
-        row |= dict(zip(("paper_em", "paper_f1"), find_published(entry) or ()))
+        row |= {name: entry.get(name) for name in ("k", "mean_k", "fewer_than_k", "removed", "missed_target")}
+        row |= {"left_out": len(entry.get("left_out", ()))}
+        if entry["population"] not in parts:
+            row |= dict(zip(("paper_em", "paper_f1"), find_published(entry) or ()))
         if entry["k"] != "0":
             row |= {"ranking": entry["run"]["ranking"], "masked": name_mask(entry)}
             row |= {"ablation": entry["run"].get("ablation", SETTINGS["ablation"])}
         rows.append(row)
     table = pandas.DataFrame(rows, columns=differing + TEXTS + NUMBERS)
-    table = table.astype(dict.fromkeys(NUMBERS, float) | {"n": "Int64", "fewer_than_k": "Int64"})
+    counts = dict.fromkeys(("n", "fewer_than_k", "missed_target", "left_out"), "Int64")
+    table = table.astype(dict.fromkeys(NUMBERS, float) | counts)
     return table.drop_duplicates(differing + TEXTS, ignore_index=True)
+
+
+def _name_alike(entries: list[dict]) -> list[dict]:
+    """The entries, with models, SAEs and data sets that are the same named alike, as the first entry names them."""
+    first, named = {}, []
+    for entry in entries:
+        run, values = dict(entry["run"]), provenance.depends_on(entry["run"])
+        for field, names in NAMES.items():
+            if values[field] is None:
+                continue
+            content = field, json.dumps([values[field], values["sae_id"] if field == "sae_release" else None])
+            run |= first.setdefault(content, {name: run.get(name) for name in names})
+        named.append(entry | {"run": run})
+    return named
+
+
+def _asks_all(entry: dict) -> bool:
+    return entry["run"].get("limit") is None and entry["run"].get("sample") is None
 
 
 def find_differing(entries):
     """Those of COLUMNS in which the entries' runs differ: none in one folder, but for what was selected."""
     values = {name: {_write_setting(entry["run"].get(name)) for entry in entries} for name in COLUMNS}
-    return [name for name in COLUMNS if len(values[name] - ({""} if name in results.WHERE_BOTH else set())) > 1]
+    return [name for name in COLUMNS if len(values[name] - ({""} if name in provenance.WHERE_BOTH else set())) > 1]
 
 
 def _write_setting(value):
@@ -83,17 +127,19 @@ def sort_masked(entries):
 
     Of K that mask equally many, numbers stand before percentages.
     """
-    differing = find_differing(entries)
-    folders = list(dict.fromkeys(_settings_of(entry, differing) for entry in entries))
+    alike = _name_alike(entries)
+    differing = find_differing(alike)
+    folders = list(dict.fromkeys(_settings_of(entry, differing) for entry in alike))
 
-    def place(entry):
+    def place(entry, named):
         run, k = SETTINGS | entry["run"], entry["k"]
         settings = [run[name] != SETTINGS[name] for name in SETTINGS]
         order_k = entry["mean_k"], k.endswith("%"), float(k.removesuffix("%"))
-        folder = folders.index(_settings_of(entry, differing))
+        folder = folders.index(_settings_of(named, differing))
         return run["ranking"], list(MASKS).index(entry["masked"]), folder, settings, order_k
 
-    return sorted((entry for entry in entries if "masked" in entry), key=place)
+    masked = [(entry, named) for entry, named in zip(entries, alike) if "masked" in entry]
+    return [entry for entry, _ in sorted(masked, key=lambda pair: place(*pair))]
 
 
 def _settings_of(entry, names):
@@ -114,14 +160,15 @@ def _row(entry, figures, questions, population):
     return row | _numbers(figures, "")
 
 
-def _numbers(figures, suffix):
-    """{column: mean, low or high} of each metric that is in `figures`."""
-    return {
-        f"{metric}{suffix}{bound}": value
-        for metric in METRICS
-        if figures.get(metric) is not None
-        for bound, value in zip(BOUNDS, (figures[metric], *figures["intervals"][metric]))
-    }
+def _numbers(figures: dict, suffix: str) -> dict[str, float]:
+    """{column: mean, low or high} of each metric that is in `figures`; no low and high without an interval."""
+    numbers = {}
+    for metric in METRICS:
+        if figures.get(metric) is not None:
+            interval = figures["intervals"][metric] or ()
+            for bound, value in zip(BOUNDS, (figures[metric], *interval)):
+                numbers[f"{metric}{suffix}{bound}"] = value
+    return numbers
 
 
 def find_published(entry):
@@ -181,11 +228,13 @@ def write_cells(table):
     for name, column in (SCORES | OTHERS).items():
         form = "{:z6.3f} [{:z.3f}, {:z.3f}]" if "log_prob" in column else "{:z6.2f} [{:z.1f}, {:z.1f}]"  # z: no -0.00
         cells[name] = _write(form, *(table[f"{column}{bound}"] for bound in BOUNDS))
-    cells |= {"removed": _write("{:7.1f}", table.removed), "mean K": _write("{:6.1f}", table.mean_k)}
+    cells |= {"removed": _write_removed(table), "mean K": _write("{:6.1f}", table.mean_k)}
     cells["fewer"] = _write("{:5}", table.fewer_than_k.replace(0, pandas.NA))
+    cells["left out"] = _write("{:8}", table.left_out.replace(0, pandas.NA))
     cells["paper"] = _write("{:6.2f} / {:6.2f}", table.paper_em, table.paper_f1)
     cells = {name: list(texts) for name, texts in cells.items() if any(map(str.strip, texts))}
-    return pandas.DataFrame(cells), [note for name, note in NOTES.items() if name in cells]
+    shown = [*cells, *(MISSED for text in cells.get("removed", ()) if MISSED in text)]
+    return pandas.DataFrame(cells), [note for name, note in NOTES.items() if name in shown]
 
 
 def write_settings(table):
@@ -199,7 +248,10 @@ def write_settings(table):
 
 
 def _shorten(texts):
-    """Of paths that differ in some of their parts (layer_9/width_131k, layer_20/width_131k), these parts."""
+    """Of paths that differ in some of their parts (layer_9/width_131k, layer_20/width_131k), these parts; of digests
+    the beginning."""
+    if all(re.fullmatch("[0-9a-f]{64}|", text) for text in texts):
+        return [text[:8] for text in texts]
     parts = [text.split("/") for text in texts]
     places = [place for place, names in enumerate(zip(*parts)) if len(set(names)) > 1]
     if len(set(map(len, parts))) > 1 or not places:
@@ -207,10 +259,29 @@ def _shorten(texts):
     return ["/".join(part[place] for place in places) for part in parts]
 
 
-def _write(form, *columns):
-    """Columns as one of texts, empty where there is no number."""
-    there = columns[0].notna()
-    return [form.format(*numbers) if is_there else "" for is_there, *numbers in zip(there, *columns)]
+def _write(form: str, *columns: pandas.Series) -> list[str]:
+    """Columns as one of texts, empty where there is no number; a mean without its interval where there is none."""
+    import pandas
+
+    texts = []
+    for numbers in zip(*columns):
+        missing = [pandas.isna(number) for number in numbers]
+        if missing[0]:
+            texts.append("")
+        elif any(missing):
+            texts.append(form.partition(" [")[0].format(numbers[0]))
+        else:
+            texts.append(form.format(*numbers))
+    return texts
+
+
+def _write_removed(table: pandas.DataFrame) -> list[str]:
+    """What masks remove, in percent, and a mark where that is not what a matched mask was to remove."""
+    texts = _write("{:7.1f}", table.removed)
+    marked = table.missed_target.fillna(0) > MISSED_SHARE * table.n
+    if not marked.any():
+        return texts
+    return [text and text + (MISSED if is_marked else " ") for text, is_marked in zip(texts, marked)]
 
 
 def describe(statistics, ranking):
@@ -260,13 +331,12 @@ def main():
     chosen = parser.parse_args()
     from experiment import folders
 
-    given = [folders.read(path) for path in dict.fromkeys(chosen.folders)]
-    if len(given) == 1:
-        entries = folders.rescore(given[0]) if given[0].questions else given[0].entries
-    else:
-        entries = folders.join(given)
-    path = chosen.output_dir or (given[0].path if len(given) == 1 else Path("runs", "together"))
-    with results.lock(path):
+    paths = list(dict.fromkeys(chosen.folders))
+    path = chosen.output_dir or (paths[0] if len(paths) == 1 else Path("runs", "together"))
+    # Before anything is read: a round that ends meanwhile would be lost. Where there is no folder yet, none is running.
+    with results.lock(path) if path.is_dir() else contextlib.nullcontext():
+        given = [folders.read(path) for path in paths]
+        entries = folders.join(given) if len(given) > 1 else given[0].entries
         results.write_results(path / "results.json", entries)
         write(path, given, entries)
     print(f"{terminal(frame(entries))}\n\nAll files: {path}")

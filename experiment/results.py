@@ -1,49 +1,18 @@
 """Activations and results on disk, with the run that made them: written whole, read strictly. Knows nothing of models.
 
-A run is a dict that says what made a file. A file that is damaged, or of another run, is a UserError that names it.
+A file that is damaged, or of another run, is a UserError that names it.
 """
 
 import contextlib
-import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
 
 import filelock
 
-from experiment import UserError, os_errors
-
-# What changes a result by design. Versions, device and batch size are in a run too, for readers, and not compared.
-COMPARED = (
-    *("model", "sae_release", "sae_id", "hook_name", "d_sae", "ranking", "dtype", "sae_dtype", "error_term", "dataset"),
-    *("split", "exclude_special_tokens", "questions", "prompt_template", "max_new_tokens"),
-)
-# What else makes a journal another one; of activations, rounds 2 and 3 may mask a part of what round 1 ranked.
-SELECTED = ("limit", "sample", "seed", "ranking_seed", "masked", "k", "activations")
-WHERE_BOTH = ("hook_name", "d_sae", "ranking_seed")  # compared where both runs have them; two come with the SAE
-DEFAULTS = {"error_term": "drop"}  # of files older than the field
-
-
-def differences(made, wanted, fields):
-    """Names each of `fields` in which two runs differ, with both values; an empty text where they agree."""
-    named = []
-    for field in fields:
-        old, new = (run.get(field, DEFAULTS.get(field)) for run in (made, wanted))
-        if old != new and not (field in WHERE_BOTH and None in (old, new)):
-            named.append(f"{field} {_shorten(old)}, now {_shorten(new)}")
-    return "; ".join(named)
-
-
-def _shorten(value):
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
-
-
-def refuse_other_run(path, made, wanted, fields):
-    """Raises UserError where the run `made` in a file differs in `fields` from the one that is wanted now."""
-    if named := differences(made, wanted, fields):
-        raise UserError(f"{path}: is of another run ({named}): repeat its options, or give --output-dir or --overwrite")
+from experiment import UserError, os_errors, provenance
 
 
 def lock(folder):
@@ -110,8 +79,15 @@ SAMPLE |= {f"{name}?": SCORE for name in SCORES}
 PUBLISHED = {"prompt": TEXT, "active": LATENTS, "topk": LATENTS, "bottomk": LATENTS}  # a sample of the authors' file
 RECORD = dict.fromkeys(("id", "text", "answer"), TEXT) | dict.fromkeys(SCORES, SCORE) | {"log_probs?": NUMBERS}
 RECORD |= {f"{name.rstrip('?')}?": form for name, form in SAMPLE.items() if name not in RECORD}  # of kept questions
+COUNT = (lambda x: x is None or type(x) is int, "a whole number")
+SELECTION = dict.fromkeys(("limit?", "sample?", "seed?"), COUNT)
+MEANS = {  # of means.json
+    "run": (lambda x: not find_problem(x, SELECTION), "an object with a selection"),
+    "means": (lambda x: NUMBERS[0](x) and all(map(math.isfinite, x)), "a list of numbers"),
+}
 RUN = (lambda x: not find_problem(x, {"ranking": TEXT}), "an object with a ranking")
 ENTRY = {"round": TEXT, "run": RUN, "population": TEXT, "intervals": OBJECT}  # of results.json
+ENTRY |= {"journal?": TEXT, "latents?": TEXT}  # the names of the files that it is of
 ENTRY |= dict.fromkeys(("n", "em", "f1", "accuracy"), MEAN)
 
 
@@ -135,14 +111,14 @@ def write_activations(path, run, samples):
 
 def read_activations(path):
     """The run, None in the authors' published form, and the samples: each a SAMPLE, or (theirs) a PUBLISHED."""
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file: run baseline.py first, or give --activations")
     content = load_json(path)
     if isinstance(content, list):
         content = {"run": None, "samples": _published_samples(path, content)}
     elif find_problem(content, {"run": OBJECT}):
         raise UserError(f"{path}: names no run: it is not round 1's file")
     run, samples, ids = content["run"], content.get("samples"), set()
+    if problem := find_problem(run or {}, SELECTION):
+        raise UserError(f"{path}: its run is damaged ({problem})")
     if not isinstance(samples, list) or not samples:
         raise UserError(f"{path}: holds no sample: it is not round 1's file, or round 1 kept no question")
     for number, sample in enumerate(samples, 1):
@@ -168,10 +144,9 @@ def _published_samples(path, content):
         raise UserError(f"{path}: is not of the authors' published form {{prompt: latents}}") from None
 
 
-def digest(samples, *fields):
-    """A hash of these fields of all samples: it ties a journal to what it was made from."""
-    texts = (json.dumps([sample[field] for field in fields]) for sample in samples)
-    return hashlib.sha256("".join(texts).encode()).hexdigest()
+def name_mean_file(path: Path) -> Path:
+    """The file beside a ranking's activations, with the same lists and what mean ablation of them changes."""
+    return path.with_name(f"{path.stem}_mean{path.suffix}")
 
 
 def write_results(path, entries):
@@ -180,14 +155,14 @@ def write_results(path, entries):
         file.write("\n")
 
 
-def read_results(path, run, overwrite):
+def read_results(path: Path, run: dict, overwrite: bool) -> list[dict]:
     """The entries of results.json, of any ranking. Those of another run are refused, or left out if `overwrite`."""
-    entries, fields = load_json(path) if path.exists() else [], [field for field in COMPARED if field != "ranking"]
+    entries = load_json(path) if path.exists() else []
     if not isinstance(entries, list):
         raise UserError(f"{path}: is not a file of results: move it away")
     for entry in entries:
         if problem := find_problem(entry, ENTRY):
             raise UserError(f"{path}: holds an entry that is damaged ({problem}): move the file away")
         if not overwrite:
-            refuse_other_run(path, entry["run"], run, fields)
-    return [entry for entry in entries if not differences(entry["run"], run, fields)]
+            provenance.refuse_other_run(path, entry["run"], run, provenance.SETTINGS)
+    return [entry for entry in entries if not provenance.differences(entry["run"], run, provenance.SETTINGS)]

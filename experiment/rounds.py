@@ -1,8 +1,10 @@
 """What all rounds begin and end with: questions, the folder, batches shared among processes, results."""
 
 import contextlib
+import dataclasses
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from accelerate import PartialState
 from tqdm import tqdm
@@ -14,13 +16,14 @@ from experiment import (
     catalogue,
     estimates,
     folders,
+    provenance,
     questions,
     rankings,
     report,
     results,
     say,
 )
-from experiment.journal import Journal, is_begun
+from experiment.journal import Journal, read_run
 from experiment.options import Options
 from experiment.prompts import build_prompt, tokenize
 from experiment.questions import Question
@@ -33,7 +36,8 @@ class Round:
     """What a round knows before the model is loaded.
 
     state: this process among those a launcher started.  questions: of the whole data set; asked: those selected.
-    run: what makes the unmasked answers, and with them the baseline's ranking.
+    run: what makes the unmasked answers, and with them the baseline's ranking.  lengths: tokens of the prompts of those
+    asked, by id.  left_out: the ids of selected questions that do not fit the model's context: they are not asked.
     """
 
     options: Options
@@ -42,6 +46,8 @@ class Round:
     questions: list[Question]
     asked: list[Question]
     run: dict
+    lengths: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     def prompt(self, question):
         return build_prompt(self.run["prompt_template"], question.context, question.question)
@@ -54,21 +60,70 @@ class Round:
         seed = {"ranking_seed": self.options.seed} if ranking in ("random", "matched") else {}
         return self.run | {"ranking": ranking} | seed | more
 
-    def journal(self, name, run):
-        options = self.options
-        path = options.output_dir / f"predictions_{name}.jsonl"
-        return Journal(path, run, self.state.process_index, options.overwrite)
+    def select(self, made: dict) -> list[Question]:
+        """The questions that a run of the same data set asks."""
+        return questions.select(self.questions, *(made.get(name) for name in provenance.SELECTION))
 
-    def is_begun(self, ranking):
+    def find_wanted(self, run: dict, made: dict, describe: Callable[[list[Question]], dict] | None = None) -> dict:
+        """The run that a file of the run `made` has to be of, so that this round can go on with it.
+
+        That is `run`, but for the questions: those of the file have to be some of those that are asked now. describe:
+        what a run says of the questions besides.
+        """
+        if results.find_problem(made, results.SELECTION) or provenance.differences(made, run, ["questions"]):
+            return run
+        earlier = self.select(made)
+        if not {question.id for question in earlier} <= {question.id for question in self.asked}:
+            return run
+        selected = {name: made.get(name) for name in provenance.SELECTION}
+        return run | selected | (describe(earlier) if describe else {})
+
+    def journal(self, name: str, run: dict, describe: Callable[[list[Question]], dict] | None = None) -> Journal:
+        """The journal of this name and run; of more questions than an earlier one of the same name, it goes on."""
+        return Journal(
+            self.options.output_dir / f"predictions_{name}.jsonl",
+            run,
+            self.state.process_index,
+            self.options.overwrite,
+            lambda made: self.find_wanted(run, made, describe),
+        )
+
+    def is_begun(self, ranking: str) -> bool:
         """Whether round 1's journal is of this run: what is there of another one, an interrupted --overwrite left."""
-        return is_begun(self.options.output_dir / f"predictions_{ranking}.jsonl", self.run_of(ranking))
+        made, run = read_run(self.options.output_dir / f"predictions_{ranking}.jsonl"), self.run_of(ranking)
+        return made is not None and not provenance.differences(made, self.find_wanted(run, made), provenance.ALL)
+
+
+def leave_out_long(round_: Round, context: int | None) -> Round:
+    """The Round without those of the selected questions whose prompt and answer may not fit the model's context, of
+    `context` tokens (None: of no known limit). Raises UserError where none is left.
+    """
+    longest_answer = round_.options.max_new_tokens
+    asked: list[Question] = []
+    lengths: dict[str, int] = {}
+    left_out: list[str] = []
+    for question in round_.asked:
+        length = len(round_.prompt_ids(question))
+        if context is not None and length + longest_answer > context:
+            left_out.append(question.id)
+        else:
+            asked.append(question)
+            lengths[question.id] = length
+    limit = f"the model's context of {context} tokens, with an answer of {longest_answer}"
+    if not asked:
+        raise UserError(f"{round_.options.dataset}: no selected question fits {limit}: shorten them")
+    if left_out:
+        named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        say(f"{round_.options.dataset}: {len(left_out)} questions do not fit {limit}: they are left out ({named})")
+    return dataclasses.replace(round_, asked=asked, lengths=lengths, left_out=left_out)
 
 
 @contextlib.contextmanager
 def writing(round_):
     """Keeps the output folder to this round, and gives the entries that its results.json holds already."""
     folder, options = round_.options.output_dir, round_.options
-    with results.lock(folder) if round_.state.is_main_process else contextlib.nullcontext():
+    lock = results.lock(folder) if round_.state.is_main_process else contextlib.nullcontext()
+    with lock, answers.memory_errors():
         overwrite = options.overwrite or any(map(round_.is_begun, options.ranking))
         entries = results.read_results(folder / "results.json", round_.run, overwrite)
         round_.state.wait_for_everyone()
@@ -92,83 +147,107 @@ def is_finished(asked, journals):
 
 def share_batches(round_, model, asked, journals, label, drafts=None):
     """Yields this process's unfinished batches: their questions, the keys of the journals that lack any of them, and
-    the bar that shows how much is done.
+    the bar that shows how much is done. Within a batch whoever works it off may move the bar.
 
     drafts: tokens that each question's prompt is run with, by id. The batches depend on the questions alone, so that
     an interrupted round ends in the same bytes as another, also in half precision.
     """
     options, state = round_.options, round_.state
     state.wait_for_everyone()  # all have read the journals before one of them writes
-    prompts = [len(round_.prompt_ids(question)) for question in asked]
-    longest = max(range(len(asked)), key=prompts.__getitem__)
-    if prompts[longest] + options.max_new_tokens > model.model.cfg.n_ctx:
-        raise UserError(
-            f"question {asked[longest].id}: its prompt of {prompts[longest]} tokens and an answer of "
-            f"{options.max_new_tokens} do not fit the model's context of {model.model.cfg.n_ctx} tokens: shorten or "
-            "remove it"
-        )
-    lengths = [length + len(drafts[question.id] if drafts else ()) for length, question in zip(prompts, asked)]
+    lengths = [round_.lengths[question.id] + len(drafts[question.id] if drafts else ()) for question in asked]
     plan = answers.plan_batches(lengths, options.batch_tokens, [question.context for question in asked])
     share = [[asked[i] for i in batch] for batch in plan[state.process_index :: state.num_processes]]
     left = [(batch, [key for key in journals if any(q.id not in journals[key] for q in batch)]) for batch in share]
     if state.num_processes > 1:
         label += f", process 1 of {state.num_processes}"
     total, todo = len(journals) * sum(map(len, share)), sum(len(batch) * len(keys) for batch, keys in left)
-    with tqdm(total=total, initial=total - todo, desc=label, unit="answer", disable=not state.is_main_process) as bar:
+    done = total - todo
+    with tqdm(total=total, initial=done, desc=label, unit="answer", disable=not state.is_main_process) as bar:
         for batch, keys in left:
             if keys:
                 yield batch, keys, bar
-                bar.update(len(batch) * len(keys))
+                done += len(batch) * len(keys)
+                bar.update(done - bar.n)
 
 
-def write_results(round_, entries, fresh):
-    """Puts fresh entries in the place of those of the same round, ranking and K, and writes and prints the table."""
+def write_results(round_: Round, entries: list[dict], fresh: list[dict]) -> None:
+    """Puts fresh entries in the place of those of the same round, ranking and K, and writes and prints the table.
+
+    Entries that are no longer of what lies in the folder are left out, with a line.
+    """
 
     def key(entry):
         return entry["round"], entry["run"]["ranking"], entry["k"], entry["run"].get("ablation", "zero")
 
     entries = [old for old in entries if key(old) not in [key(new) for new in fresh]] + fresh
     path = round_.options.output_dir
-    results.write_results(path / "results.json", entries)
-    report.write(path, [folders.read(path, round_.questions, round_.options.activations)], entries)
-    print(f"\n{report.terminal(report.frame(entries))}", flush=True)
+    folder = folders.read(path, entries, round_.questions)
+    results.write_results(path / "results.json", folder.entries)
+    report.write(path, [folder], folder.entries)
+    print(f"\n{report.terminal(report.frame(folder.entries))}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Round 1
 
 
-def finish_round_1(round_, entries, journals, keep_f1):
-    """Writes each ranking's activations, the results and the table. keep_f1: from which F1 on an answer is right.
+def write_activations(round_: Round, journals: dict[str, Journal]) -> dict[Question, dict]:
+    """Makes each ranking's journal one file, and its file of activations of it. Returns {kept question: its record}."""
+    for name, journal in journals.items():
+        records = journal.finish(question.id for question in round_.asked)
+        samples = [make_sample(record) for record in records if "active" in record]
+        run = journal.run | {"asked": len(records), "kept": len(samples)}
+        results.write_activations(activations.name_file(round_.options, name), run, samples)
+    first = next(iter(journals.values()))
+    return find_kept(round_, first)
 
-    Returns {kept question: its record}.
+
+def find_kept(round_: Round, journal: Journal) -> dict[Question, dict]:
+    """{question: its record} of those that a ranking's journal of round 1 keeps."""
+    return {question: journal[question.id] for question in round_.asked if "active" in journal[question.id]}
+
+
+def finish_round_1(round_: Round, entries: list[dict], journals: dict[str, Journal], keep_f1: float) -> None:
+    """Writes and prints the results. keep_f1: from which F1 on an answer is right.
+
+    Each ranking has figures of its own: where one was asked for later, on another device, its answers may differ.
     """
-    options, asked, samples, fresh = round_.options, round_.asked, {}, []
+    options, fresh = round_.options, []
+    samples = {name: list(find_kept(round_, journal).values()) for name, journal in journals.items()}
     for name, journal in journals.items():
-        records = journal.finish(question.id for question in asked)
-        samples[name] = [make_sample(record) for record in records if "active" in record]
-    kept = {question: record for question, record in zip(asked, records) if "active" in record}
-    right = sum(record["f1"] >= keep_f1 for record in records)
-    counts = {"asked": len(asked), "kept": len(kept), "wrong": len(asked) - right, "unranked": right - len(kept)}
-    contexts = [question.context for question in kept]
-    figures = summarize(kept.values(), contexts)
-    figures |= {"all": summarize(records, [question.context for question in asked])}
-    figures |= {"population": name_population(kept), "population_all": name_population(asked)} | counts
-    for name, journal in journals.items():
-        run = journal.run | {"asked": counts["asked"], "kept": counts["kept"]}
-        results.write_activations(activations.name_file(options, name), run, samples[name])
+        figures = summarize_round_1(round_, journal, keep_f1)
+        contexts = [question.context for question in find_kept(round_, journal)]
         statistics = describe_latents(round_, samples, name, contexts)
-        fresh.append(figures | {"round": "baseline", "k": None, "run": journal.run, "statistics": statistics})
+        files = {"journal": journal.path.name, "run": journal.run}
+        fresh.append(figures | files | {"round": "baseline", "k": None, "statistics": statistics})
     write_results(round_, entries, fresh)
     for entry in fresh:
         name = entry["run"]["ranking"]
         print(f"\n{name}: {report.describe(entry['statistics'], name)}")
+    counts = fresh[0]
+    too_long = f", {len(round_.left_out)} left out as too long" if round_.left_out else ""
     print(
         f"\nRound 1: {counts['asked']} questions asked, {counts['kept']} answered right and kept "
         f"({100 * counts['kept'] / counts['asked']:.1f}%), {counts['wrong']} answered wrong, "
-        f"{counts['unranked']} right but without any [ to rank at. All files: {options.output_dir}"
+        f"{counts['unranked']} right but without any [ to rank at{too_long}. All files: {options.output_dir}"
     )
-    return kept
+
+
+def summarize_round_1(round_: Round, journal: Journal, keep_f1: float) -> dict:
+    """The figures of a ranking's unmasked answers: of those kept, of all, and how many of which kind there are."""
+    asked, kept = round_.asked, find_kept(round_, journal)
+    right = sum(record["f1"] >= keep_f1 for record in journal.values())
+    figures = summarize(kept.values(), [question.context for question in kept])
+    return figures | {
+        "all": summarize(journal.values(), [question.context for question in asked]),
+        "population": name_population(kept),
+        "population_all": name_population(asked),
+        "asked": len(asked),
+        "kept": len(kept),
+        "wrong": len(asked) - right,
+        "unranked": right - len(kept),
+        "left_out": round_.left_out,
+    }
 
 
 def summarize(records, contexts):
@@ -204,12 +283,15 @@ def name_journal(run, which, k):
     return "_".join(names + ([] if k == "50%" else [f"k{k.replace('%', 'pct')}"]))
 
 
-def compare(ranked, k, journal, asked):
-    """The entry of results.json of one ranking and K: means, drops from the unmasked answers to the same questions."""
+def compare(ranked, k, journal, asked, left_out):
+    """The entry of results.json of one ranking and K: means, drops from the unmasked answers to the same questions.
+
+    left_out: ids of selected questions that do not fit the model's context.
+    """
     records = journal.finish(question.id for question in asked)
     samples, contexts = [ranked.samples[question.id] for question in asked], [question.context for question in asked]
     after = estimates.collect_columns(records, samples)
-    if ranked.has_answers:
+    if ranked.selection:
         before = [  # what older files lack is scored again
             sample if "named" in sample else questions.score(sample["answer"], sample["answer"], q.truths) | sample
             for sample, q in zip(samples, asked)
@@ -217,23 +299,56 @@ def compare(ranked, k, journal, asked):
         figures = estimates.compare(estimates.collect_columns(before, samples), after, contexts)
     else:
         figures = estimates.summarize(after, contexts) | {"clean": None, "drop": None}
-    picked = [rankings.pick_latents(sample, ranked.which, k) for sample in samples]
-    name, masked = f"removed_{ranked.which}", [latents for latents, _ in picked]
-    removed = [s[name][len(latents) - 1] if latents else 0.0 for s, latents in zip(samples, masked) if name in s]
-    fewer = sum(not enough for _, enough in picked)
-    if fewer:
-        say(f"{fewer} of {len(asked)} questions have fewer than {k} ranked latents: all they have are masked.")
+    masks = describe_masks(ranked, k, samples)
+    if masks["fewer_than_k"]:
+        say(tell_fewer(ranked, k, samples))
     return figures | {
         "round": WORDS[ranked.which],
         "masked": ranked.which,
         "k": k,
         "run": journal.run,
-        "mean_k": sum(map(len, masked)) / len(masked),
-        "fewer_than_k": fewer,
-        "removed": 100 * sum(removed) / len(removed) if removed else None,
+        "journal": journal.path.name,
+        "latents": ranked.name,
+        **masks,
         "missing": ranked.missing,
+        "left_out": [name for name in left_out if name in ranked.samples],
         "population": name_population(asked),
     }
+
+
+def describe_masks(ranked: activations.Ranked, k: str, samples: list[dict]) -> dict[str, float | None]:
+    """What was masked at K: latents a question, for how many questions the file has fewer than K, percent of the
+    residual stream's norm removed, and how many questions of a matched ranking miss their target by over half of it;
+    None for what is not known."""
+    counts, removed, fewer, missed = [], [], 0, 0
+    for sample in samples:
+        latents, enough = rankings.pick_latents(sample, ranked.which, k)
+        counts.append(len(latents))
+        removed.append(rankings.find_removed(sample, ranked.which, len(latents)))
+        fewer += not enough
+        missed += rankings.misses_target(sample, ranked.which, k)
+    is_matched = any(f"target_{ranked.which}" in sample for sample in samples)
+    return {
+        "mean_k": sum(counts) / len(counts),
+        "fewer_than_k": fewer,
+        "removed": None if None in removed else 100 * sum(removed) / len(removed),
+        "missed_target": missed if is_matched else None,
+    }
+
+
+def tell_fewer(ranked: activations.Ranked, k: str, samples: list[dict]) -> str:
+    """Says of which ranking a file holds too little for K, and how much it holds: that is not K latents."""
+    name = f"{ranked.run['ranking']}'s {estimates.MASKS[ranked.which]}"
+    picked = [rankings.pick_latents(sample, ranked.which, k) for sample in samples]
+    lengths = [len(latents) for latents, enough in picked if not enough]
+    of_them = f"{len(lengths)} of {len(samples)} questions"
+    if any(f"target_{ranked.which}" in sample for sample in samples):
+        return (
+            f"{name}, K = {k}: for {of_them} the latents that {ranked.path.name} holds remove less than the "
+            "baseline's: these are masked."
+        )
+    held = str(min(lengths)) if min(lengths) == max(lengths) else f"{min(lengths)} to {max(lengths)}"
+    return f"{name}, K = {k}: {ranked.path.name} holds fewer latents for {of_them} ({held}): these are masked, not K."
 
 
 def name_population(asked):

@@ -8,10 +8,13 @@ latent, value): a mask drops entries, and decoding adds up the decoder's rows of
 activations that are not sparse, are encoded and decoded whole, a chunk of positions at a time.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 CHUNK_BYTES = 2**29  # of one [position, d_sae] tensor; encoding holds about three of them
 CHUNK_POSITIONS = 1024  # at most: on a CPU a small SAE's chunk then fits into the cache
@@ -72,6 +75,8 @@ class Splice:
 
     error_term: "drop", as in the paper: the reconstruction alone; "keep": what the SAE does not explain stays, so the
     place keeps its own value less what the masked latents wrote.  bypass: ids of tokens at which it does not stand.
+
+    writes_rows: whether what a latent writes is its activation times its row of W_dec, at every position alike.
     """
 
     def __init__(self, sae, error_term="drop", bypass=()):
@@ -81,12 +86,16 @@ class Splice:
         self.chunk = max(1, min(CHUNK_POSITIONS, CHUNK_BYTES // (self.d_sae * sae.W_dec.element_size())))
         with torch.no_grad():
             self.bias = self._find_bias()
+        self.writes_rows = self.bias is not None or (sae.cfg.reshape_activations != "none" and not self._normalizes())
+
+    def _normalizes(self) -> bool:
+        """Whether the SAE brings each position to a size of its own first, and what it decodes back to the old one."""
+        return self.sae.cfg.normalize_activations not in ("none", "expected_average_only_in")
 
     def _find_bias(self):
         """What is added to `acts @ W_dec`, [d_in]; None where decoding is not that."""
         config, decoder = self.sae.cfg, self.sae.W_dec
-        at_run_time = config.normalize_activations not in ("none", "expected_average_only_in")
-        if at_run_time or config.reshape_activations != "none":
+        if self._normalizes() or config.reshape_activations != "none":
             return None
         acts = torch.zeros(2, self.d_sae, device=self.device, dtype=decoder.dtype)
         acts[1, :: max(1, self.d_sae // 50)] = 1.0
@@ -94,14 +103,19 @@ class Splice:
         error, size = (decoded - acts[1] @ decoder - bias).abs().max(), decoded.abs().max()
         return bias if error <= torch.finfo(decoder.dtype).eps ** 0.5 * size else None
 
-    def mask(self, latents, means=None):
-        """A Mask from one list of latents a row. means: as in Mask."""
+    def mask(self, latents: list[list[int]], means: Float[Tensor, " d_sae"] | None = None) -> Mask:
+        """A Mask from one list of latents per row, which go to the device all at once. means: as in Mask."""
+        counts = torch.tensor([len(ids) for ids in latents])
+        rows = torch.arange(len(latents)).repeat_interleave(counts)
+        ids = torch.tensor(list(itertools.chain.from_iterable(latents)), dtype=torch.long)
+        rows, ids = torch.stack([rows, ids]).to(self.device)
         masked = torch.zeros(len(latents), self.d_sae, dtype=torch.bool, device=self.device)
-        for row, ids in enumerate(latents):
-            masked[row, ids] = True
-        written = None
-        if means is not None and self.bias is not None:
-            written = torch.stack([means[ids].to(self.sae.W_dec) @ self.sae.W_dec[ids] for ids in latents])
+        masked[rows, ids] = True
+        if means is None or self.bias is None:
+            return Mask(masked, means)
+        starts = (counts.cumsum(0) - counts).to(self.device)
+        values = means[ids].to(self.sae.W_dec)
+        written = F.embedding_bag(ids, self.sae.W_dec, starts, mode="sum", per_sample_weights=values)
         return Mask(masked, means, written)
 
     def read(self, residual):

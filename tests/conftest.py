@@ -24,6 +24,8 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             self.refuse(403, "GatedRepo", "Access to this model is restricted.")
         elif "bad-token" in self.path:
             self.refuse(401, None, "Invalid credentials in Authorization header")
+        elif "no-entry" in self.path:
+            self.refuse(404, "EntryNotFound", "Entry not found")
         elif "unreachable" in self.path:
             self.close_connection = True
         else:

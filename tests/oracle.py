@@ -91,6 +91,25 @@ def rank_latents(model, sae, tokenizer, prompt, generated):
     return {"active": active, "topk": topk, "bottomk": bottomk, "scores": scores}
 
 
+def removed_shares(sae, residual, latents, means=None):
+    """What setting the first 1, 2, ... latents to zero (or to their means) takes away: at each position the norm of
+    what they write there, latent by latent from the SAE's own decoding, over the position's norm; then the mean.
+
+    residual: [pos, d_in], the positions that count.
+    """
+    nothing = sae.decode(torch.zeros(1, sae.cfg.d_sae))[0]
+    totals = [0.0] * len(latents)
+    for position in residual:
+        acts = sae.encode(position[None])[0]
+        taken = torch.zeros_like(position)
+        for number, latent in enumerate(latents):
+            alone = torch.zeros(1, sae.cfg.d_sae)
+            alone[0, latent] = acts[latent] if means is None else acts[latent] - means[latent]
+            taken = taken + sae.decode(alone)[0] - nothing
+            totals[number] += float(taken.norm() / position.norm())
+    return [total / max(1, len(residual)) for total in totals]
+
+
 def parse(text):
     match = re.compile(r"\[\s*(.*?)\s*\]").search(text)
     answer = text if match is None else match.group(1)

@@ -60,7 +60,7 @@ def test_parser(text):
 )
 def test_scores(answer, truths, em, f1, accuracy):
     score = questions.score(answer, "", truths)
-    assert score == {"em": em, "f1": pytest.approx(f1), "accuracy": accuracy, "named": 0}
+    assert score == {"em": em, "f1": pytest.approx(f1), "accuracy": accuracy, "named": em}
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,24 @@ def test_scores(answer, truths, em, f1, accuracy):
         ("Orléans", ["orléans."], 1),
         ("the ... [[ ]] a", ["the", "...", "", "[]"], 0),  # nothing is left of these ground truths
         ("", ["Oslo"], 0),
+        # Scripts without spaces between words: whatever stands around it.
+        ("答案是北京。", ["北京"], 1),
+        ("Result = [[ 北京市 ]]", ["北京"], 1),
+        ("in北京now", ["北京"], 1),
+        ("東京と大阪", ["京都", "大阪"], 1),
+        ("กรุงเทพมหานคร", ["กรุงเทพ"], 1),
+        ("在1903年", ["1903"], 1),
+        ("在11903年", ["1903"], 0),
+        ("上海", ["北京"], 0),
+        ("서울특별시", ["서울"], 0),  # Korean has spaces
+        ("हिन्दी", ["हिन्द"], 0),  # and so has Hindi, whose vowel signs are marks
+        ("“Oslo”, they say", ["Oslo"], 1),
     ],
 )
 def test_a_ground_truth_that_is_named(text, truths, named):
     """In the generated text, not in what was parsed as the answer."""
-    assert questions.score("", text, truths)["named"] == named
-    assert questions.score(truths[0], text, truths)["named"] == named
+    assert questions.score("no such thing", text, truths)["named"] == named
+    assert questions.score(truths[0], text, truths)["named"] == 1  # what is right is named
 
 
 def test_scores_are_the_best_over_the_ground_truths():

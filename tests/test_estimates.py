@@ -79,8 +79,19 @@ def test_questions_that_do_not_count():
     counted = keys < 40
     alone = estimates.bootstrap(values[counted, None], keys[counted], 20_000)[:, 0]
     assert [low, high] == pytest.approx(alone, abs=0.03)
-    # One context of four counts: a third of the draws have none of it, and say nothing.
-    assert estimates.bootstrap([[1.0], [NAN], [NAN], [NAN]], [0, 1, 2, 3], 200)[:, 0].tolist() == [1, 1]
+    # Two contexts of four count: some of the draws have none of them, and say nothing.
+    assert estimates.bootstrap([[1.0], [1.0], [NAN], [NAN]], [0, 1, 2, 3], 200)[:, 0].tolist() == [1, 1]
+
+
+def test_one_context_has_no_interval():
+    """What others would give, one context does not say; a width of 0 would say that it is known."""
+    columns = np.array([[1.0, 1.0], [0.0, NAN], [1.0, NAN]])
+    assert np.isnan(estimates.bootstrap(columns, ["x", "x", "x"])).all()
+    low, high = estimates.bootstrap(columns, ["x", "y", "y"]).T.tolist()[0]
+    assert 0.5 <= low < high <= 1
+    assert np.isnan(estimates.bootstrap(columns, ["x", "y", "y"])[:, 1]).all()  # of two, one counts
+    found = estimates.summarize({"em": [1, 0], "f1": [1, 0.5]}, ["x", "x"])
+    assert (found["em"], found["f1"], found["intervals"]) == (50, 75, {"em": None, "f1": None})
 
 
 def test_intervals_cover_the_truth():

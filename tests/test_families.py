@@ -17,7 +17,7 @@ from conftest import load, options, read_journal, run_script
 from sae_lens.saes.sae import SAEMetadata
 
 import common
-from experiment import answers, figure, passes, rankings, splice
+from experiment import UserError, answers, figure, passes, rankings, splice
 
 TOKENS = 8
 HEAD = "Answer the following question based on the context.\nContext:\n{context}\n\nQuestion:\n{question}\n\n"
@@ -512,7 +512,7 @@ def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
 
     count, generated = len(prompts), [answer.tokens for answer in found]
     ids = [str(row) for row in range(count)]
-    sequences = rankings.Sequences(ids, prompts, generated, [3] * count, [[]] * count, range(count), trace)
+    sequences = rankings.Sequences(ids, prompts, generated, [3] * count, [[]] * count, range(count), trace, [])
     for row, means, gradients in zip(
         range(count),
         rankings.rank_by_mean_activation(model, sequences, 0),
@@ -524,3 +524,8 @@ def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
         torch.testing.assert_close(means, torch.tensor(scores), rtol=1e-4, atol=1e-6)
         scores, _ = oracle.gradient_scores(windowed.bridge, sae, ids, generated[row][3])
         torch.testing.assert_close(gradients, scores, rtol=1e-3, atol=1e-3 * float(scores.max()))
+    # What a latent writes depends on what the position was before it was normalised: it is not told.
+    (lists, *_) = rankings.rank(model, "baseline", sequences, 0)
+    assert lists.keys() == {"topk", "bottomk"}
+    with pytest.raises(UserError, match=r"--ranking matched: .*layer_norm"):
+        rankings.refuse_unmeasurable("matched", model.splice)

@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, run_script
 
 import common
-from experiment import answers, figure, guard, passes
+from experiment import answers, figure, guard, passes, rounds
 
 ARGUMENTS = ["--demo", "--limit", "30", "--batch-tokens", "500"]  # six batches
 TWO = ["--ranking", "baseline", "gradsae"]
@@ -273,7 +273,6 @@ def test_other_options_do_not_go_on(scripts, tmp_path, monkeypatch, capsys):
         "sae_dtype": ["--sae-dtype", "float16"],
         "error_term": ["--error-term", "keep"],
         "exclude_special_tokens": ["--exclude-special-tokens"],
-        "dataset": ["--dataset", ROOT / "demo" / "questions.jsonl"],
     }
     for name, more in others.items():
         code, out, err = run_script("baseline", [*arguments, *more], monkeypatch, capsys)
@@ -636,14 +635,14 @@ def test_out_of_memory(roomy, demo, tmp_path, monkeypatch, capsys, script, kind,
 
 
 @pytest.mark.parametrize("error, most", [(RuntimeError("shapes cannot be multiplied"), 7), (ERRORS["PyTorch"], 0)])
-def test_other_errors_are_raised(roomy, demo, tmp_path, monkeypatch, error, most):
-    """One that is not about memory at once; one that is, when a batch of one does not fit. Nothing is lost by it."""
+def test_what_no_split_helps_ends_the_round(roomy, demo, tmp_path, monkeypatch, capsys, error, most):
+    """An error that is not about memory is raised at once; where a batch of one does not fit, a line says what helps.
+    Nothing is lost by either."""
     before, after, enough = roomy["baseline_after_false"]
     folder = lay_out(tmp_path / "out", before)
     hasten(monkeypatch, demo[0])
     memory = Memory(monkeypatch)
-    monkeypatch.setattr(sys, "argv", ["baseline_after_false", *WIDE, *TWO, "--output-dir", str(folder)])
-    script = __import__("baseline_after_false")
+    command = "baseline_after_false", [*WIDE, *TWO, "--output-dir", folder], monkeypatch, capsys
 
     def fail_from_the_second_batch(model, prompts, *arguments, then=answers.answer_masked):
         if memory.work:
@@ -651,9 +650,15 @@ def test_other_errors_are_raised(roomy, demo, tmp_path, monkeypatch, error, most
         return then(model, prompts, *arguments)
 
     monkeypatch.setattr(answers, "answer_masked", fail_from_the_second_batch)
-    with pytest.raises(RuntimeError) as caught:
-        script.main()
-    assert caught.value is error
+    if most == 0:
+        code, out, err = run_script(*command)
+        assert (code, out) == (2, "")
+        assert re.match(r"baseline_after_false.py: out of memory, .*--device-map auto", err.splitlines()[-1])
+        assert "what was finished is kept" in err and "Traceback" not in err
+    else:
+        with pytest.raises(RuntimeError) as caught:
+            run_script(*command)
+        assert caught.value is error
     first, *rest = memory.sizes("answer_masked")
     whole_size = enough.sizes("answer_masked")[1][0]
     tried = [whole_size]
@@ -664,6 +669,71 @@ def test_other_errors_are_raised(roomy, demo, tmp_path, monkeypatch, error, most
     assert len(lines) == 1 + first[0]
     monkeypatch.undo()
     hasten(monkeypatch, demo[0])
-    monkeypatch.setattr(sys, "argv", ["baseline_after_false", *WIDE, *TWO, "--output-dir", str(folder)])
-    script.main()
+    assert run_script("baseline_after_false", *command[1:])[0] == 0
     assert contents(folder) == after
+
+
+def test_a_gradient_that_does_not_fit_splits_the_batch_around_it(roomy, demo, tmp_path, monkeypatch, capsys):
+    """One question's gradient, while what the whole batch has seen is in memory: with half of that it may fit."""
+    _, after, enough = roomy["baseline"]
+    hasten(monkeypatch, demo[0])
+    memory = Memory(monkeypatch, "gradient", 0, ERRORS["PyTorch"])
+
+    def fit_in_half_a_batch(model, prompts, *arguments, then=answers.answer):
+        memory.most = 0 if len(prompts) > 10 else 100
+        return then(model, prompts, *arguments)
+
+    monkeypatch.setattr(answers, "answer", fit_in_half_a_batch)
+    code, _, err = run_script("baseline", [*WIDE, *TWO, "--output-dir", tmp_path], monkeypatch, capsys)
+    assert code == 0, err
+    assert_same(tmp_path, after)
+    expected = []
+    for size, _ in enough.sizes("answer"):
+        expected += halve(size, lambda n: n <= 10)
+    assert [size for size, _ in memory.sizes("answer")] == [size for size, _ in expected]
+
+
+def test_no_memory_for_the_model(tmp_path, monkeypatch, capsys):
+    def load(options, tokenizer):
+        raise ERRORS["PyTorch"]
+
+    monkeypatch.setattr(common, "load", load)
+    code, out, err = run_script("baseline", [*WIDE, "--output-dir", tmp_path / "out"], monkeypatch, capsys)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert "baseline.py: out of memory" in err and "--device-map auto" in err
+    assert not contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_bar_moves_with_every_mask(roomy, demo, tmp_path, monkeypatch, capsys, fails):
+    """By the answers under it; what a batch that is split has to begin again is taken back."""
+    before, _, enough = roomy["baseline_after_false"]
+    folder = lay_out(tmp_path / "out", before)
+    hasten(monkeypatch, demo[0])
+    moves, above = [], []
+
+    class Bar(rounds.tqdm):
+        def update(self, n=1):
+            moves.append(n)
+            return super().update(n)
+
+    def run(model, ids, *arguments, then=passes.SplicedModel.run, **named):
+        is_above = len(arguments) > 4  # what the layer at the boundary reads is given
+        above.extend([len(ids)] * is_above)
+        if fails and is_above and len(above) == 2:
+            raise ERRORS["PyTorch"]
+        return then(model, ids, *arguments, **named)
+
+    monkeypatch.setattr(rounds, "tqdm", Bar)
+    monkeypatch.setattr(passes.SplicedModel, "run", run)
+    arguments = [*WIDE, *TWO, "--k", "0", "1", "--output-dir", folder]  # K = 0 is one mask for both rankings
+    code, _, err = run_script("baseline_after_false", arguments, monkeypatch, capsys)
+    assert code == 0, err
+    sizes = [size for size, _ in enough.sizes("answer_masked")]
+    expected = []
+    if fails:
+        expected += [2 * sizes[0], -2 * sizes[0]]
+        sizes[:1] = [sizes[0] // 2, sizes[0] - sizes[0] // 2]
+    for size in sizes:
+        expected += [2 * size, size, size]
+    assert [n for n in moves if n] == expected

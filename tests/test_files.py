@@ -10,11 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiment import UserError, journal, questions, results
+from experiment import UserError, journal, provenance, questions, results
 
 SHIPPED = Path(__file__).resolve().parent.parent / "activations_baseline.json"
 RUN = json.loads(SHIPPED.read_text())["run"]
 SAMPLE = {"id": "questions-000-0", "answer": "a", "em": 1.0, "f1": 1.0, "active": [1, 2], "topk": [1], "bottomk": [2]}
+FULL = SAMPLE | {"tokens": [3], "inside": [0], "log_probs": [-0.1], "removed_topk": [0.1], "target_topk": [0.2]}
+HUB = {name: value for name, value in RUN.items() if not name.endswith("_digest")}
+HUB |= {"model": "gemma-2-9b-it", "sae_release": "gemma-scope-9b-it-res-canonical"}
+HUB |= {"sae_id": "layer_9/width_131k/canonical"}
 THEIRS = {"original": [1, 2], "have_gradient": [1], "no_gradient": [2]}
 
 
@@ -139,7 +143,7 @@ RESULTS = {
     "f1 a list": (with_entry(f1=[60.0]), "holds an entry that is damaged (f1 is not a number)"),
     "accuracy true": (with_entry(accuracy=True), "holds an entry that is damaged (accuracy is not a number)"),
     "no intervals": (json.dumps([without("intervals")]), "holds an entry that is damaged (intervals is not"),
-    "another run's": (with_entry(run=RUN | {"model": "other"}), 'model "other"'),
+    "another run's": (with_entry(run=RUN | {"model_digest": "0" * 64}), 'model "demo/model" (content 00000000)'),
 }
 
 
@@ -183,57 +187,96 @@ def test_bad_results(case, overwrite, tmp_path):
 @pytest.mark.parametrize(
     "field, value, says",
     [
-        ("model", "gemma-2-9b-it", 'model "gemma-2-9b-it", now "demo/model"'),
-        ("sae_release", "other", 'sae_release "other", now "demo/sae"'),
-        ("sae_id", "layer_20", 'sae_id "layer_20", now ""'),
+        ("model", "gemma-2-9b", 'model "google/gemma-2-9b", now "google/gemma-2-9b-it"'),
+        ("sae_release", "other", 'sae_release "other", now "gemma-scope-9b-it-res-canonical"'),
+        ("sae_id", "layer_20", 'sae_id "layer_20", now "layer_9/width_131k/canonical"'),
         ("hook_name", "blocks.2.hook_resid_post", "hook_name"),
         ("d_sae", 7, "d_sae 7, now 512"),
-        ("ranking", "gradsae", 'ranking "gradsae", now "baseline"'),
         ("dtype", "float16", 'dtype "float16", now "float32"'),
         ("sae_dtype", "tf32", 'sae_dtype "tf32", now "float32"'),
         ("error_term", "keep", 'error_term "keep", now "drop"'),
-        ("dataset", "rajpurkar/squad", "dataset"),
-        ("split", "train", 'split "train", now null'),
         ("exclude_special_tokens", True, "exclude_special_tokens true, now false"),
-        ("questions", "0" * 64, 'questions "000000000000000000000000000...'),
+        ("questions", "0" * 64, "questions 00000000, now 044a8f20"),
         ("prompt_template", "{context}{question}", 'prompt_template "{context}{question}", now "<start_of_turn>user'),
         ("max_new_tokens", 12, "max_new_tokens 12, now 50"),
     ],
 )
 def test_another_run(field, value, says, tmp_path):
-    """Each field that is compared makes another run; of results.json's entries all but the ranking."""
-    assert field in results.COMPARED
-    assert results.differences(RUN | {field: value}, RUN, results.COMPARED).startswith(says)
+    """Each setting makes another run, of activations as of results.json's entries."""
+    assert field in provenance.SETTINGS
+    assert provenance.differences(HUB | {field: value}, HUB, provenance.SETTINGS).startswith(says)
     path = tmp_path / "results.json"
-    entry = MASKED | {"run": RUN | {field: value}}
-    results.write_results(path, [UNMASKED, entry])
-    if field == "ranking":
-        assert results.read_results(path, RUN, False) == results.read_results(path, RUN, True) == [UNMASKED, entry]
-    else:
-        line = f"{path}: is of another run ({says}"
-        with pytest.raises(UserError, match=re.escape(line) + ".*repeat its options, or give --output-dir or --over"):
-            results.read_results(path, RUN, False)
-        assert results.read_results(path, RUN, True) == [UNMASKED]
+    of_hub, other = MASKED | {"run": HUB}, MASKED | {"run": HUB | {field: value}}
+    results.write_results(path, [of_hub, other])
+    line = f"{path}: is of another run ({says}"
+    with pytest.raises(UserError, match=re.escape(line) + ".*repeat its options, or give --output-dir or --over"):
+        results.read_results(path, HUB, False)
+    assert results.read_results(path, HUB, True) == [of_hub]
 
 
-def test_every_compared_field_is_tested():
+def test_every_setting_is_tested():
     (cases,) = (mark.args[1] for mark in test_another_run.pytestmark if mark.name == "parametrize")
-    assert [field for field, *_ in cases] == list(results.COMPARED)
+    assert [field for field, *_ in cases] == list(provenance.SETTINGS)
 
 
-def test_same_run():
+def test_same_run(tmp_path):
     """What is only for readers, what older files lack, and what the SAE has yet to say make no other run."""
-    fields = (*results.COMPARED, *results.SELECTED)
-    assert not results.differences(RUN | {"device": "cuda", "batch_tokens": 1, "versions": {}}, RUN, fields)
+
+    def differ(made, wanted):
+        return provenance.differences(made, wanted, provenance.ALL)
+
+    assert not differ(RUN | {"device": "cuda", "batch_tokens": 1, "versions": {}}, RUN)
     older = without("error_term", RUN)
-    assert not results.differences(older, RUN, fields)
-    assert results.differences(older, RUN | {"error_term": "keep"}, fields) == 'error_term "drop", now "keep"'
+    assert not differ(older, RUN)
+    assert differ(older, RUN | {"error_term": "keep"}) == 'error_term "drop", now "keep"'
     early = {name: value for name, value in RUN.items() if name not in ("hook_name", "d_sae")}
-    assert not results.differences(RUN, early, fields) and not results.differences(early, RUN, fields)
-    assert not results.differences(RUN, RUN | {"ranking_seed": 7}, fields)
-    assert (
-        results.differences(RUN | {"ranking_seed": 7}, RUN | {"ranking_seed": 42}, fields) == "ranking_seed 7, now 42"
-    )
+    assert not differ(RUN, early) and not differ(early, RUN)
+    assert not differ(RUN, RUN | {"ranking_seed": 7})
+    assert differ(RUN | {"ranking_seed": 7}, RUN | {"ranking_seed": 42}) == "ranking_seed 7, now 42"
+    assert differ(RUN | {"limit": 7}, RUN) == "limit 7, now none"
+    # Other rankings stand in the same results.json.
+    entries = [UNMASKED, MASKED | {"run": RUN | {"ranking": "gradsae"}}]
+    results.write_results(tmp_path / "results.json", entries)
+    assert results.read_results(tmp_path / "results.json", RUN, False) == entries
+
+
+def test_a_run_goes_by_content_and_not_by_spelling():
+    """Of folders, of models' names on the Hub, and of data sets; zero ablation and mean ablation are two runs."""
+    spelled = RUN | {"model": "./demo/model/", "sae_release": "demo", "sae_id": "sae", "dataset": "d.jsonl"}
+    spelled |= {"split": "train"}
+    assert provenance.depends_on(spelled) == provenance.depends_on(RUN)
+    official = provenance.depends_on(HUB | {"model": "google/gemma-2-9b-it"})
+    assert official == provenance.depends_on(HUB) != provenance.depends_on(RUN)
+    for digest, name in (("model_digest", "model"), ("sae_digest", "sae_release")):
+        other = RUN | {digest: "0" * 64}
+        says = f'{name} "{RUN[name]}" (content 00000000), now "{RUN[name]}" (content {RUN[digest][:8]})'
+        assert provenance.differences(other, RUN, provenance.ALL) == says
+    older = RUN | {"masked": "topk"}
+    assert provenance.differences(older, older | {"ablation": "zero"}, provenance.ALL) == ""
+    says = provenance.differences(older, older | {"ablation": "mean"}, provenance.ALL)
+    assert says == 'ablation "zero", now "mean"'
+
+
+def test_digest_of_a_folder(tmp_path):
+    """Of what a round reads there, whatever the folder is called; not of what somebody has it write there."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for file in ("cfg.json", "sae_weights.safetensors"):
+            write(tmp_path / name / file, file)
+    digest = provenance.digest_folder(tmp_path / "a")
+    assert digest == provenance.digest_folder(tmp_path / "b")
+    for file in ("results.json", "activations_baseline.json", "means.json", "README.md", "predictions_false.jsonl"):
+        write(tmp_path / "b" / file, "")
+    assert digest == provenance.digest_folder(tmp_path / "b")
+    for file in (
+        "cfg.json",
+        "tokenizer.json",
+        "model-1-of-2.safetensors",
+        "generation_config.json",
+        "vocab.txt",
+    ):
+        write(tmp_path / "b" / file, "changed")
+        assert digest != (digest := provenance.digest_folder(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("field, value", [("limit", 5), ("sample", 5), ("seed", 7), ("ranking_seed", 7)])
@@ -285,22 +328,25 @@ def test_the_authors_file(tmp_path):
 
 
 def test_no_activations(tmp_path):
-    with pytest.raises(UserError, match="none.json: there is no such file: run baseline.py first, or give --activat"):
+    with pytest.raises(UserError, match="none.json: cannot be read .No such file"):
         results.read_activations(tmp_path / "none.json")
     with pytest.raises(UserError, match=f"{tmp_path}: cannot be read"):
         results.read_activations(tmp_path)
 
 
 def test_digest():
-    """It hangs on the fields' values and on the order of samples and latents, and on nothing else."""
-    samples = [SAMPLE, SAMPLE | {"id": "2", "topk": [3, 4]}]
-    digest = results.digest(iter(samples), "id", "topk", "bottomk")
+    """It hangs on all that a masked round uses, on the order of latents, and on which questions; on nothing else."""
+    samples = {"1": FULL, "2": FULL | {"id": "2", "topk": [3, 4]}}
+    digest = provenance.digest_samples(samples, "topk", ["1", "2"])
     assert re.fullmatch("[0-9a-f]{64}", digest)
-    assert digest == results.digest([sample | {"answer": "b", "x": 1} for sample in samples], "id", "topk", "bottomk")
-    swapped = SAMPLE | {"topk": SAMPLE["bottomk"], "bottomk": SAMPLE["topk"]}
-    others = [samples[::-1], samples[:1], [swapped, samples[1]]]
-    others += [[SAMPLE, samples[1] | {"topk": [4, 3]}], [SAMPLE, samples[1] | {"id": "3"}]]
-    assert digest not in [results.digest(other, "id", "topk", "bottomk") for other in others]
+    same = {name: sample | {"bottomk": [9], "removed_bottomk": [0.5], "x": 1} for name, sample in samples.items()}
+    assert digest == provenance.digest_samples(same | {"3": FULL}, "topk", ["1", "2", "4"])
+    others = [FULL | {"topk": [4, 3]}, FULL | {"active": [1]}, FULL | {"tokens": [7]}, FULL | {"inside": [1]}]
+    others += [FULL | {"removed_topk": [0.5]}, FULL | {"target_topk": [0.5]}, FULL | {"log_probs": [-1.0]}]
+    others = [provenance.digest_samples(samples | {"2": other}, "topk", ["1", "2"]) for other in others]
+    others += [provenance.digest_samples(samples, "topk", ids) for ids in (["1"], ["2", "1"])]
+    others += [provenance.digest_samples(samples, "bottomk", ["1", "2"])]
+    assert len({digest, *others}) == 1 + len(others)
 
 
 def test_results_come_back(tmp_path):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, options
+from conftest import ROOT, options, read_journal
 from test_rounds import run_rounds
 
 from experiment import answers
@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import workloads  # noqa: E402
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices")
 SEVERAL_K = ("50%", "10", "1")
 
 
@@ -25,6 +26,21 @@ def test_demo_rounds_in_float16_on_cuda(tmp_path, monkeypatch, capsys):
     kept = sum("active" in record for record in found["baseline"].values())
     assert kept >= 0.8 * len(found["baseline"])
     assert len(found["false"]) == len(found["true"]) == kept
+
+
+@needs_two
+def test_gradient_rankings_on_several_gpus(tmp_path, monkeypatch, capsys):
+    """Spread by the library, the layers above the SAE on another GPU than the SAE: as on one."""
+    given = ("--limit", 30, "--ranking", "baseline", "gradsae", "gradsae-answer", "--device", "cuda")
+    one, several = tmp_path / "one", tmp_path / "several"
+    run_rounds(one, monkeypatch, capsys, *given)
+    run_rounds(several, monkeypatch, capsys, *given, "--device-map", "auto")
+    for name in ("gradsae", "gradsae-answer"):
+        _, expected = read_journal(one / f"predictions_{name}.jsonl")
+        _, found = read_journal(several / f"predictions_{name}.jsonl")
+        for question_id, record in expected.items():
+            assert found[question_id]["text"] == record["text"]
+            assert found[question_id].get("topk", [])[:6] == record.get("topk", [])[:6]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import json
 import pytest
 from conftest import ROOT, run_script
 
+from experiment import rankings
+
 ROW = {"id": "1", "context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}}
 DATA = {  # name: (file name, content, what the line says)
     "empty jsonl": ("d.jsonl", "", "no question"),
@@ -16,12 +18,18 @@ DATA = {  # name: (file name, content, what the line says)
     "second line no json": ("d.jsonl", json.dumps(ROW) + "\nnonsense\n", "line 2: is not JSON"),
     "a number a line": ("d.jsonl", "1\n", "line 1: lacks one"),
     "no id": ("d.jsonl", json.dumps({k: v for k, v in ROW.items() if k != "id"}), "'id'"),
-    "id a number": ("d.jsonl", json.dumps(ROW | {"id": 1}), "must be strings"),
+    "id a fraction": ("d.jsonl", json.dumps(ROW | {"id": 1.5}), "the id a string or a whole number"),
+    "id a truth value": ("d.jsonl", json.dumps(ROW | {"id": True}), "the id a string or a whole number"),
     "no context": ("d.jsonl", json.dumps({k: v for k, v in ROW.items() if k != "context"}), "'context'"),
-    "no answers": ("d.jsonl", json.dumps(ROW | {"answers": None}), "lacks one"),
-    "answers a text": ("d.jsonl", json.dumps(ROW | {"answers": {"text": "a"}}), "must be strings"),
+    "no answers": ("d.jsonl", json.dumps({k: v for k, v in ROW.items() if k != "answers"}), "'answers'"),
+    "answers a number": ("d.jsonl", json.dumps(ROW | {"answers": 3}), "must be strings"),
+    "answers without texts": ("d.jsonl", json.dumps(ROW | {"answers": [{"answer_start": 3}]}), "'text'"),
+    "a text as is_impossible": ("d.jsonl", json.dumps(ROW | {"is_impossible": "false"}), "must be true or false"),
     "id twice": ("d.jsonl", json.dumps(ROW) + "\n" + json.dumps(ROW), "line 2: the id '1' stands twice"),
     "all unanswerable": ("d.jsonl", json.dumps(ROW | {"answers": {"text": []}}), "no question with a ground truth"),
+    "all blank": ("d.jsonl", json.dumps(ROW | {"answers": ["", " \n"]}), "no question with a ground truth"),
+    "cell of neither kind": ("d.csv", "id,context,question,answers\n1,c,q,{a\n", "row 1: the answers are neither"),
+    "not what its name says": ("d.parquet", "nonsense", "d.parquet"),
     "half a character": ("d.jsonl", json.dumps(ROW | {"id": "\ud800"}), "half a character"),
     "not utf-8": ("d.jsonl", b'{"id": "\xff"}', "line 1: is not JSON"),
     "json: a number": ("d.json", "7", "neither a list"),
@@ -32,11 +40,12 @@ DATA = {  # name: (file name, content, what the line says)
     "overlong": (
         "d.jsonl",
         json.dumps(ROW | {"id": "the long one", "context": "The harp. " * 300}),
-        "question the long one: its prompt of 942 tokens and an answer of 50 do not fit",
+        "no selected question fits the model's context of 512 tokens, with an answer of 50",
     ),
 }
 SAMPLE = {"id": "questions-000-0", "answer": "a", "em": 1.0, "f1": 1.0, "active": [1, 2], "topk": [1], "bottomk": [2]}
 RUN = json.loads((ROOT / "activations_baseline.json").read_text())["run"]
+OTHER = RUN | {"model": "other", "model_digest": "0" * 64}
 THEIRS = {"original": [1], "have_gradient": [1], "no_gradient": [1]}
 RECORD = {"id": "questions-000-0", "text": "t", "answer": "a", "em": 1.0, "f1": 1.0, "accuracy": 1.0, "named": 1.0}
 ENTRY = {"run": RUN, "round": "false", "k": "50%", "population": "0f", "intervals": {}, "n": 1}
@@ -51,14 +60,18 @@ ACTIVATIONS = {
     "no json": ("{", "is not JSON"),
     "no run": (json.dumps({"samples": [SAMPLE]}), "names no run"),
     "topk negative": (activations(topk=[-1]), "sample 1: topk is not a list of latents"),
-    "another model": (activations({"model": "gemma-2-9b-it"}), 'model "gemma-2-9b-it", now "demo/model"'),
-    "another SAE": (activations({"sae_id": "layer_20"}), 'sae_id "layer_20"'),
+    "another model": (
+        activations({"model_digest": "0" * 64}),
+        'model "demo/model" (content 00000000), now "demo/model"',
+    ),
+    "another SAE": (activations({"sae_digest": "0" * 64}), 'sae_release "demo/sae" (content 00000000), now "demo/sae"'),
     "another ranking": (activations({"ranking": "gradsae"}), 'ranking "gradsae", now "baseline"'),
     "another way to splice": (activations({"error_term": "keep"}), 'error_term "keep", now "drop"'),
     "other questions": (activations({"questions": "0" * 64}), "questions"),
     "another dtype": (activations({"dtype": "float16"}), 'dtype "float16"'),
     "another prompt": (activations({"prompt_template": "{context}{question}"}), "prompt_template"),
     "lists of different lengths": (activations(removed_topk=[]), "sample 1: removed_topk is not as long as topk"),
+    "a limit that is none": (activations({"limit": "all"}), "its run is damaged (limit is not a whole number)"),
     "none of these questions": (activations(id="of another data set"), "none of its questions"),
     "theirs: no lists": ('[{"prompt": {}}]', "sample 1: active is not a list"),
     "theirs: other prompts": (json.dumps([{"prompt": THEIRS}]), "none of its questions"),
@@ -77,19 +90,19 @@ OF_THE_ROUND = {  # what stands in round 1's way: file name, content, what the l
     "journal empty": ("predictions_baseline.jsonl", "", "line 1: is damaged"),
     "journal of another run": (
         "predictions_baseline.jsonl",
-        json.dumps({"run": RUN | {"model": "other"}}) + "\n" + json.dumps(RECORD) + "\n",
-        'model "other", now "demo/model"',
+        json.dumps({"run": OTHER}) + "\n" + json.dumps(RECORD) + "\n",
+        'model "other" (content 00000000), now "demo/model" (content ',
     ),
     "part of another run": (
         "predictions_baseline.part1.jsonl",
-        json.dumps({"run": RUN | {"limit": 7}}) + "\n",
-        "limit 7, now null",
+        json.dumps({"run": RUN | {"max_new_tokens": 7}}) + "\n",
+        "max_new_tokens 7, now 50",
     ),
     "results no json": ("results.json", "[", "is not JSON"),
     "results an object": ("results.json", "{}", "is not a file of results"),
     "results of another run": (
         "results.json",
-        json.dumps([ENTRY | {"run": RUN | {"model": "other"}}]),
+        json.dumps([ENTRY | {"run": OTHER}]),
         'model "other"',
     ),
     "activations of another run": (
@@ -97,7 +110,11 @@ OF_THE_ROUND = {  # what stands in round 1's way: file name, content, what the l
         activations({"dtype": "float16"}),
         'dtype "float16", now "float32"',
     ),
-    "activations of another limit": ("activations_baseline.json", activations({"limit": 7}), "limit 7, now null"),
+    "activations of another length": (
+        "activations_baseline.json",
+        activations({"max_new_tokens": 7}),
+        "max_new_tokens 7, now 50",
+    ),
     "the authors' activations": ("activations_baseline.json", json.dumps([{"p": THEIRS}]), "the authors' published"),
     "something else": ("activations_baseline.json", "my notes", "is not JSON"),
 }
@@ -167,9 +184,8 @@ def test_files_of_another_round(case, refused, tmp_path, monkeypatch):
 
 def test_results_of_another_run_beside_its_journal(refused, tmp_path):
     """They make way only for the run whose journal is there: one that an interrupted --overwrite left."""
-    other = RUN | {"model": "other"}
-    write(tmp_path / "predictions_baseline.jsonl", json.dumps({"run": other}) + "\n" + json.dumps(RECORD) + "\n")
-    write(tmp_path / "results.json", json.dumps([ENTRY | {"run": other}]))
+    write(tmp_path / "predictions_baseline.jsonl", json.dumps({"run": OTHER}) + "\n" + json.dumps(RECORD) + "\n")
+    write(tmp_path / "results.json", json.dumps([ENTRY | {"run": OTHER}]))
     refused("baseline_after_false", [], "results.json: is of another run")
 
 
@@ -195,7 +211,8 @@ def test_k(k, refused):
     ],
 )
 def test_no_activations(arguments, named, refused, tmp_path):
-    line = refused("baseline_after_true", arguments, f"{named}: there is no such file: run baseline.py first")
+    line = refused("baseline_after_true", arguments, f"{named}: there is no such file: ")
+    assert "run this first: python baseline.py --demo" in line and "--activations none.json" not in line
     assert named == "none.json" or str(tmp_path / named) in line
 
 
@@ -203,7 +220,7 @@ def test_rankings_of_different_questions(refused, tmp_path):
     write(tmp_path / "activations_baseline.json", activations())
     write(tmp_path / "activations_gradsae.json", activations({"ranking": "gradsae"}, id="questions-000-1"))
     arguments = ["--ranking", "baseline", "gradsae"]
-    refused("baseline_after_false", arguments, "the activations files are of different questions")
+    refused("baseline_after_false", arguments, "are of different unmasked answers (question questions-000-0)")
 
 
 def test_output_folder_that_is_a_file(refused, tmp_path):
@@ -219,24 +236,56 @@ def test_logits_that_are_not_finite(refused, tmp_path):
     refused("baseline", ["--sae-release", tmp_path / "sae", "--limit", "5"], "not finite")
 
 
+def test_scores_that_are_not_numbers(refused, monkeypatch):
+    """A ranking of one's own that gives NaN for some latents: they would stand first in every list."""
+    rank = rankings.RANKINGS["baseline"]
+
+    def rank_with_nan(model, sequences, seed):
+        scores = rank(model, sequences, seed)
+        scores[1:, 7] = float("nan")
+        return scores
+
+    monkeypatch.setitem(rankings.RANKINGS, "mine", rank_with_nan)
+    refused(
+        "baseline", ["--ranking", "mine", "--limit", "5"], "--ranking mine: gives scores that are not a number (NaN)"
+    )
+
+
+def test_matched_with_an_sae_that_normalizes(refused, tmp_path):
+    """What its latents remove is not known. Refused once the SAE is loaded."""
+    from test_loading import save_sae
+
+    save_sae(tmp_path / "sae")
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    config["normalize_activations"] = "constant_norm_rescale"
+    write(tmp_path / "sae" / "cfg.json", json.dumps(config))
+    says = "--ranking matched: what a latent of this SAE removes is not known"
+    assert "constant_norm_rescale" in refused(
+        "baseline", ["--sae-release", tmp_path / "sae", "--ranking", "matched"], says
+    )
+
+
 @pytest.mark.parametrize("fields", [{}, {"removed_topk": [0.5]}, {"target_topk": [0.5]}], ids=str)
 def test_matched_to_nothing(fields, refused, tmp_path, monkeypatch):
     monkeypatch.setattr("common.load", None)
     write(tmp_path / "activations_matched.json", activations({"ranking": "matched"}, **fields))
-    says = "activations_matched.json: does not say what the baseline's latents remove: run baseline.py again"
+    says = "activations_matched.json: does not say what the baseline's latents remove: run this first: python"
     refused("baseline_after_false", ["--ranking", "matched"], says)
 
 
 MEANS = {
-    "not there": (None, "there is no such file: run baseline.py with --ablation mean first"),
+    "not there": (
+        None,
+        "there is no such file: run this first: python baseline.py --demo --ablation mean --output",
+    ),
     "no json": ("{", "is not JSON"),
     "a list": ("[]", "is damaged"),
     "no means": (json.dumps({"run": RUN}), "is damaged"),
     "run a number": (json.dumps({"run": 3, "means": [0.0] * 512}), "is damaged"),
     "texts": (json.dumps({"run": RUN, "means": ["a"] * 512}), "is damaged"),
-    "not numbers": (json.dumps({"run": RUN, "means": [float("nan")] * 512}), "is damaged, or of another SAE"),
+    "not numbers": (json.dumps({"run": RUN, "means": [float("nan")] * 512}), "is damaged"),
     "beyond floats": (json.dumps({"run": RUN, "means": [10**400] * 512}), "is damaged"),
-    "too few": (json.dumps({"run": RUN, "means": [0.0] * 511}), "is damaged, or of another SAE"),
+    "too few": (json.dumps({"run": RUN, "means": [0.0] * 511}), "is of another SAE"),
     "of another run": (json.dumps({"run": RUN | {"dtype": "float16"}, "means": [0.0] * 512}), 'dtype "float16"'),
 }
 

@@ -21,6 +21,7 @@ DEFAULTS = {
     "sae_id": "layer_9/width_131k/canonical",
     "dataset": "rajpurkar/squad",
     "split": "validation",
+    "dataset_config": None,
     "limit": None,
     "sample": None,
     "seed": 42,
@@ -41,6 +42,7 @@ DEFAULTS = {
     "overwrite": False,
     "token_file": None,
 }
+ID = DEFAULTS["sae_id"]
 DEMO = {
     "demo": True,
     "model": "demo/model",
@@ -95,7 +97,7 @@ def test_default_options_resolve():
 def test_what_is_given_counts(demo, tmp_path):
     given = {
         "dataset": "a/b", "split": "test", "limit": 3, "seed": 7, "prompt_template": "chatml", "error_term": "keep",
-        "device": "cuda:1", "device_map": "auto", "dtype": "bfloat16", "sae_dtype": "tf32", "batch_tokens": 9,
+        "device": "cuda", "device_map": "auto", "dtype": "bfloat16", "sae_dtype": "tf32", "batch_tokens": 9,
         "max_new_tokens": 8, "activations": tmp_path / "a.json", "output_dir": tmp_path, "ranking": "baseline",
         "token_file": ROOT / "ruff.toml",
     }  # fmt: skip
@@ -185,6 +187,7 @@ print(*({"torch", "transformers", "datasets", "sae_lens", "transformer_lens", "p
         (["--demo", "--sae-dtype", "tf32"], "--sae-dtype tf32: only a CUDA device has it, not cpu"),
         (["--error-term", "half"], "--error-term: invalid choice"),
         (["--device-map", "balanced"], "--device-map: invalid choice"),
+        (["--device-map", "auto", "--device", "cuda:1"], "spreads the model over all GPUs: leave --device cuda:1 out"),
         (["--token-file", "missing.txt"], "missing.txt: there is no such file"),
         (["--ranking", "baseline", "--ranking"], "--ranking"),
         (["--k"], "--k"),
@@ -195,6 +198,17 @@ def test_mistakes_get_one_line(arguments, says, capsys):
         parse(*arguments)
     assert says in str(error.value) and "\n" not in str(error.value) and "usage" not in str(error.value)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["model", "sae-release", "sae-id", "dataset", "split"])
+def test_names_that_no_file_can_hold(name):
+    """Bytes of a path that are no characters: refused at once, for names stand in the files of a round. What only
+    leads to a file may be any path there is."""
+    shown = f"--{name} caf\\\\udce9: holds bytes that are no characters in this locale"
+    with pytest.raises(UserError, match=shown):
+        parse("--demo", "--sae-release", "demo/sae", f"--{name}", "caf\udce9")
+    assert parse("--demo", "--output-dir", "caf\udce9").output_dir == Path("caf\udce9")
+    assert parse("--demo", "--dataset", "café.jsonl").dataset == "café.jsonl"
 
 
 def test_k():
@@ -245,8 +259,9 @@ def test_bundled_files_are_found_from_anywhere(tmp_path, monkeypatch):
 
 def test_output_folder_is_named_after_what_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("saes/mine/layer_1", "models/small", "model"):
+    for folder in ("saes/mine/layer_1", "models/small", "model", "data/my.questions"):
         (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "mine.jsonl").touch()
     sae = ["--sae-release", "gemma-scope-2-4b-it-res", "--sae-id", "layer_17_width_16k_l0_medium"]
     expected = {
         (): "gemma-2-9b-it/gemma-scope-9b-it-res-canonical/layer_9_width_131k_canonical",
@@ -267,6 +282,16 @@ def test_output_folder_is_named_after_what_is_run(tmp_path, monkeypatch):
         ("--demo", "--sae-release", "saes/mine", "--error-term", "keep"): "model/mine_error_term_keep",
         ("--demo", "--model", "models/small"): "small/sae",
         ("--model", "demo/model", "--sae-release", "demo/sae"): "model/sae",
+        ("--demo", "--dataset", "demo/questions.jsonl"): "demo",
+        ("--demo", "--dataset", "mine.jsonl"): "demo_mine",
+        ("--demo", "--dataset", tmp_path / "mine.jsonl"): "demo_mine",
+        ("--demo", "--dataset", "data/my.questions/"): "demo_my.questions",
+        ("--demo", "--dataset", "mine.jsonl", "--error-term", "keep"): "model/sae_error_term_keep_mine",
+        ("--dataset", "rajpurkar/squad_v2"):
+            "gemma-2-9b-it/gemma-scope-9b-it-res-canonical/layer_9_width_131k_canonical_rajpurkar_squad_v2",
+        ("--dataset", "rajpurkar/squad"):
+            "gemma-2-9b-it/gemma-scope-9b-it-res-canonical/layer_9_width_131k_canonical",
+        ("--model", "models/small", "--sae-release", "saes/mine", "--dataset", "mine.jsonl"): "small/mine_mine",
     }  # fmt: skip
     for arguments, folder in expected.items():
         assert parse(*arguments).output_dir == Path("runs", folder), arguments
@@ -295,10 +320,21 @@ def test_saes_of_a_release_get_folders_of_their_own():
         ),
         (["--sae-release", "gemma-scope-2-4b-it-res"], "holds 52 SAEs: give --sae-id"),
         (["--model", "gemma-9b"], "not a model TransformerLens knows"),
-        (["--model", "google/gemma-3-4b-it"], "belongs to gemma-2-9b-it, not to google/gemma-3-4b-it"),
+        (
+            ["--model", "google/gemma-3-4b-it", "--sae-release", "gemma-scope-9b-it-res-canonical", "--sae-id", ID],
+            "belongs to gemma-2-9b-it, not to google/gemma-3-4b-it",
+        ),
         (["--sae-release", "llama-3-8b-it-res-jh", "--model", "gemma-2-9b-it"], "belongs to meta-llama"),
         (["--demo", "--sae-release", "gemma-2b-it-res-jb"], "belongs to gemma-2b-it, not to demo/model"),
-        (["--model", "demo/model"], "belongs to gemma-2-9b-it, not to demo/model"),
+        (["--model", "demo/model"], "give --sae-release too, for the default SAE is for gemma-2-9b-it: demo/sae is"),
+        (
+            ["--sae-release", "google/gemma-scope-9b-it-res"],
+            "give the name that SAELens' table has for it: gemma-scope-9b",
+        ),
+        (
+            ["--demo", "--sae-release", "canrager/temporalSAEs"],
+            "has for it: temporal-sae-gemma-2-2b, temporal-sae-llama",
+        ),
         (["--demo", "--sae-release", "gemma-scope-9b-it-res-canonicle", "--sae-id", "x"], "nearest"),
         (["--demo", "--sae-release", "gemma-scope-9b-it-res-canonical", "--sae-id", "layer_9/x"], "not in release"),
     ],
@@ -306,6 +342,44 @@ def test_saes_of_a_release_get_folders_of_their_own():
 def test_names_that_do_not_belong_together(arguments, says):
     with pytest.raises(UserError, match=says):
         parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("google/gemma-3-4b-it", "SAELens' table has gemma-scope-2-4b-it-res-all, gemma-scope-2-4b-it-res, "),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "SAELens' table has llama-3-8b-it-res-jh$"),
+        (
+            "google/gemma-2-2b-it",
+            "SAELens' table has none for it: give a local SAE folder, or a repository on the Hub$",
+        ),
+        ("nobody/a-model", "SAELens' table has none for it"),
+        ("models/gemma-2b-it", "SAELens' table has gemma-2b-it-res-jb$"),
+        ("models/mine", "SAELens' table has none for it"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--sae-id", ID]])
+def test_a_model_alone_asks_for_its_sae(model, says, more, tmp_path, monkeypatch):
+    """The default SAE, of another model, would be downloaded only to be refused. A folder is what its name says."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("gemma-2b-it", "mine", "gemma-2-9b-it"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"--model {model}: give --sae-release too, .*for gemma-2-9b-it: {says}"):
+        parse("--model", model, *more)
+    for same in ("models/gemma-2-9b-it", "gemma-2-9b-it", "google/gemma-2-9b-it"):
+        assert parse("--model", same, *more).sae_release == DEFAULTS["sae_release"]
+    assert parse("--demo", "--model", model).sae_release == "demo/sae"
+
+
+def test_a_repository_of_the_table_is_asked_for_by_its_release():
+    """Its files are SAELens' to convert; a folder of that name is a folder."""
+    for release, entry in catalogue.sae_table().items():
+        if entry["repo_id"] in catalogue.sae_table() or catalogue.is_transcoder(release):
+            continue
+        with pytest.raises(UserError, match="give the name that SAELens' table has for it") as error:
+            parse("--demo", "--sae-release", entry["repo_id"], "--sae-id", entry["saes"][0]["path"])
+        named = catalogue.releases_of_repository(entry["repo_id"])
+        assert release in named and all(name in str(error.value) for name in named[:4])
 
 
 def test_the_table_is_saelens_own():

@@ -270,6 +270,37 @@ def test_terminal_table_fits_in_100_columns(more):
     assert len({line.index("[") for line in first}) == 1
 
 
+def test_a_mean_without_an_interval():
+    """Of questions on one context: the mean stands alone, on the terminal, in the files and in the figure."""
+    entry = masked("baseline", "topk", "1", 80.0)
+    for figures in (entry, entry["clean"], entry["drop"]):
+        figures["intervals"] = dict.fromkeys(figures["intervals"])
+    table = report.frame([entry])
+    assert table.em.tolist() == [99.5, 80.0] and table.em_low.isna().all() and table.f1_drop_high.isna().all()
+    text = report.terminal(table)
+    assert (
+        re.search(r"baseline TopK +1 +595 +80\.00 +19\.50 +80\.00 +19\.50", text) and "[" not in text.split("\n\n")[0]
+    )
+    assert "nan" not in report.to_latex(table) + report.to_csv(table) + text
+    figure = make_figure([entry])
+    assert [container[0].get_ydata().tolist() for container in figure.axes[0].containers] == [[80.0]]
+    figure.draw_without_rendering()
+
+
+def test_matched_masks_that_miss_are_marked():
+    """Where more than a tenth of the questions miss what is to be matched by more than half of it."""
+    entries = [
+        masked("matched", "bottomk", "1", 99.0, n=100, removed=3.5, missed_target=11),
+        masked("matched", "bottomk", "10", 99.0, n=100, removed=4.5, missed_target=10),
+        masked("baseline", "bottomk", "1", 99.0, n=100, removed=0.6, missed_target=None),
+    ]
+    table = report.frame(entries)
+    assert table.missed_target.fillna(-1).tolist() == [-1, -1, 11, 10]
+    text = report.terminal(table)
+    assert " 3.5* " in text and " 4.5  " in text and " 0.6  " in text and "\n*: " in text
+    assert "*" not in report.terminal(report.frame(entries[1:]))
+
+
 def test_notes_are_of_columns_that_are_there():
     plain = masked("baseline", "topk", "1", 80.0)
     assert "removed" not in report.terminal(report.frame([plain])) and "fewer" not in report.terminal(

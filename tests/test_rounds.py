@@ -2,14 +2,15 @@
 
 import csv
 import json
+import re
 
 import oracle
 import pytest
 import torch
-from conftest import ROOT, read_journal, run_script
+from conftest import ROOT, options, read_journal, run_script
 
 import common
-from experiment import prompts, rankings, results
+from experiment import UserError, folders, prompts, rankings, results
 
 ROUNDS = [("baseline", "baseline"), ("baseline_after_false", "false"), ("baseline_after_true", "true")]
 METRICS = ("em", "f1", "accuracy", "named")
@@ -142,7 +143,7 @@ def test_shipped_activations_serve_rounds_2_and_3(full, tmp_path, monkeypatch, c
     assert (ROOT / "activations_baseline.json").read_bytes() == before
     # Of another run it is not used.
     code, out, err = run_script("baseline_after_true", [*given, "--dtype", "bfloat16"], monkeypatch, capsys)
-    assert code == 2 and "there is no such file: run baseline.py first" in err
+    assert code == 2 and "there is no such file: run this first: python baseline.py --demo" in err
 
 
 def test_activations_of_the_earlier_length_are_read(tmp_path, monkeypatch, capsys, full):
@@ -158,7 +159,7 @@ def test_activations_of_the_earlier_length_are_read(tmp_path, monkeypatch, capsy
     (tmp_path / "old.json").write_text(json.dumps(content))
     given = ["--demo", "--limit", 60, "--activations", tmp_path / "old.json", "--output-dir", tmp_path / "out"]
     code, out, err = run_script("baseline_after_false", [*given, "--k", "50%", "500"], monkeypatch, capsys)
-    assert code == 0 and "have fewer than 500 ranked latents" in err
+    assert code == 0 and "baseline's TopK, K = 500: old.json holds fewer latents for" in err
     ours = [read_journal(tmp_path / "out" / f"predictions_false{k}.jsonl")[1] for k in ("", "_k500")]
     assert len(ours[0]) > 50 and [r["text"] for r in ours[0].values()] == [r["text"] for r in ours[1].values()]
     assert all(record["text"] == found["false"][question_id]["text"] for question_id, record in ours[0].items())
@@ -358,6 +359,57 @@ def test_matched_masks_remove_as_much(full, tmp_path, monkeypatch, capsys):
     assert code == 2 and "does not say what the baseline's latents remove" in err
 
 
+def test_more_latents_than_are_stored(tmp_path, monkeypatch, capsys):
+    """That is not TopK of K: round 2 says of which ranking how many are stored, and masks these."""
+    given = ["--demo", "--limit", 12, "--output-dir", tmp_path, "--ranking", "baseline", "random"]
+    assert run_script("baseline", given, monkeypatch, capsys)[0] == 0
+    code, _, err = run_script("baseline_after_false", [*given, "--k", "100", "100000"], monkeypatch, capsys)
+    assert code == 0
+    samples = {name: samples_of(tmp_path / f"activations_{name}.json") for name in ("baseline", "random")}
+    said = [line for line in err.splitlines() if "holds fewer" in line]
+    count = len(samples["baseline"])
+    assert said == [
+        f"{name}'s TopK, K = 100000: activations_{name}.json holds fewer latents for {count} of {count} questions "
+        "(100): these are masked, not K."
+        for name in ("baseline", "random")
+    ]
+    entries = json.loads((tmp_path / "results.json").read_text())
+    assert (
+        {entry["mean_k"] for entry in entries if entry["k"]}
+        == {100}
+        == {len(sample["topk"]) for of_ranking in samples.values() for sample in of_ranking}
+    )
+    # Of a file that holds the percentage's list alone, a number beside it is masked as far as the list goes.
+    run, _ = results.read_activations(tmp_path / "activations_random.json")
+    for sample in samples["random"]:
+        for name in ("topk", "removed_topk"):
+            sample[name] = sample[name][: len(sample["active"]) // 2]
+    results.write_activations(tmp_path / "activations_random.json", run, samples["random"])
+    halves = [len(sample["topk"]) for sample in samples["random"]]
+    given = [*given[:5], "--ranking", "random", "--k", "50"]
+    code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
+    assert code == 0 and f"questions ({min(halves)} to {max(halves)}): these are masked, not K." in err
+
+
+def test_bottomk_of_matched_says_what_it_removes(tmp_path, monkeypatch, capsys):
+    """One latent is more than the baseline's lowest together: the row says how much, and is marked."""
+    given = ["--demo", "--limit", 24, "--output-dir", tmp_path, "--ranking", "baseline", "matched"]
+    assert run_script("baseline", given, monkeypatch, capsys)[0] == 0
+    code, out, err = run_script("baseline_after_true", given, monkeypatch, capsys)
+    assert code == 0, err
+    baseline, matched = (e for e in json.loads((tmp_path / "results.json").read_text()) if e["k"])
+    assert baseline["missed_target"] is None
+    missed, removed = 0, []
+    for sample in samples_of(tmp_path / "activations_matched.json"):
+        target = [0, *sample["target_bottomk"]][len(sample["active"]) // 2]
+        count = next(n for n, value in enumerate([0, *sample["removed_bottomk"]]) if value >= target)
+        removed.append([0, *sample["removed_bottomk"]][count])
+        missed += not 0.5 * target <= removed[-1] <= 1.5 * target
+    assert matched["removed"] == pytest.approx(mean(removed)) and matched["removed"] > baseline["removed"]
+    assert matched["missed_target"] == missed > 0.1 * matched["n"]
+    assert re.search(rf"matched +BottomK +50% .* {matched['removed']:.1f}\* ", out) and "\n*: " in out
+
+
 def test_a_ranking_of_ones_own(tmp_path, monkeypatch, capsys, demo, demo_questions):
     """README's example: mean activation over the answer's positions only. One function, one line."""
 
@@ -420,6 +472,52 @@ def test_nothing_kept(tmp_path, monkeypatch, capsys):
     assert code == 2 and "kept no question" in err and len(err.splitlines()) == 1
 
 
+def test_questions_that_are_too_long(tmp_path, monkeypatch, capsys):
+    """Left out, and counted and named wherever the figures of the others stand, who answer as without them."""
+    rows = [json.loads(line) for line in (ROOT / "demo" / "questions.jsonl").read_text().splitlines()[:8]]
+    too_long = rows[0] | {"id": "<the long one>", "context": "The harp. " * 300}
+    longer = rows[1] | {"id": "longer", "context": rows[1]["context"] + " harp" * 500}
+    found = {}
+    for name, asked in (("without", rows), ("with", [rows[0], too_long, *rows[1:], longer])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+        given = ["--dataset", tmp_path / name / "questions.jsonl"]
+        out, found[name] = run_rounds(tmp_path / name, monkeypatch, capsys, *given)
+        assert ("left out: questions that do not fit" in out) == (name == "with")
+    assert found["with"] == found["without"] and list(found["with"]["baseline"]) == [row["id"] for row in rows]
+
+    entries = json.loads((tmp_path / "with" / "results.json").read_text())
+    assert [entry["left_out"] for entry in entries] == [["<the long one>", "longer"], [], []]
+    assert [entry.get("asked") for entry in entries] == [8, None, None]
+    table = list(csv.DictReader((tmp_path / "with" / "results.csv").read_text().splitlines()))
+    assert [(row["questions"], row["n"], row["left_out"]) for row in table[:2]] == [
+        ("all asked", "8", "2"),
+        ("kept", "8", ""),
+    ]
+    assert "left out, too long for the model&#39;s context" in (tmp_path / "with" / "results.html").read_text()
+    assert "2: &lt;the long one&gt;, longer" in (tmp_path / "with" / "results.html").read_text()
+    assert "left out" not in (tmp_path / "without" / "results.html").read_text()
+
+    monkeypatch.setattr("common.load", None)
+    code, out, err = run_script("baseline", ["--demo", "--output-dir", tmp_path / "with", *given], monkeypatch, capsys)
+    assert code == 0 and "0 right but without any [ to rank at, 2 left out as too long." in out
+    assert "This round is finished" in err
+    says = "2 questions do not fit the model's context of 512 tokens, with an answer of 50: they are left out "
+    assert says + "(<the long one>, longer)" in err
+
+
+def test_a_question_that_just_fits(demo, demo_questions, tmp_path, monkeypatch):
+    """The context holds the prompt and the longest answer, and not a token more."""
+    _, tokenizer = demo
+    question = demo_questions[0]
+    template = common.choose_template("auto", tokenizer)
+    length = len(prompts.tokenize(tokenizer, prompts.build_prompt(template, question.context, question.question)))
+    round_ = common.prepare(options("--limit", 1, "--max-new-tokens", 512 - length))
+    assert (round_.asked, round_.lengths, round_.left_out) == ([question], {question.id: length}, [])
+    with pytest.raises(UserError, match="no selected question fits the model's context of 512 tokens"):
+        common.prepare(options("--limit", 1, "--max-new-tokens", 513 - length))
+
+
 def test_nothing_in_the_brackets(tmp_path, monkeypatch, capsys, demo):
     """gradsae-answer has no score then: the question stays, its lists are empty, and the table says for how many."""
     monkeypatch.setattr(prompts, "find_answer", lambda tokenizer, tokens: [])
@@ -427,7 +525,10 @@ def test_nothing_in_the_brackets(tmp_path, monkeypatch, capsys, demo):
     assert run_script("baseline", given, monkeypatch, capsys)[0] == 0
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
     samples = json.loads((tmp_path / "activations_gradsae-answer.json").read_text())["samples"]
-    assert code == 0 and f"{len(samples)} of {len(samples)} questions have fewer than 50% ranked latents" in err
+    says = (
+        f"K = 50%: activations_gradsae-answer.json holds fewer latents for {len(samples)} of {len(samples)} questions"
+    )
+    assert code == 0 and f"gradsae-answer's TopK, {says} (0)" in err
     assert len(read_journal(tmp_path / "predictions_gradsae-answer_false.jsonl")[1]) == len(samples)
 
 
@@ -454,6 +555,7 @@ def test_k_of_a_question():
     assert [rankings.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
     reached = [rankings.count_to_reach([1.0, 2.0, 3.0], target) for target in (0.5, 1.0, 2.0, 2.5, 9.0)]
     assert reached == [1, 1, 2, 3, 3]  # as much is enough, and all where nothing is
+    assert rankings.count_to_reach([1.0, 2.0], 0) == 0
 
 
 def test_activations_of_different_questions(full, tmp_path, monkeypatch, capsys):
@@ -463,7 +565,7 @@ def test_activations_of_different_questions(full, tmp_path, monkeypatch, capsys)
     results.write_activations(tmp_path / "activations_gradsae.json", run | {"ranking": "gradsae"}, samples[:9])
     given = ["--demo", "--output-dir", tmp_path, "--ranking", "baseline", "gradsae"]
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
-    assert code == 2 and "of different questions" in err and len(err.splitlines()) == 1
+    assert code == 2 and "of different unmasked answers" in err and len(err.splitlines()) == 1
 
 
 def test_mean_ablation(full, demo, demo_questions, tmp_path, monkeypatch, capsys):
@@ -471,7 +573,7 @@ def test_mean_ablation(full, demo, demo_questions, tmp_path, monkeypatch, capsys
     given = ["--demo", "--limit", 20, "--output-dir", tmp_path, "--ablation", "mean"]
     code, _, err = run_script("baseline_after_false", [*given, "--activations", full[0] / "activations_baseline.json"],
                               monkeypatch, capsys)  # fmt: skip
-    assert code == 2 and "run baseline.py with --ablation mean first" in err
+    assert code == 2 and "run this first: python baseline.py --demo --limit 20 --ablation mean" in err
     for script, _ in ROUNDS[:2]:
         assert run_script(script, given, monkeypatch, capsys)[0] == 0
     (model, tokenizer), by_id = demo, {question.id: question for question in demo_questions}
@@ -488,6 +590,25 @@ def test_mean_ablation(full, demo, demo_questions, tmp_path, monkeypatch, capsys
     means = torch.cat(acts).mean(0)
     stored = torch.tensor(json.loads((tmp_path / "means.json").read_text())["means"])
     torch.testing.assert_close(stored, means, rtol=1e-4, atol=1e-5)
+    # What is removed is what mean ablation changes, at the positions before the [ whose tokens are not special.
+    of_means = samples_of(tmp_path / "activations_baseline_mean.json")
+    special = prompts.find_special_ids(tokenizer)
+    changes = []
+    for sample, of_mean in zip(samples, of_means, strict=True):
+        count = len(sample["active"]) // 2
+        changes.append(of_mean["removed_topk"][count - 1])
+        assert of_mean["topk"] == sample["topk"] and of_mean["removed_topk"] != sample["removed_topk"]
+    for sample, of_mean, prompt in list(zip(samples, of_means, prompts_of))[:3]:
+        ids = prompt + sample["tokens"][: prompts.find_bracket(tokenizer, sample["tokens"])]
+        ordinary = torch.tensor([token not in special for token in ids])
+        seen = []
+        with torch.no_grad(), model.model.hooks(fwd_hooks=[(model.hook_name, lambda x, hook, to=seen: to.append(x))]):
+            model.model(torch.tensor([ids]))
+        for which in ("topk", "bottomk"):
+            expected = oracle.removed_shares(sae, seen[0][0, ordinary], sample[which][:6], means)
+            assert of_mean[f"removed_{which}"][:6] == pytest.approx(expected, rel=2e-3)
+    (entry,) = [e for e in json.loads((tmp_path / "results.json").read_text()) if e["k"]]
+    assert entry["removed"] == pytest.approx(mean(changes))
     run, found = read_journal(tmp_path / "predictions_false_mean.jsonl")
     assert run["ablation"] == "mean" and len(found) == len(samples)
     zeroed = full[1]["false"]
@@ -505,3 +626,34 @@ def test_mean_ablation(full, demo, demo_questions, tmp_path, monkeypatch, capsys
                 generated.append(int(model.model(torch.tensor([prompt + generated]))[0, -1].argmax()))
         assert found[sample["id"]]["text"] == tokenizer.decode(generated)
     assert any(found[i]["log_probs"] != zeroed[i]["log_probs"] for i in found)
+
+
+def test_matched_to_what_mean_ablation_changes(tmp_path, monkeypatch, capsys):
+    """As many latents as it takes to change as much as the baseline's do when they are set to their means."""
+    given = ["--demo", "--limit", 16, "--output-dir", tmp_path, "--ranking", "baseline", "matched"]
+    for script, more in (("baseline", []), ("baseline_after_false", ["--k", "1", "50%"])):
+        for ablation in ("zero", "mean"):
+            code, _, err = run_script(script, [*given, *more, "--ablation", ablation], monkeypatch, capsys)
+            assert code == 0, err
+    masked = [e for e in json.loads((tmp_path / "results.json").read_text()) if e["k"] == "50%"]
+    found = {(e["run"]["ranking"], e["run"]["ablation"]): e for e in masked}
+    for ablation in ("zero", "mean"):
+        target, removed = (found[name, ablation]["removed"] for name in ("baseline", "matched"))
+        assert target <= removed < target + 3
+    assert abs(found["baseline", "zero"]["removed"] - found["baseline", "mean"]["removed"]) > 0.1
+    assert found["matched", "zero"]["mean_k"] != found["matched", "mean"]["mean_k"]
+    # The page shows the latents that were masked, of each ablation its own.
+    read = folders.read(tmp_path)
+    for entry in masked:
+        shown = [len(folders.masked_latents(read, entry, question_id)) for question_id in read.kept]
+        assert sum(shown) / len(shown) == pytest.approx(entry["mean_k"])
+    # Files that do not belong together are refused.
+    path = tmp_path / "activations_matched_mean.json"
+    run, samples = results.read_activations(path)
+    samples[0]["topk"] = samples[0]["topk"][::-1]
+    results.write_activations(path, run, samples)
+    code, _, err = run_script("baseline_after_true", [*given, "--ablation", "mean"], monkeypatch, capsys)
+    assert code == 2 and f"{path}: has other lists than activations_matched.json" in err
+    path.unlink()
+    code, _, err = run_script("baseline_after_true", [*given, "--ablation", "mean"], monkeypatch, capsys)
+    assert code == 2 and "does not say what the baseline's latents remove: run baseline.py again with --ablation" in err

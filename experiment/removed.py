@@ -1,0 +1,68 @@
+"""What masks take away from the residual stream. Tensors: knows nothing of files, options or questions."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from experiment.splice import Latents, Splice
+
+
+def removed_shares(
+    splice: Splice, positions: list[Latents], lists: list[list[int]], means: Float[Tensor, " d_sae"] | None = None
+) -> list[list[float]]:
+    """`removed_share` of a list of latents for each sequence, in four digits, for files of a readable size.
+
+    positions: of each sequence those that count.
+    """
+    lengths = [len(ids) for ids in lists]
+    # One upload and one download for all of them: each makes the device wait.
+    together = torch.tensor([latent for ids in lists for latent in ids], dtype=torch.long, device=splice.device)
+    shares = []
+    for latents, ids in zip(positions, together.split(lengths)):
+        shares.append(removed_share(splice, latents, ids, means))
+    numbers = [float(f"{share:.4g}") for share in torch.cat(shares).tolist()]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return [numbers[end - length : end] for end, length in zip(ends, lengths)]
+
+
+@torch.no_grad()
+def removed_share(
+    splice: Splice, latents: Latents, ids: Int[Tensor, " list"], means: Float[Tensor, " d_sae"] | None = None
+) -> Float[Tensor, " list"]:
+    """What masking the first 1, 2, ... of these latents takes away: the share of each position's own norm, and of these
+    shares the mean over the positions, so that no position of a large norm rules it. 0 without any position.
+
+    latents: at the positions that count.  ids: a list of latents, in the order in which they are masked.  means: what
+    masked latents are set to, None for zero; then what counts is the change, also where a latent was not active.
+    """
+    changes = values_of(latents, ids, splice.d_sae)
+    if means is not None:
+        changes = changes - means[ids].float()
+    norms = norms_of_first(changes, splice.sae.W_dec[ids].float())
+    own = latents.residual.to(splice.device).flatten(1).float().norm(dim=1)
+    there = own > 0  # nothing can be taken away from a position that is zero
+    shares = norms[there] / own[there].unsqueeze(1)
+    return shares.sum(0) / max(1, len(shares))
+
+
+def values_of(latents: Latents, ids: Int[Tensor, " list"], d_sae: int) -> Float[Tensor, "pos list"]:
+    """The activation of each listed latent at each position, 0 where it is not active."""
+    places = torch.full((d_sae,), -1, device=ids.device)  # of each latent in the list
+    places[ids] = torch.arange(len(ids), device=ids.device)
+    place = places[latents.ids]  # [entry]
+    listed = place >= 0
+    values = torch.zeros(len(latents.counts), len(ids), device=ids.device)
+    values[latents.entry_positions()[listed], place[listed]] = latents.values[listed].float()
+    return values
+
+
+def norms_of_first(changes: Float[Tensor, "pos list"], rows: Float[Tensor, "list d_in"]) -> Float[Tensor, "pos list"]:
+    """The norm of what the first 1, 2, ... latents write at each position: `changes[:, :n] @ rows[:n]` for each n.
+
+    With the nth latent its square grows by a_n * (2 * (a_1 g_n1 + ... + a_(n-1) g_n(n-1)) + a_n g_nn), where a are the
+    changes at the position and g the products of the rows.
+    """
+    products = rows @ rows.T  # [list, list]
+    weights = 2 * products.tril() - products.diag().diag()
+    growth = changes * (changes @ weights.T)
+    return growth.cumsum(1).clamp(min=0).sqrt()  # rounding may leave a little less than nothing
