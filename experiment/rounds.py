@@ -73,7 +73,8 @@ class Round:
         if results.find_problem(made, results.SELECTION) or provenance.differences(made, run, ["questions"]):
             return run
         earlier = self.select(made)
-        if not {question.id for question in earlier} <= {question.id for question in self.asked}:
+        now = {question.id for question in self.asked} | set(self.left_out)
+        if not {question.id for question in earlier} <= now:
             return run
         selected = {name: made.get(name) for name in provenance.SELECTION}
         return run | selected | (describe(earlier) if describe else {})

@@ -43,7 +43,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         code, out, err = run_script(script, given, monkeypatch, capsys)
         assert code == 0, (script, arguments, err)
         assert "baseline" in out or "kept" in out
-    # What the folders hold is put together, and scored again: runs/A, runs/B and runs/demo are these here.
+    # What the folders hold is put together, or written again: runs/A, runs/B and runs/demo are these here.
     folders = {"runs/A": tmp_path / "drop", "runs/B": tmp_path / "keep", "runs/demo": tmp_path / "drop"}
     folders |= {"runs/both": tmp_path / "both"}
     reports = re.findall(r"^ {4}python -m experiment\.report (.*)$", README, re.MULTILINE)
