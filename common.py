@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import re
 import time
+from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -16,26 +17,27 @@ from unittest import mock
 import torch
 import transformers
 from accelerate import PartialState
+from jaxtyping import Float
+from torch import Tensor
 
-from experiment import (
-    UserError,
-    activations,
-    answers,
-    catalogue,
-    estimates,
-    passes,
-    provenance,
-    questions,
-    rankings,
-    rounds,
-    saes,
-    say,
-)
+from experiment import UserError, catalogue, questions, rounds, saes, say
+from experiment import means as means_of_latents
 from experiment.hub import NO_TOKENIZER, check_fit, hub_errors, prepare_libraries
+from experiment.intervention import generate, plan, rankings
+from experiment.intervention.forward import SplicedModel
+from experiment.intervention.generate import Group
+from experiment.intervention.plan import Sizes
+from experiment.intervention.pool import Limits
+from experiment.intervention.rows import Answer
+from experiment.intervention.splice import Splice
 from experiment.options import Options, bundled
 from experiment.prompts import BRACKETS, find_special_ids
-from experiment.rounds import Round
-from experiment.splice import Splice
+from experiment.questions import Question
+from experiment.records import activations, lists, provenance
+from experiment.records.activations import Ranked
+from experiment.records.journal import Journal
+from experiment.report import estimates
+from experiment.rounds import Bar, Round, Work
 
 if TYPE_CHECKING:  # importing these libraries takes seconds
     from sae_lens import SAE
@@ -172,7 +174,7 @@ def settle_model(model: "TransformerBridge", tokenizer: transformers.PreTrainedT
     return model
 
 
-def load(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> passes.SplicedModel:
+def load(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> SplicedModel:
     """The model with the SAE in it. Configurations come first, for a wrong name should cost no download of weights."""
     say(f"Loading {options.sae_release} and {options.model} ...")
     start = time.monotonic()
@@ -184,7 +186,7 @@ def load(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> p
         raise UserError(f"{options.sae_release}: is for {place}, a place that {options.model} does not have")
     say(f"Loaded in {time.monotonic() - start:.0f} s.")
     bypass = find_special_ids(tokenizer) if options.exclude_special_tokens else ()
-    return passes.SplicedModel(model, Splice(sae, options.error_term, bypass))
+    return SplicedModel(model, Splice(sae, options.error_term, bypass))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ def prepare(options):
         say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
     asked = questions.select(all_questions, options.limit, options.sample, options.seed)
     names = ("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens")
-    names += ("dataset", "dataset_config", "max_new_tokens", "limit", "sample", "batch_tokens")
+    names += ("dataset", "dataset_config", "max_new_tokens", "limit", "sample")
     run = {name: getattr(options, name) for name in names} | {
         "ranking": "baseline",
         "split": None if questions.is_local(options.dataset) else options.split,
@@ -227,88 +229,131 @@ def prepare(options):
     return rounds.leave_out_long(round_, find_context_length(options))
 
 
-def load_for(round_, journals, ranked=None):
-    """The model with its SAE; what only the SAE says goes into the journals' runs, and is held against them."""
-    model = load(round_.options, round_.tokenizer)
-    for ranking in round_.options.ranking:
+def load_for(
+    round_: Round, journals: dict[Hashable, Journal], ranked: dict[str, Ranked] | None = None
+) -> tuple[SplicedModel, Sizes]:
+    """The model with its SAE, and how many tokens are run at once.
+
+    What only these say goes into the journals' runs, and is held against them.
+    """
+    options = round_.options
+    model = load(options, round_.tokenizer)
+    for ranking in options.ranking:
         rankings.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
     for file in (ranked or {}).values():
         provenance.refuse_other_run(file.path, file.run, of_sae, of_sae)
+    sizes = choose_sizes(options, model, journals)
     for journal in journals.values():
         provenance.refuse_other_run(journal.path, journal.run, of_sae, of_sae)
-        journal.run |= of_sae
+        journal.run |= of_sae | {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}
     activations.check_latents(ranked or {}, model)
-    return model
+    return model, sizes
 
 
-def masked_round(options, which):
-    """Rounds 2 and 3: the kept questions again, each with its own TopK (`which`: topk) or BottomK (bottomk) masked."""
+def choose_sizes(options: Options, model: SplicedModel, journals: dict[Hashable, Journal]) -> Sizes:
+    """Tokens in a batch and in the pool: what is asked for, what a journal that goes on was made with, or what fits."""
+    batch = options.batch_tokens
+    pool = options.pool_tokens
+    for journal in journals.values():
+        if journal:  # it goes on: the same batches give the same last digits
+            batch = batch or journal.run.get("batch_tokens")
+            pool = pool or journal.run.get("pool_tokens")
+    sizes = plan.choose_sizes(model.device, model.lm.config, model.lm.dtype, batch, pool)
+    say(f"{sizes.batch} tokens in a batch, {sizes.pool} in answers that go on together.")
+    return sizes
+
+
+def masked_round(options: Options, side: str) -> None:
+    """Rounds 2 and 3: the kept questions again, each with its own TopK (`side`: topk) or BottomK (bottomk) masked."""
     # 1. The latents that round 1 ranked, and the questions they are of
     round_ = prepare(options)
-    ranked = {ranking: activations.read_ranked(round_, ranking, which) for ranking in options.ranking}
-    asked = activations.find_asked(round_, ranked)
     stored = activations.read_means(round_) if options.ablation == "mean" else None
+    ranked = {ranking: activations.read_ranked(round_, ranking, side) for ranking in options.ranking}
+    asked = activations.find_asked(round_, ranked)
     with rounds.writing(round_) as entries:
         # 2. What an earlier run left: a journal for each ranking and K
-        journals = {}
-        for ranking, file in ranked.items():
-            for k in options.k:
-                run = file.run | {"k": k} | ({"means": provenance.digest_numbers(stored)} if stored else {})
-                name = rounds.name_journal(run, which, k)
-                journals[ranking, k] = round_.journal(name, run, file.describe)
+        journals = open_masked_journals(round_, ranked, side, stored)
         if not rounds.is_finished(asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
-            model = load_for(round_, journals, ranked)
-            means = activations.load_means(round_, stored, model) if stored else None
-            # 4. Answer with the latents masked, and score; below the SAE once for all rankings and K
-            unmasked = next(iter(ranked.values())).samples
-            drafts = {question.id: unmasked[question.id].get("tokens", []) for question in asked}
-            label = f"{estimates.MASKS[which]} masked"
-            for batch, keys, bar in rounds.share_batches(round_, model, asked, journals, label, drafts):
-
-                def answer(part, keys=keys, bar=bar):
-                    return answer_masked(round_, model, part, ranked, keys, means, drafts, bar)
-
-                for key, given in zip(keys, zip(*answers.in_halves(answer, batch))):
-                    journals[key].append([score(round_.tokenizer, q, a) for q, a in zip(batch, given)])
+            model, sizes = load_for(round_, journals, ranked)
+            means = means_of_latents.load(round_, stored, model) if stored else None
+            # 4. Answer with the latents masked, a group of batches at a time, and score
+            drafts = find_drafts(asked, ranked)
+            share = rounds.plan_work(round_, sizes, asked, journals, drafts)
+            with rounds.Bar(round_, f"{estimates.MASKS[side]} masked", share, journals) as bar:
+                for work in share:
+                    if not work.keys:
+                        continue
+                    answers = answer_masked(round_, model, sizes, work, ranked, drafts, means, bar)
+                    for key in work.keys:
+                        records = []
+                        for question, answer in zip(work.questions, answers[key]):
+                            records.append(score(round_.tokenizer, question, answer))
+                        journals[key].append(records)
+                    bar.finish(work)
         # 5. Compare with the unmasked answers to the same questions; write and print
-        if rounds.is_last(round_):
-            fresh = [
-                rounds.compare(ranked[name], k, journal, asked, round_.left_out)
-                for (name, k), journal in journals.items()
-            ]
+        if rounds.wait_for_all(round_):
+            fresh = []
+            for (ranking, k), journal in journals.items():
+                fresh.append(rounds.compare(ranked[ranking], k, journal, asked, round_.left_out))
             rounds.write_results(round_, entries, fresh)
             folder = options.output_dir
             print(f"\nAll files: {folder}\nThe page: {folder / 'results.html'}")
 
 
-def answer_masked(round_, model, batch, ranked, keys, means, drafts, bar):
-    """The Answers [question][ranking and K] of a batch, under each question's own mask. Masks that are the same for all
-    questions of the batch, as those of K = 0 are, are run once."""
-    lists, numbers = [], []  # [mask][question][latent], each mask once; of each ranking and K its mask
-    for ranking, k in keys:
-        samples = [ranked[ranking].samples[question.id] for question in batch]
-        latents = [rankings.pick_latents(sample, ranked[ranking].which, k)[0] for sample in samples]
-        if latents not in lists:
-            lists.append(latents)
-        numbers.append(lists.index(latents))
+def open_masked_journals(
+    round_: Round, ranked: dict[str, Ranked], side: str, means: list[float] | None
+) -> dict[Hashable, Journal]:
+    """{(ranking, K): its journal}."""
+    journals: dict[Hashable, Journal] = {}
+    for ranking, file in ranked.items():
+        for k in round_.options.k:
+            run = file.run | {"k": k}
+            if means:
+                run["means"] = provenance.digest_numbers(means)
+            journals[ranking, k] = round_.journal(rounds.name_journal(run, side, k), run, file.describe)
+    return journals
 
-    def masks():
-        for number, latents in enumerate(lists):
-            bar.set_postfix_str("{}, K = {}".format(*keys[numbers.index(number)]))
-            yield model.splice.mask(latents, means)
 
-    prompts, contexts = [round_.prompt_ids(q) for q in batch], [q.context for q in batch]
-    known, longest = [drafts[question.id] for question in batch], round_.options.max_new_tokens
-    by_mask = []
-    shown_before = bar.n
-    masked_answers = answers.answer_masked(model, prompts, contexts, known, masks(), longest)
-    try:
-        for number, of_questions in enumerate(masked_answers):
-            by_mask.append(of_questions)
-            bar.update(len(batch) * numbers.count(number))  # for every ranking and K that has this mask
-    except Exception:
-        bar.update(shown_before - bar.n)  # a batch that did not fit is begun again, in halves
-        raise
-    return list(zip(*(by_mask[number] for number in numbers)))
+def find_drafts(asked: list[Question], ranked: dict[str, Ranked]) -> dict[str, list[int]]:
+    """{id: the unmasked answer's tokens}, none where the file does not have them; the same for all rankings."""
+    samples = next(iter(ranked.values())).samples
+    return {question.id: samples[question.id].get("tokens", []) for question in asked}
+
+
+def answer_masked(
+    round_: Round,
+    model: SplicedModel,
+    sizes: Sizes,
+    work: Work,
+    ranked: dict[str, Ranked],
+    drafts: dict[str, list[int]],
+    means: Float[Tensor, "d_sae"] | None,
+    bar: Bar,
+) -> dict[Hashable, list[Answer]]:
+    """{(ranking, K): the answers} to the questions of a group of batches, each under its own mask.
+
+    Masks that are the same for all questions, as those of K = 0 are, are run once.
+    """
+    masks: list[list[list[int]]] = []  # [mask][question][latent]
+    mask_of = {}
+    for ranking, k in work.keys:
+        file = ranked[ranking]
+        latents = []
+        for question in work.questions:
+            of_question, _ = lists.pick_latents(file.samples[question.id], file.which, k)
+            latents.append(of_question)
+        if latents not in masks:
+            masks.append(latents)
+        mask_of[ranking, k] = masks.index(latents)
+    group = Group(
+        prompts=[round_.prompt_ids(question) for question in work.questions],
+        contexts=[question.context for question in work.questions],
+        batches=work.batches,
+        drafts=[drafts[question.id] for question in work.questions],
+        masks=masks,
+    )
+    limits = Limits(round_.options.max_new_tokens, sizes.pool)
+    answers = generate.answer_masked(model, group, limits, means, bar.move)
+    return {key: answers[number] for key, number in mask_of.items()}

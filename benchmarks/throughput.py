@@ -36,9 +36,11 @@ import transformers
 from accelerate.utils.memory import release_memory
 
 import common
-from experiment import answers, guard, options, passes
+from experiment import guard, options
 from experiment.hub import prepare_libraries
-from experiment.splice import Splice
+from experiment.intervention import plan
+from experiment.intervention.forward import SplicedModel
+from experiment.intervention.splice import Splice
 
 PLAIN = {}  # in the process of plain Transformers: what generates all answers
 SQUAD_QUESTIONS = 10_570
@@ -140,7 +142,7 @@ def load_plain(args):
     common.settle_model(argparse.Namespace(original_model=lm), tokenizer)  # greedy, and what ends an answer
     if args.shape:
         lm.generation_config.eos_token_id = [lm.config.vocab_size]  # nothing, as for ours
-    batches = answers.plan_batches([len(prompt) for prompt in prompts], args.batch_tokens, range(len(prompts)))
+    batches = plan.plan_batches([len(prompt) for prompt in prompts], args.batch_tokens, range(len(prompts)))
     PLAIN["generate"] = functools.partial(workloads.plain_generate, lm, prompts, batches, new_tokens)
     measure_plain(args)
 
@@ -162,10 +164,10 @@ def measure_rows(args, apart):
     """How many questions there are, {row: Figures}, and lines to print. apart: the process of plain Transformers."""
     work = load(args)
     lengths = [len(prompt) for prompt in work.prompts]
-    first = answers.plan_batches(lengths, args.batch_tokens, work.contexts)
+    first = plan.plan_batches(lengths, args.batch_tokens, work.contexts)
     found = workloads.round_1(work, first)
     with_drafts = [length + len(f.tokens) for length, f in zip(lengths, found)]
-    batches = answers.plan_batches(with_drafts, args.batch_tokens, work.contexts)
+    batches = plan.plan_batches(with_drafts, args.batch_tokens, work.contexts)
     names = ("plain generate, no SAE", "round 1, ranked", "TopK masked, K = 50%", "BottomK masked, K = 50%")
     plain, round_1, top, bottom = names
     further, by_gradient = f"each further K ({', '.join(FURTHER_K)})", "GradSAE's ranking"
@@ -225,7 +227,7 @@ def compare(args, sae_dtype, work, first, batches, found, top):
     """What changes with the SAE in another precision than float32, in a line. found, top: what float32 gives."""
     prepare_libraries(read_options(args, sae_dtype))
     sae = copy.deepcopy(work.model.splice.sae).to(dtype=getattr(torch, sae_dtype.replace("tf32", "float32")))
-    model = passes.SplicedModel(work.model.model, Splice(sae))
+    model = SplicedModel(work.model.model, Splice(sae))
     model.end_ids = work.model.end_ids
     other = dataclasses.replace(work, model=model)
     theirs, (their_top,) = workloads.round_1(other, first), workloads.masked_round(other, batches, found, "topk")

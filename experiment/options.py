@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment import UserError, catalogue
-from experiment.rankings import RANKINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = {  # what --demo changes
@@ -22,9 +21,11 @@ DEMO = {  # what --demo changes
     "device": "cpu",
     "dtype": "float32",
     "batch_tokens": 16384,
+    "pool_tokens": 262144,
 }
 TOKEN_FILE = "token.txt"  # at the top of the project: used where it exists
 PAPER_DATASET = "rajpurkar/squad"
+RANKINGS = ("baseline", "gradsae", "gradsae-answer", "matched", "random")  # of intervention.rankings
 FLOATS = ("float16", "bfloat16", "float32")
 
 
@@ -87,8 +88,12 @@ class Options:
     device_map: str | None = option(None, "auto: spread a model over all GPUs (default: off)", choices=("auto",))
     dtype: str = option("float16", "of the model", choices=FLOATS)
     sae_dtype: str = option("float32", "of the SAE; tf32: faster and coarser, on CUDA", choices=(*FLOATS, "tf32"))
-    # The KV cache takes 344 KB a token on gemma-2-9b-it: 11 GB, beside 18.5 GB of model and 3.8 GB of SAE.
-    batch_tokens: int = option(32768, "prompt tokens in one batch, padding included", **NUMBER)
+    batch_tokens: int | None = option(
+        None, "tokens in one batch, padding included (default: what fits; on the CPU 4096)", **NUMBER
+    )
+    pool_tokens: int | None = option(
+        None, "tokens of answers that go on together (default: as --batch-tokens)", **NUMBER
+    )
     max_new_tokens: int = option(50, "longest answer, in tokens", **NUMBER)
     overwrite: bool = option(False, "start this round again and replace its files")
     token_file: Path | None = option(None, "Hugging Face token (default: token.txt, where it exists)", type=Path)
@@ -115,6 +120,8 @@ def parse(argv, doc, masks):
         defaults["token_file"] = ROOT / TOKEN_FILE
     for name in given.keys() & {"model", "sae_release", "sae_id", "dataset", "split"}:
         _check_text(name, given[name])  # these stand in the files of a round
+    if "batch_tokens" in given:
+        defaults["pool_tokens"] = None  # the demo's goes with its own batches
     chosen = defaults | given | _settle_names(given, defaults)
     chosen |= {name: tuple(dict.fromkeys(chosen[name])) for name in ("ranking", "k")}  # each once
     options = Options(**chosen)

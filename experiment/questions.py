@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from experiment import UserError, os_errors
-from experiment.results import parse_json
+from experiment.records.files import parse_json
 
 if TYPE_CHECKING:
     import datasets

@@ -1,32 +1,26 @@
 """What all rounds begin and end with: questions, the folder, batches shared among processes, results."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
 from tqdm import tqdm
 
-from experiment import (
-    UserError,
-    activations,
-    answers,
-    catalogue,
-    estimates,
-    folders,
-    provenance,
-    questions,
-    rankings,
-    report,
-    results,
-    say,
-)
-from experiment.journal import Journal, read_run
+from experiment import UserError, catalogue, questions, say
+from experiment.intervention import plan
+from experiment.intervention.memory import memory_errors
+from experiment.intervention.plan import Sizes
 from experiment.options import Options
 from experiment.prompts import build_prompt, tokenize
 from experiment.questions import Question
+from experiment.records import activations, files, lists, provenance
+from experiment.records.journal import Journal, read_run
+from experiment.report import estimates, folders, outputs, tables
 
 WORDS = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
 
@@ -70,7 +64,7 @@ class Round:
         That is `run`, but for the questions: those of the file have to be some of those that are asked now. describe:
         what a run says of the questions besides.
         """
-        if results.find_problem(made, results.SELECTION) or provenance.differences(made, run, ["questions"]):
+        if files.find_problem(made, files.SELECTION) or provenance.differences(made, run, ["questions"]):
             return run
         earlier = self.select(made)
         now = {question.id for question in self.asked} | set(self.left_out)
@@ -123,52 +117,108 @@ def leave_out_long(round_: Round, context: int | None) -> Round:
 def writing(round_):
     """Keeps the output folder to this round, and gives the entries that its results.json holds already."""
     folder, options = round_.options.output_dir, round_.options
-    lock = results.lock(folder) if round_.state.is_main_process else contextlib.nullcontext()
-    with lock, answers.memory_errors():
+    lock = files.lock(folder) if round_.state.is_main_process else contextlib.nullcontext()
+    with lock, memory_errors():
         overwrite = options.overwrite or any(map(round_.is_begun, options.ranking))
-        entries = results.read_results(folder / "results.json", round_.run, overwrite)
+        entries = files.read_results(folder / "results.json", round_.run, overwrite)
         round_.state.wait_for_everyone()
         yield entries
         if round_.state.num_processes > 1:
             round_.state.destroy_process_group()
 
 
-def is_last(round_):
-    """Waits until all processes have done their share. Whether this is the one that goes on: it finishes the round."""
+def wait_for_all(round_: Round) -> bool:
+    """Waits until all processes have done their share. True in the first one, which finishes the round."""
     round_.state.wait_for_everyone()
     return round_.state.is_main_process
 
 
-def is_finished(asked, journals):
+def is_finished(asked: list[Question], journals: dict[Hashable, Journal]) -> bool:
+    """Whether every journal has every question; says so."""
     finished = all(question.id in journal for journal in journals.values() for question in asked)
     if finished:
         say("This round is finished; --overwrite starts it again.")
     return finished
 
 
-def share_batches(round_, model, asked, journals, label, drafts=None):
-    """Yields this process's unfinished batches: their questions, the keys of the journals that lack any of them, and
-    the bar that shows how much is done. Within a batch whoever works it off may move the bar.
+@dataclass(frozen=True)
+class Work:
+    """Batches that this process works off together; journals get their records at once.
 
-    drafts: tokens that each question's prompt is run with, by id. The batches depend on the questions alone, so that
-    an interrupted round ends in the same bytes as another, also in half precision.
+    questions: of all the batches.  batches: numbers of these questions.  keys: of the journals that lack any of them.
     """
-    options, state = round_.options, round_.state
+
+    questions: list[Question]
+    batches: list[list[int]]
+    keys: list[Hashable]
+
+
+def plan_work(
+    round_: Round,
+    sizes: Sizes,
+    asked: list[Question],
+    journals: dict[Hashable, Journal],
+    drafts: dict[str, list[int]] | None = None,
+) -> list[Work]:
+    """This process's share of the round, what is finished included: there `keys` is empty.
+
+    drafts: tokens that each question's prompt is run with, by id. Batches and groups depend on the questions alone, so
+    that an interrupted round ends in the same bytes as another, also in half precision.
+    """
+    state = round_.state
     state.wait_for_everyone()  # all have read the journals before one of them writes
-    lengths = [round_.lengths[question.id] + len(drafts[question.id] if drafts else ()) for question in asked]
-    plan = answers.plan_batches(lengths, options.batch_tokens, [question.context for question in asked])
-    share = [[asked[i] for i in batch] for batch in plan[state.process_index :: state.num_processes]]
-    left = [(batch, [key for key in journals if any(q.id not in journals[key] for q in batch)]) for batch in share]
-    if state.num_processes > 1:
-        label += f", process 1 of {state.num_processes}"
-    total, todo = len(journals) * sum(map(len, share)), sum(len(batch) * len(keys) for batch, keys in left)
-    done = total - todo
-    with tqdm(total=total, initial=done, desc=label, unit="answer", disable=not state.is_main_process) as bar:
-        for batch, keys in left:
-            if keys:
-                yield batch, keys, bar
-                done += len(batch) * len(keys)
-                bar.update(done - bar.n)
+    lengths = []
+    for question in asked:
+        draft = drafts[question.id] if drafts else []
+        lengths.append(round_.lengths[question.id] + len(draft))
+    batches = plan.plan_batches(lengths, sizes.batch, [question.context for question in asked])
+    share = []
+    for group in plan.plan_groups(batches, lengths, sizes.group):
+        own = group[state.process_index :: state.num_processes]
+        if own:
+            share.append(_make_work(asked, own, journals))
+    return share
+
+
+def _make_work(asked: list[Question], batches: list[list[int]], journals: dict[Hashable, Journal]) -> Work:
+    questions = [asked[index] for batch in batches for index in batch]
+    numbers = []
+    first = 0
+    for batch in batches:
+        numbers.append(list(range(first, first + len(batch))))
+        first += len(batch)
+    keys = []
+    for key, journal in journals.items():
+        if any(question.id not in journal for question in questions):
+            keys.append(key)
+    return Work(questions, numbers, keys)
+
+
+class Bar:
+    """Shows how many answers of this process's share are there. Moves within a group, and is right at its end."""
+
+    def __init__(self, round_: Round, label: str, share: list[Work], journals: dict[Hashable, Journal]):
+        state = round_.state
+        if state.num_processes > 1:
+            label += f", process 1 of {state.num_processes}"
+        total = len(journals) * sum(len(work.questions) for work in share)
+        self.done = total - sum(len(work.questions) * len(work.keys) for work in share)
+        self.bar = tqdm(total=total, initial=self.done, desc=label, unit="answer", disable=not state.is_main_process)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def move(self, count: int) -> None:
+        """So many answers of the group under way have ended."""
+        self.bar.update(count)
+
+    def finish(self, work: Work) -> None:
+        """The group is done: masks that several rankings or K share were run once, rankings share their answers."""
+        self.done += len(work.questions) * len(work.keys)
+        self.bar.update(self.done - self.bar.n)
 
 
 def write_results(round_: Round, entries: list[dict], fresh: list[dict]) -> None:
@@ -183,9 +233,9 @@ def write_results(round_: Round, entries: list[dict], fresh: list[dict]) -> None
     entries = [old for old in entries if key(old) not in [key(new) for new in fresh]] + fresh
     path = round_.options.output_dir
     folder = folders.read(path, entries, round_.questions)
-    results.write_results(path / "results.json", folder.entries)
-    report.write(path, [folder], folder.entries)
-    print(f"\n{report.terminal(report.frame(folder.entries))}", flush=True)
+    files.write_results(path / "results.json", folder.entries)
+    outputs.write(path, [folder], folder.entries)
+    print(f"\n{tables.terminal(tables.frame(folder.entries))}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +248,7 @@ def write_activations(round_: Round, journals: dict[str, Journal]) -> dict[Quest
         records = journal.finish(question.id for question in round_.asked)
         samples = [make_sample(record) for record in records if "active" in record]
         run = journal.run | {"asked": len(records), "kept": len(samples)}
-        results.write_activations(activations.name_file(round_.options, name), run, samples)
+        files.write_activations(activations.name_file(round_.options, name), run, samples)
     first = next(iter(journals.values()))
     return find_kept(round_, first)
 
@@ -224,7 +274,7 @@ def finish_round_1(round_: Round, entries: list[dict], journals: dict[str, Journ
     write_results(round_, entries, fresh)
     for entry in fresh:
         name = entry["run"]["ranking"]
-        print(f"\n{name}: {report.describe(entry['statistics'], name)}")
+        print(f"\n{name}: {tables.describe(entry['statistics'], name)}")
     counts = fresh[0]
     too_long = f", {len(round_.left_out)} left out as too long" if round_.left_out else ""
     print(
@@ -323,11 +373,11 @@ def describe_masks(ranked: activations.Ranked, k: str, samples: list[dict]) -> d
     None for what is not known."""
     counts, removed, fewer, missed = [], [], 0, 0
     for sample in samples:
-        latents, enough = rankings.pick_latents(sample, ranked.which, k)
+        latents, enough = lists.pick_latents(sample, ranked.which, k)
         counts.append(len(latents))
-        removed.append(rankings.find_removed(sample, ranked.which, len(latents)))
+        removed.append(lists.find_removed(sample, ranked.which, len(latents)))
         fewer += not enough
-        missed += rankings.misses_target(sample, ranked.which, k)
+        missed += lists.misses_target(sample, ranked.which, k)
     is_matched = any(f"target_{ranked.which}" in sample for sample in samples)
     return {
         "mean_k": sum(counts) / len(counts),
@@ -340,7 +390,7 @@ def describe_masks(ranked: activations.Ranked, k: str, samples: list[dict]) -> d
 def tell_fewer(ranked: activations.Ranked, k: str, samples: list[dict]) -> str:
     """Says of which ranking a file holds too little for K, and how much it holds: that is not K latents."""
     name = f"{ranked.run['ranking']}'s {estimates.MASKS[ranked.which]}"
-    picked = [rankings.pick_latents(sample, ranked.which, k) for sample in samples]
+    picked = [lists.pick_latents(sample, ranked.which, k) for sample in samples]
     lengths = [len(latents) for latents, enough in picked if not enough]
     of_them = f"{len(lengths)} of {len(samples)} questions"
     if any(f"target_{ranked.which}" in sample for sample in samples):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiment import estimates
+from experiment.report import estimates
 
 NAN = math.nan
 

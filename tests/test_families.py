@@ -17,7 +17,9 @@ from conftest import load, options, read_journal, run_script
 from sae_lens.saes.sae import SAEMetadata
 
 import common
-from experiment import UserError, answers, figure, passes, rankings, splice
+from experiment import UserError
+from experiment.intervention import rankings, splice
+from experiment.report import figure
 
 TOKENS = 8
 HEAD = "Answer the following question based on the context.\nContext:\n{context}\n\nQuestion:\n{question}\n\n"

@@ -22,7 +22,8 @@ import torch
 from conftest import ROOT, run_script
 
 import common
-from experiment import answers, figure, guard, passes, rounds
+from experiment import guard, rounds
+from experiment.report import figure
 
 ARGUMENTS = ["--demo", "--limit", "30", "--batch-tokens", "500"]  # six batches
 TWO = ["--ranking", "baseline", "gradsae"]

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiment import UserError, journal, provenance, questions, results
+from experiment import UserError, questions
+from experiment.records import files, journal, provenance
 
 SHIPPED = Path(__file__).resolve().parent.parent / "activations_baseline.json"
 RUN = json.loads(SHIPPED.read_text())["run"]
@@ -164,7 +165,7 @@ def assert_refused(read, path, says):
 @pytest.mark.parametrize("case", ACTIVATIONS)
 def test_bad_activations(case, tmp_path):
     content, says = ACTIVATIONS[case]
-    assert_refused(results.read_activations, write(tmp_path / "activations.json", content), says)
+    assert_refused(files.read_activations, write(tmp_path / "activations.json", content), says)
 
 
 @pytest.mark.parametrize("case", JOURNALS)
@@ -179,9 +180,9 @@ def test_bad_results(case, overwrite, tmp_path):
     content, says = RESULTS[case]
     path = write(tmp_path / "results.json", content)
     if case == "another run's" and overwrite:
-        assert results.read_results(path, RUN, overwrite) == [UNMASKED]
+        assert files.read_results(path, RUN, overwrite) == [UNMASKED]
     else:
-        assert_refused(lambda path: results.read_results(path, RUN, overwrite), path, says)
+        assert_refused(lambda path: files.read_results(path, RUN, overwrite), path, says)
 
 
 @pytest.mark.parametrize(
@@ -207,11 +208,11 @@ def test_another_run(field, value, says, tmp_path):
     assert provenance.differences(HUB | {field: value}, HUB, provenance.SETTINGS).startswith(says)
     path = tmp_path / "results.json"
     of_hub, other = MASKED | {"run": HUB}, MASKED | {"run": HUB | {field: value}}
-    results.write_results(path, [of_hub, other])
+    files.write_results(path, [of_hub, other])
     line = f"{path}: is of another run ({says}"
     with pytest.raises(UserError, match=re.escape(line) + ".*repeat its options, or give --output-dir or --over"):
-        results.read_results(path, HUB, False)
-    assert results.read_results(path, HUB, True) == [of_hub]
+        files.read_results(path, HUB, False)
+    assert files.read_results(path, HUB, True) == [of_hub]
 
 
 def test_every_setting_is_tested():
@@ -236,8 +237,8 @@ def test_same_run(tmp_path):
     assert differ(RUN | {"limit": 7}, RUN) == "limit 7, now none"
     # Other rankings stand in the same results.json.
     entries = [UNMASKED, MASKED | {"run": RUN | {"ranking": "gradsae"}}]
-    results.write_results(tmp_path / "results.json", entries)
-    assert results.read_results(tmp_path / "results.json", RUN, False) == entries
+    files.write_results(tmp_path / "results.json", entries)
+    assert files.read_results(tmp_path / "results.json", RUN, False) == entries
 
 
 def test_a_run_goes_by_content_and_not_by_spelling():
@@ -281,8 +282,8 @@ def test_digest_of_a_folder(tmp_path):
 
 @pytest.mark.parametrize("field, value", [("limit", 5), ("sample", 5), ("seed", 7), ("ranking_seed", 7)])
 def test_results_of_other_selections_stand_side_by_side(field, value, tmp_path):
-    results.write_results(tmp_path / "results.json", [MASKED | {"run": RUN | {field: value}}])
-    (entry,) = results.read_results(tmp_path / "results.json", RUN | {"ranking_seed": 42}, False)
+    files.write_results(tmp_path / "results.json", [MASKED | {"run": RUN | {field: value}}])
+    (entry,) = files.read_results(tmp_path / "results.json", RUN | {"ranking_seed": 42}, False)
     assert entry["run"][field] == value
 
 
@@ -295,25 +296,25 @@ def test_activations_come_back(tmp_path):
         RUN | {"ranking_seed": 7},
         tmp_path / "new" / "activations.json",
     )
-    results.write_activations(path, run, iter(samples))
-    assert results.read_activations(path) == (run, samples)
+    files.write_activations(path, run, iter(samples))
+    assert files.read_activations(path) == (run, samples)
     assert path.read_text(encoding="utf-8").count("\n") == 2 + len(samples) + 1 and "字" in path.read_text()
-    results.write_activations(path, run, samples)
+    files.write_activations(path, run, samples)
     first = path.read_bytes()
-    results.write_activations(path, *results.read_activations(path))
+    files.write_activations(path, *files.read_activations(path))
     assert path.read_bytes() == first
 
 
 def test_shipped_activations(tmp_path):
     """The file reads, and is written again to the same bytes."""
-    run, samples = results.read_activations(SHIPPED)
+    run, samples = files.read_activations(SHIPPED)
     assert run == RUN and len(samples) == run["kept"] == 595
     first = samples[0]
     assert (first["id"], first["answer"], first["em"]) == ("questions-000-0", "Voham", 1.0)
     assert first["active"] == [4, 8, 42, 83, 125, 147, 195, 206, 209, 347, 400, 469, 503]
     assert first["topk"][:6] == [492, 358, 310, 4, 117, 312]
     assert first["bottomk"][:6] == [259, 224, 60, 172, 288, 130]
-    results.write_activations(tmp_path / "again.json", run, samples)
+    files.write_activations(tmp_path / "again.json", run, samples)
     assert (tmp_path / "again.json").read_bytes() == SHIPPED.read_bytes()
 
 
@@ -322,16 +323,16 @@ def test_the_authors_file(tmp_path):
     path = write(
         tmp_path / "theirs.json", json.dumps([{}, {"p": THEIRS}, {}, {"q": THEIRS, "r": THEIRS}, {"p": THEIRS}])
     )
-    run, samples = results.read_activations(path)
+    run, samples = files.read_activations(path)
     assert run is None
     assert samples == [{"prompt": p, "active": [1, 2], "topk": [1], "bottomk": [2]} for p in "pqrp"]
 
 
 def test_no_activations(tmp_path):
     with pytest.raises(UserError, match="none.json: cannot be read .No such file"):
-        results.read_activations(tmp_path / "none.json")
+        files.read_activations(tmp_path / "none.json")
     with pytest.raises(UserError, match=f"{tmp_path}: cannot be read"):
-        results.read_activations(tmp_path)
+        files.read_activations(tmp_path)
 
 
 def test_digest():
@@ -351,10 +352,10 @@ def test_digest():
 
 def test_results_come_back(tmp_path):
     path = tmp_path / "new" / "results.json"
-    assert results.read_results(path, RUN, False) == []
+    assert files.read_results(path, RUN, False) == []
     entries = [UNMASKED, MASKED, MASKED | {"k": "0", "clean": None, "drop": None, "missing": ["字"]}]
-    results.write_results(path, entries)
-    assert results.read_results(path, RUN, False) == results.read_results(path, RUN, True) == entries
+    files.write_results(path, entries)
+    assert files.read_results(path, RUN, False) == files.read_results(path, RUN, True) == entries
     assert "字" in path.read_text(encoding="utf-8")
 
 
@@ -367,31 +368,31 @@ def test_whole_or_absent(tmp_path, monkeypatch):
 
     for error in (KeyboardInterrupt, ValueError):
         with pytest.raises(error):
-            with results.write_whole(path) as file:
+            with files.write_whole(path) as file:
                 file.write("half")
                 raise error
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, lambda *_: full(0))
             with pytest.raises(UserError, match=f"{path}: cannot be written .No space left on device"):
-                with results.write_whole(path, "wb") as file:
+                with files.write_whole(path, "wb") as file:
                     file.write(b"half")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with results.write_whole(path) as file:
+    with files.write_whole(path) as file:
         file.write("new\n")
         assert path.read_text() == "old"
     assert path.read_bytes() == b"new\n" and list(tmp_path.iterdir()) == [path]
 
 
 def test_folder(tmp_path):
-    with results.lock(tmp_path / "a" / "b"):
+    with files.lock(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").is_dir()
     write(tmp_path / "file", "")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="cannot be written"):
-            results.write_results(path / "results.json", [])
+            files.write_results(path / "results.json", [])
         with pytest.raises(UserError, match=f"{path}: cannot be written"):
-            results.lock(path)
+            files.lock(path)
 
 
 # --- any file at all --------------------------------------------------------------------------------------------------
@@ -429,9 +430,9 @@ CONTENT = (
 READERS = {
     "d.json": lambda path: questions.load(str(path), ""),
     "d.jsonl": lambda path: questions.load(str(path), ""),
-    "activations.json": results.read_activations,
+    "activations.json": files.read_activations,
     "journal.jsonl": lambda path: journal.Journal(path, {}).finish([]),
-    "results.json": lambda path: results.read_results(path, RUN, True),
+    "results.json": lambda path: files.read_results(path, RUN, True),
 }
 
 

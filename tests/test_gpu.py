@@ -8,7 +8,6 @@ import torch
 from conftest import ROOT, options, read_journal
 from test_rounds import run_rounds
 
-from experiment import answers
 from experiment.hub import prepare_libraries
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

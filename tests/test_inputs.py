@@ -9,7 +9,7 @@ import json
 import pytest
 from conftest import ROOT, run_script
 
-from experiment import rankings
+from experiment.intervention import rankings
 
 ROW = {"id": "1", "context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}}
 DATA = {  # name: (file name, content, what the line says)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment import UserError, journal, results
+from experiment import UserError
+from experiment.records import files, journal
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "predictions_baseline.jsonl"
@@ -344,7 +345,7 @@ def test_folder_in_the_way(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from experiment import journal
+from experiment.records import journal
 opened = journal.Journal(Path(sys.argv[1]), {"model": "m"})
 for number in range(10**9):
     record = {"id": str(number), "text": "t" * 10_000, "answer": "a", "em": 1.0, "f1": 1.0, "accuracy": 1.0}
@@ -368,15 +369,15 @@ def test_killed(tmp_path):
 
 def test_two_locks(tmp_path):
     """A second writer is refused while the first one lives, in this process or another, and not after."""
-    with results.lock(tmp_path):
+    with files.lock(tmp_path):
         with pytest.raises(UserError, match=f"{tmp_path}: another round is writing here"):
-            results.lock(tmp_path)
-    hold = "import sys, time\nfrom experiment import results\nheld = results.lock(sys.argv[1])\n"
+            files.lock(tmp_path)
+    hold = "import sys, time\nfrom experiment import results\nheld = files.lock(sys.argv[1])\n"
     hold += "print(flush=True)\ntime.sleep(99)"
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         with pytest.raises(UserError, match="another round is writing here"):
-            results.lock(tmp_path)
+            files.lock(tmp_path)
         holder.kill()
-    with results.lock(tmp_path):
+    with files.lock(tmp_path):
         pass

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 from experiment import UserError, catalogue, options
+from experiment.intervention.rankings import RANKINGS
 from experiment.options import Options
-from experiment.rankings import RANKINGS
 
 DEFAULTS = {
     "demo": False,

@@ -11,8 +11,9 @@ from conftest import load, options
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-from experiment import answers, passes, prompts, questions, rankings, splice
-from experiment.estimates import shared_percent
+from experiment import prompts, questions
+from experiment.intervention import rankings, splice
+from experiment.report.estimates import shared_percent
 
 COUNT = 36
 
@@ -696,7 +697,7 @@ def test_bos_does_not_rule_what_is_removed(demo, sequences):
     for n, residual in enumerate(ordinary_residuals(scaled)):
         acts = model.splice.sae.encode(residual)
         k = len(scaled.active[n]) // 2
-        of_matched, enough = rankings.pick_latents(matched[n] | {"active": scaled.active[n]}, "topk", "50%")
+        of_matched, enough = lists.pick_latents(matched[n] | {"active": scaled.active[n]}, "topk", "50%")
         assert enough and (acts[:, of_matched] != 0).any(0).all()
         for name, latents in (("baseline", baseline[n]["topk"][:k]), ("matched", of_matched)):
             shares[name].append(oracle.removed_shares(model.splice.sae, residual, latents)[-1])
@@ -716,7 +717,7 @@ def test_matched_ranking(demo, sequences):
             assert not {*lists[which]} & {*theirs["topk"][:half], *theirs["bottomk"][:half]}
             assert lists[f"target_{which}"] == theirs[f"removed_{which}"]
             removed, target = lists[f"removed_{which}"], max(theirs[f"removed_{which}"])
-            reached = rankings.count_to_reach(removed, target)
+            reached = lists.count_to_reach(removed, target)
             assert len(removed) == len(lists[which]) == max(100, reached)
             assert all(value < target for value in removed[: reached - 1])
 

@@ -11,8 +11,10 @@ import pytest
 from browser import CHROMIUM, Browser
 from conftest import ROOT, read_journal, run_script
 
-from experiment import figure, folders, guard, page, report, results
+from experiment import guard
 from experiment.questions import Question
+from experiment.records import files
+from experiment.report import figure, folders, page, tables
 
 RANKINGS = ("baseline", "matched")
 KS = ("0", "10", "50%")
@@ -187,7 +189,7 @@ def test_a_question_opens_by_keyboard(opened, folder, demo_questions):
     entry = next(e for e in json.loads((folder / "results.json").read_text()) if e["run"]["ranking"] == "matched")
     (latents,) = texts(opened, ".latents")
     listed = [int(number) for number in latents.split("masks")[-1].split()]
-    _, samples = results.read_activations(folder / "activations_matched.json")
+    _, samples = files.read_activations(folder / "activations_matched.json")
     assert entry and listed and next(s for s in samples if s["id"] == first.id)["topk"][: len(listed)] == listed
     assert opened.run("document.querySelectorAll('.latents a').length") == 0
     opened.press("Enter", 13)
@@ -308,7 +310,7 @@ def run_report(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(figure, "draw", lambda entries: {})
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
     capsys.readouterr()
-    return guard(report.main), *capsys.readouterr()
+    return guard(tables.main), *capsys.readouterr()
 
 
 def rewrite(folder, old, new, pattern="*.json*"):
@@ -326,14 +328,14 @@ def test_one_folder_again_without_torch(folder, copy):
     for path in copy.glob("results.*"):
         if path.suffix != ".json":
             path.unlink()
-    code = "import sys; from experiment import report; report.main(); print('torch' in sys.modules, file=sys.stderr)"
+    code = "import sys; from experiment import report; tables.main(); print('torch' in sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code, copy], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.split() == ["False"], done.stderr
     for ending in ("json", "csv", "tex", "png", "pdf"):
         assert (copy / f"results.{ending}").read_bytes() == (folder / f"results.{ending}").read_bytes(), ending
     pages = [(path / "results.html").read_text().replace(str(path), "") for path in (copy, folder)]
     assert pages[0] == pages[1]
-    table = report.terminal(report.frame(results.load_json(folder / "results.json")))
+    table = tables.terminal(tables.frame(files.load_json(folder / "results.json")))
     assert done.stdout == f"{table}\n\nAll files: {copy}\n"
 
 

@@ -169,8 +169,22 @@ def test_one_question_that_does_not_fit(demo, group, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(demo[0], "_run", run_out)
-    with pytest.raises(UserError, match="out of memory with a single question"):
+    with pytest.raises(torch.OutOfMemoryError):  # what it is a part of may still be split; a round makes it a line
         generate.answer_masked(demo[0], group, Limits(50, EVERYTHING))
+
+
+def test_one_answer_that_cannot_go_on(demo, group, monkeypatch, capsys):
+    """The pool's rows are in no batch any more that could be split: one line, and no answer that is cut short."""
+    run = demo[0]._run
+
+    def run_out(ids, *arguments, **more):
+        if ids.shape[1] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(ids, *arguments, **more)
+
+    monkeypatch.setattr(demo[0], "_run", run_out)
+    with pytest.raises(UserError, match="out of memory, with no batch left to split"):
+        generate.answer_masked(demo[0], group, Limits(50, 1))
 
 
 def test_ended_answers_are_told(demo, group):
@@ -193,4 +207,10 @@ def test_tokens_that_fit():
     config = transformers.Gemma2Config(**gemma, hidden_size=3584, intermediate_size=14336)
     per_token = plan.bytes_per_token(config, torch.float16)
     assert 2 * 344e3 < per_token < 3 * 344e3  # the cache takes 344 KB per token, twice
-    assert [plan.count_tokens(size * 1e9, per_token) for size in (0.1, 15, 20, 50, 110)] == [1024, 8192, 16384, 32768, 65536]
+    assert [plan.count_tokens(size * 1e9, per_token) for size in (0.1, 15, 20, 50, 110)] == [
+        1024,
+        8192,
+        16384,
+        32768,
+        65536,
+    ]

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, run_script
 
 import common
-from experiment import answers, options, prompts
+from experiment import options, prompts
 
 launchers = pytest.mark.launchers
 

@@ -10,7 +10,9 @@ import torch
 from conftest import ROOT, read_journal, run_script
 from safetensors.torch import load_file, save_file
 
-from experiment import UserError, figure, folders, guard, page, report, results
+from experiment import UserError, guard
+from experiment.records import files
+from experiment.report import figure, folders, page, tables
 
 ROUND_1, ROUND_2, ROUND_3 = "baseline", "baseline_after_false", "baseline_after_true"
 
@@ -58,7 +60,7 @@ def run_report(monkeypatch, capsys):
     def check(*given):
         monkeypatch.setattr("sys.argv", ["report.py", *map(str, given)])
         capsys.readouterr()
-        code = guard(report.main)
+        code = guard(tables.main)
         out, err = capsys.readouterr()
         assert code == 0, err
         return out, err
@@ -89,9 +91,9 @@ def cut(path, records):
 
 def change_sample(path, **changed):
     """Changes the last sample of a file of activations; a function gets the field's value."""
-    made, samples = results.read_activations(path)
+    made, samples = files.read_activations(path)
     samples[-1] |= {name: change(samples[-1][name]) for name, change in changed.items()}
-    results.write_activations(path, made, samples)
+    files.write_activations(path, made, samples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ def test_zero_and_mean_ablation_in_one_folder(run, run_report, tmp_path):
     run_report(out)
     assert (out / "results.json").read_bytes() == before
     found = folders.read(out)
-    assert [report.name_mask(entry) for entry, _ in found.masked] == ["TopK", "TopK mean"]
+    assert [tables.name_mask(entry) for entry, _ in found.masked] == ["TopK", "TopK mean"]
     for name, (_, records) in zip(("predictions_false", "predictions_false_mean"), found.masked):
         assert records == read_journal(out / f"{name}.jsonl")[1]
     assert len(page.collect([found])["masks"]) == 2
@@ -214,7 +216,7 @@ def test_one_folder_spelled_in_two_ways(run, run_report, tmp_path, monkeypatch):
     assert "This round is finished" in run(ROUND_1, "--limit", 8, *given)[1]
     out, _ = run_report(tmp_path / "out")
     assert out.startswith("ranking")
-    assert [*report.frame(read_entries(tmp_path / "out")).masked] == ["none", "none", "TopK"]
+    assert [*tables.frame(read_entries(tmp_path / "out")).masked] == ["none", "none", "TopK"]
 
 
 def test_folders_whose_saes_are_called_the_same(run, run_report, tmp_path, monkeypatch):
@@ -303,7 +305,7 @@ def test_the_report_locks_before_it_reads(run, run_report, tmp_path, monkeypatch
 
     def watch(path, *given):
         try:
-            with results.lock(path):
+            with files.lock(path):
                 pass
         except UserError:
             held.append(path)
@@ -402,9 +404,9 @@ def test_the_papers_figures_stand_beside_whole_data_sets_only():
 
     for selection in ({"limit": 1000}, {"sample": 1000, "seed": 7}):
         entries = [unmasked(run=PAPERS | selection), masked("baseline", "topk", "50%", 0.0, run=PAPERS)]
-        assert report.frame(entries).paper_em.isna().all()
+        assert tables.frame(entries).paper_em.isna().all()
         other = [unmasked(run=PAPERS, population="beef" * 16), entries[1] | {"population": "beef" * 16}]
-        assert report.frame(entries[:1] + other).paper_em.dropna().tolist() == [53.42]
+        assert tables.frame(entries[:1] + other).paper_em.dropna().tolist() == [53.42]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

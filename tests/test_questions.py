@@ -11,7 +11,8 @@ from conftest import ROOT
 from conftest import options as command_line
 
 import common
-from experiment import UserError, folders, options, questions
+from experiment import UserError, options, questions
+from experiment.report import folders
 
 ROWS = [
     {"id": f"{c}-{q}", "context": f"Context {c}: “x”\u2028y", "question": f"Question {q}?",

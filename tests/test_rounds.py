@@ -10,7 +10,10 @@ import torch
 from conftest import ROOT, options, read_journal, run_script
 
 import common
-from experiment import UserError, folders, prompts, rankings, results
+from experiment import UserError, prompts
+from experiment.intervention import rankings
+from experiment.records import files
+from experiment.report import folders
 
 ROUNDS = [("baseline", "baseline"), ("baseline_after_false", "false"), ("baseline_after_true", "true")]
 METRICS = ("em", "f1", "accuracy", "named")
@@ -353,8 +356,8 @@ def test_matched_masks_remove_as_much(full, tmp_path, monkeypatch, capsys):
     code, _, err = run_script("baseline_after_false", alone, monkeypatch, capsys)
     assert code == 0, err
     path = tmp_path / "activations_matched.json"
-    run, samples = results.read_activations(path)
-    results.write_activations(path, run, [{k: v for k, v in s.items() if k != "target_topk"} for s in samples])
+    run, samples = files.read_activations(path)
+    files.write_activations(path, run, [{k: v for k, v in s.items() if k != "target_topk"} for s in samples])
     code, _, err = run_script("baseline_after_false", [*alone, "--overwrite"], monkeypatch, capsys)
     assert code == 2 and "does not say what the baseline's latents remove" in err
 
@@ -380,11 +383,11 @@ def test_more_latents_than_are_stored(tmp_path, monkeypatch, capsys):
         == {len(sample["topk"]) for of_ranking in samples.values() for sample in of_ranking}
     )
     # Of a file that holds the percentage's list alone, a number beside it is masked as far as the list goes.
-    run, _ = results.read_activations(tmp_path / "activations_random.json")
+    run, _ = files.read_activations(tmp_path / "activations_random.json")
     for sample in samples["random"]:
         for name in ("topk", "removed_topk"):
             sample[name] = sample[name][: len(sample["active"]) // 2]
-    results.write_activations(tmp_path / "activations_random.json", run, samples["random"])
+    files.write_activations(tmp_path / "activations_random.json", run, samples["random"])
     halves = [len(sample["topk"]) for sample in samples["random"]]
     given = [*given[:5], "--ranking", "random", "--k", "50"]
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
@@ -552,17 +555,17 @@ def test_questions_of_other_forms(demo_questions, tmp_path, monkeypatch, capsys)
 
 
 def test_k_of_a_question():
-    assert [rankings.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
-    reached = [rankings.count_to_reach([1.0, 2.0, 3.0], target) for target in (0.5, 1.0, 2.0, 2.5, 9.0)]
+    assert [lists.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
+    reached = [lists.count_to_reach([1.0, 2.0, 3.0], target) for target in (0.5, 1.0, 2.0, 2.5, 9.0)]
     assert reached == [1, 1, 2, 3, 3]  # as much is enough, and all where nothing is
-    assert rankings.count_to_reach([1.0, 2.0], 0) == 0
+    assert lists.count_to_reach([1.0, 2.0], 0) == 0
 
 
 def test_activations_of_different_questions(full, tmp_path, monkeypatch, capsys):
     folder, _ = full
-    run, samples = results.read_activations(folder / "activations_baseline.json")
-    results.write_activations(tmp_path / "activations_baseline.json", run, samples)
-    results.write_activations(tmp_path / "activations_gradsae.json", run | {"ranking": "gradsae"}, samples[:9])
+    run, samples = files.read_activations(folder / "activations_baseline.json")
+    files.write_activations(tmp_path / "activations_baseline.json", run, samples)
+    files.write_activations(tmp_path / "activations_gradsae.json", run | {"ranking": "gradsae"}, samples[:9])
     given = ["--demo", "--output-dir", tmp_path, "--ranking", "baseline", "gradsae"]
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
     assert code == 2 and "of different unmasked answers" in err and len(err.splitlines()) == 1
@@ -649,9 +652,9 @@ def test_matched_to_what_mean_ablation_changes(tmp_path, monkeypatch, capsys):
         assert sum(shown) / len(shown) == pytest.approx(entry["mean_k"])
     # Files that do not belong together are refused.
     path = tmp_path / "activations_matched_mean.json"
-    run, samples = results.read_activations(path)
+    run, samples = files.read_activations(path)
     samples[0]["topk"] = samples[0]["topk"][::-1]
-    results.write_activations(path, run, samples)
+    files.write_activations(path, run, samples)
     code, _, err = run_script("baseline_after_true", [*given, "--ablation", "mean"], monkeypatch, capsys)
     assert code == 2 and f"{path}: has other lists than activations_matched.json" in err
     path.unlink()

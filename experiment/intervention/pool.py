@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils.memory import release_memory
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from experiment import say
 from experiment.intervention.forward import Layout, SplicedModel, new_cache
-from experiment.intervention.memory import halve_on_oom, is_out_of_memory
+from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors
 from experiment.intervention.rows import Row, pick_log_probs, pick_tokens
 from experiment.intervention.splice import Mask, SparseActivations, join
 
@@ -20,10 +22,6 @@ class Limits:
 
     max_new_tokens: int
     pool_tokens: int
-
-
-def _ignore(count: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -85,14 +83,18 @@ class Pool:
             if not is_out_of_memory(error):
                 raise
         pieces.clear()
+        release_memory()
         self.capacity //= 2
+        say(f"Out of memory with {len(rows)} answers that go on together: they are split in two; nothing is lost.")
 
         def go_on(numbers: Sequence[int]) -> None:
             self._start_again(rows, mask, numbers)
 
         half = len(rows) // 2
-        for numbers in (range(half), range(half, len(rows))):
-            halve_on_oom(go_on, numbers)
+        with memory_errors():  # a batch that is split because of this would leave these rows where they are
+            for numbers in (range(half), range(half, len(rows))):
+                if numbers:
+                    halve_on_oom(go_on, numbers)
 
     def _start_again(self, rows: list[Row], mask: Mask | None, numbers: Sequence[int]) -> None:
         """Goes on with some of the rows, whose caches are lost: what they have said so far stays."""

@@ -99,6 +99,7 @@ class Splice:
 
     error_term: "drop", as in the paper: the reconstruction alone; "keep": what the SAE does not explain stays, so the
     place keeps its own value less what the masked latents wrote.  bypass: ids of tokens at which it does not stand.
+    writes_rows: whether what a latent writes is its activation times its row of W_dec, at every position alike.
     """
 
     def __init__(self, sae: "SAE", error_term: str = "drop", bypass: Sequence[int] = ()):
@@ -110,13 +111,18 @@ class Splice:
         self.chunk = max(1, min(CHUNK_POSITIONS, CHUNK_BYTES // (self.d_sae * sae.W_dec.element_size())))
         with torch.no_grad():
             self.bias = self._find_bias()
+        puts_heads_together = sae.cfg.reshape_activations != "none"
+        self.writes_rows = self.bias is not None or (puts_heads_together and not self._normalises())
+
+    def _normalises(self) -> bool:
+        """Whether the SAE brings each position to a size of its own first, and what it decodes back to the old one."""
+        return self.sae.cfg.normalize_activations not in ("none", "expected_average_only_in")
 
     def _find_bias(self) -> Float[Tensor, "d_in"] | None:
         """What is added to `acts @ W_dec`; None where decoding is not that."""
         config = self.sae.cfg
         decoder = self.sae.W_dec
-        normalises = config.normalize_activations not in ("none", "expected_average_only_in")
-        if normalises or config.reshape_activations != "none":
+        if self._normalises() or config.reshape_activations != "none":
             return None
         acts = torch.zeros(2, self.d_sae, device=self.device, dtype=decoder.dtype)
         acts[1, :: max(1, self.d_sae // 50)] = 1.0

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from experiment import UserError, answers, prompts, provenance, rankings, results, say
-from experiment.answers import Trace
+from experiment import UserError, say
 from experiment.options import ROOT, write_command
-from experiment.passes import SplicedModel
-from experiment.questions import Question
+from experiment.records import files, lists, provenance
 
-if TYPE_CHECKING:  # rounds stands on this module
-    from experiment.rounds import Round
+if TYPE_CHECKING:
+    from experiment.rounds import Round  # which stands on this module
 
 
 def name_file(options, ranking):
@@ -30,9 +23,9 @@ def refuse_others(round_):
     """Refuses, before anything is run, to replace the activations of another run, or a file that is none."""
     for name in round_.options.ranking:
         path = name_file(round_.options, name)
-        for file in (path, results.name_mean_file(path)) if round_.options.ablation == "mean" else (path,):
+        for file in (path, files.name_mean_file(path)) if round_.options.ablation == "mean" else (path,):
             if file.exists() and not round_.options.overwrite:
-                made, _ = results.read_activations(file)
+                made, _ = files.read_activations(file)
                 if made is None:
                     says = "is the authors' published file: give another --activations, or --overwrite"
                     raise UserError(f"{file}: {says}")
@@ -70,7 +63,7 @@ def read_ranked(round_, ranking: str, which: str) -> Ranked:
     path = find_activations(round_, ranking)
     if not path.exists():
         raise UserError(f"{path}: there is no such file: {advise_round_1(round_)}")
-    made, samples = results.read_activations(path)
+    made, samples = files.read_activations(path)
     if made is None:
         say(f"{path}: the authors' published form: model, SAE, layer and dtype that made it cannot be checked.")
         by_id, missing = match_prompts(round_, samples)
@@ -129,7 +122,7 @@ def find_activations(round_, ranking):
     options = round_.options
     path, shipped = name_file(options, ranking), ROOT / f"activations_{ranking}.json"
     if options.activations is None and not path.exists() and shipped.exists():
-        made, _ = results.read_activations(shipped)
+        made, _ = files.read_activations(shipped)
         if not provenance.differences(made, round_.run_of(ranking), (*provenance.SETTINGS, "ranking")):
             say(f"{path} is not there: using {shipped.name}, which ships with the project.")
             return shipped
@@ -141,10 +134,10 @@ def take_from_mean_file(round_: Round, path: Path, run: dict, samples: list[dict
 
     run: of the ranking's own file.  Raises UserError where the file beside it is missing, or of another run or lists.
     """
-    beside = results.name_mean_file(path)
+    beside = files.name_mean_file(path)
     if not beside.exists():
         raise UserError(f"{beside}: there is no such file: {advise_round_1(round_)}")
-    made, of_means = results.read_activations(beside)
+    made, of_means = files.read_activations(beside)
     problem = None
     if made is None or provenance.differences(made, run, (*provenance.SETTINGS, "ranking")):
         problem = f"is of another run than {path.name}"
@@ -157,7 +150,7 @@ def take_from_mean_file(round_: Round, path: Path, run: dict, samples: list[dict
 
 def select_lists(samples: list[dict]) -> list[list]:
     """The ids and the lists of latents of samples."""
-    return [[sample[field] for field in ("id", *rankings.LISTS)] for sample in samples]
+    return [[sample[field] for field in ("id", *lists.SIDES)] for sample in samples]
 
 
 def match_prompts(round_, samples):
@@ -204,114 +197,14 @@ def check_latents(ranked, model):
                 raise UserError(f"{where} names token {max(tokens)}, but the model has {words}")
 
 
-def store_means(round_: Round, model, kept: dict[Question, dict]) -> None:
-    """For --ablation mean: each latent's mean activation over all positions of the kept questions and answers, and what
-    setting the first 1, 2, ... latents of each list to it changes.
-
-    kept: {question: its record}. The means go to means.json, the rest beside each ranking's activations: rounds 2 and 3
-    read both. means.json comes last: where it is, the others are.
-    """
-    questions, tokens = list(kept), [record["tokens"] for record in kept.values()]
-    means, positions = find_means(round_, model, questions, tokens)
-    for ranking in round_.options.ranking:
-        path = name_file(round_.options, ranking)
-        run, samples = results.read_activations(path) if kept else (round_.run_of(ranking), [])
-        measured = measure_lists(round_, model, ranking, questions, samples, means)
-        results.write_activations(results.name_mean_file(path), run | {"ablation": "mean"}, measured)
-    with results.write_whole(round_.options.output_dir / "means.json") as file:
-        json.dump({"run": round_.run, "positions": positions, "means": means.tolist()}, file)
-
-
-def find_means(
-    round_: Round, model: SplicedModel, questions: list[Question], tokens: list[list[int]]
-) -> tuple[Float[Tensor, " d_sae"], int]:
-    """Each latent's mean activation over all positions of these prompts and answers, and how many there are."""
-    total, positions = torch.zeros(model.splice.d_sae, dtype=torch.float64, device=model.splice.device), 0
-
-    def add_up(part: list[int]) -> list[tuple[Tensor, int]]:
-        _, trace = read_sequences(round_, model, [questions[n] for n in part], [tokens[n] for n in part])
-        latents = trace.select(range(len(part)), trace.rows.bincount().tolist()).latents
-        sums = torch.zeros_like(total).index_add_(0, latents.ids, latents.values.double())
-        return [(sums, int(latents.spliced.sum()))]
-
-    for batch in plan(round_, questions, tokens):
-        for sums, count in answers.in_halves(add_up, batch):
-            total, positions = total + sums, positions + count
-    return (total / max(1, positions)).float(), positions
-
-
-def measure_lists(
-    round_: Round,
-    model: SplicedModel,
-    ranking: str,
-    questions: list[Question],
-    samples: list[dict],
-    means: Float[Tensor, " d_sae"],
-) -> list[dict]:
-    """Samples of a ranking with what setting their latents to these means changes, in place of what zeroing removes;
-    of the matched ranking also what it changes of the baseline's."""
-    tokenizer = round_.tokenizer
-    tokens = [sample["tokens"] for sample in samples]
-
-    def measure(part: list[int]) -> list[dict]:
-        generated = [tokens[n] for n in part]
-        prompt_ids, trace = read_sequences(round_, model, [questions[n] for n in part], generated)
-        sequences = rankings.Sequences(
-            ids=[samples[n]["id"] for n in part],
-            prompts=prompt_ids,
-            generated=generated,
-            brackets=[prompts.find_bracket(tokenizer, ids) for ids in generated],
-            insides=[samples[n]["inside"] for n in part],
-            rows=list(range(len(part))),
-            trace=trace,
-            special_ids=prompts.find_special_ids(tokenizer),
-        )
-        lists = rankings.add_removed(model, sequences, [samples[n] for n in part], means)
-        if ranking != "matched":
-            return lists
-        scores = rankings.rank_by_mean_activation(model, sequences, round_.options.seed)
-        baseline = rankings.add_removed(model, sequences, rankings.cut_lists(scores, sequences), means)
-        return rankings.add_targets(lists, baseline)
-
-    measured = {}
-    for batch in plan(round_, questions, tokens):
-        measured |= dict(zip(batch, answers.in_halves(measure, batch)))
-    return [measured[n] for n in range(len(samples))]
-
-
-def plan(round_: Round, questions: list[Question], tokens: list[list[int]]) -> list[list[int]]:
-    """Batches of the questions' numbers."""
-    lengths = [len(round_.prompt_ids(question)) + len(ids) for question, ids in zip(questions, tokens)]
-    return answers.plan_batches(lengths, round_.options.batch_tokens, [question.context for question in questions])
-
-
-def read_sequences(
-    round_: Round, model: SplicedModel, questions: list[Question], tokens: list[list[int]]
-) -> tuple[list[list[int]], Trace]:
-    """The questions' prompts as token ids, and the Trace of them with their answers, but for the answers' last token,
-    which the SAE never read."""
-    prompt_ids = [round_.prompt_ids(question) for question in questions]
-    sequences = [prompt + ids[:-1] for prompt, ids in zip(prompt_ids, tokens)]
-    # One token more says nothing new: what counts is what the SAE reads on the way there.
-    _, trace = answers.answer(model, sequences, [question.context for question in questions], 1)
-    return prompt_ids, trace
-
-
 def read_means(round_) -> list[float]:
     """The mean activation of each latent of the SAE that round 1 stored with --ablation mean."""
     path = round_.options.output_dir / "means.json"
     if not path.exists():
         raise UserError(f"{path}: there is no such file: {advise_round_1(round_)}")
-    content = results.load_json(path)
-    if problem := results.find_problem(content, results.MEANS):
+    content = files.load_json(path)
+    if problem := files.find_problem(content, files.MEANS):
         raise UserError(f"{path}: is damaged ({problem}): move it away")
     provenance.refuse_other_run(path, content["run"], round_.run, provenance.SETTINGS)
     refuse_unasked(round_, path, content["run"])
     return content["means"]
-
-
-def load_means(round_, means: list[float], model) -> Float[torch.Tensor, " d_sae"]:
-    """These means on the SAE's device."""
-    if len(means) != model.splice.d_sae:
-        raise UserError(f"{round_.options.output_dir / 'means.json'}: is of another SAE: move it away")
-    return torch.tensor(means, dtype=torch.float32, device=model.splice.device)

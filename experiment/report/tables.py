@@ -1,23 +1,17 @@
 """ONE table of all that a folder holds, a pandas DataFrame; terminal, CSV, LaTeX, figure and page are made of it.
 
-    python -m experiment.report runs/demo                              # its files again, from what lies there
-    python -m experiment.report runs/A runs/B --output-dir runs/both   # layers, widths or models side by side
-
 Knows nothing of models. pandas and matplotlib are imported where they are used: only the end of a round needs them.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiment import UserError, guard, provenance, results
-from experiment.estimates import DROP_ONLY, MASKS, METRICS
+from experiment.records import provenance
+from experiment.report.estimates import DROP_ONLY, MASKS, METRICS
 
 if TYPE_CHECKING:
     import pandas
@@ -303,48 +297,3 @@ def describe(statistics, ranking):
         page = f"  {latent['neuronpedia']}" if latent["neuronpedia"] else ""
         lines.append(f"  latent {latent['latent']} in {100 * latent['questions'] / statistics['n']:.1f}%{page}")
     return "\n".join(lines)
-
-
-def write(path, folders, entries):
-    """Writes results.csv, .tex, .html and, where something was masked, .png and .pdf to the folder `path`.
-
-    folders: the Folders that the page shows.  entries: of all of them.
-    """
-    from experiment import figure, page
-
-    table, files = frame(entries), figure.draw(entries)
-    svg = files.pop("svg", b"").decode()
-    files |= {"csv": to_csv(table).encode(), "tex": to_latex(table).encode()}
-    for ending, content in files.items():
-        with results.write_whole(path / f"results.{ending}", "wb") as file:
-            file.write(content)
-    with results.write_whole(path / "results.html") as file:
-        page.write(file, folders, entries, svg)
-
-
-def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m experiment.report", description=__doc__, formatter_class=raw)
-    parser.error = _refuse
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="that rounds have written")
-    parser.add_argument("--output-dir", type=Path, help="for the files (default: the one folder, or runs/together)")
-    chosen = parser.parse_args()
-    from experiment import folders
-
-    paths = list(dict.fromkeys(chosen.folders))
-    path = chosen.output_dir or (paths[0] if len(paths) == 1 else Path("runs", "together"))
-    # Before anything is read: a round that ends meanwhile would be lost. Where there is no folder yet, none is running.
-    with results.lock(path) if path.is_dir() else contextlib.nullcontext():
-        given = [folders.read(path) for path in paths]
-        entries = folders.join(given) if len(given) > 1 else given[0].entries
-        results.write_results(path / "results.json", entries)
-        write(path, given, entries)
-    print(f"{terminal(frame(entries))}\n\nAll files: {path}")
-
-
-def _refuse(message):
-    raise UserError(f"{message} (--help lists the options)")
-
-
-if __name__ == "__main__":
-    sys.exit(guard(main))

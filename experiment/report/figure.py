@@ -2,7 +2,7 @@
 
 import io
 
-from experiment import report
+from experiment.report import tables
 
 PANELS = {"em": "EM (%)", "f1": "F1 (%)", "answer_log_prob_drop": "answer's log prob.,\ndrop (nats a token)"}
 MARKERS = "os^Dv*"  # of the figure: a marker a line
@@ -16,7 +16,7 @@ def draw(entries):
     where nothing was masked."""
     import matplotlib
 
-    if (report.frame(entries).masked == "none").all():
+    if (tables.frame(entries).masked == "none").all():
         return {}
     dates, files = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}, {}
     with matplotlib.rc_context(STYLE):
@@ -38,9 +38,9 @@ def make_figure(entries):
     """
     from matplotlib.figure import Figure
 
-    table = report.frame(entries)
+    table = tables.frame(entries)
     masked = table[table.masked != "none"]
-    names = masked.ranking, masked.masked, *report.write_settings(masked).values()
+    names = masked.ranking, masked.masked, *tables.write_settings(masked).values()
     masked = masked.assign(line=[" ".join(texts) for texts in zip(*names)])
     lines = sorted(masked.line.unique(), key=lambda line: (line.count(" "), "BottomK" in line))
     more, lines = len(lines[len(MARKERS) :]), lines[: len(MARKERS)]

@@ -4,13 +4,15 @@ page.html, page.css and page.js are its parts; the searchable table is DataTable
 """
 
 import base64
+from pathlib import Path
 
 import jinja2
 from itables.utils import find_package_file
 
-from experiment import catalogue, report
-from experiment.folders import masked_latents
+from experiment import catalogue
 from experiment.options import bundled
+from experiment.report import estimates, tables
+from experiment.report.folders import masked_latents
 
 RIGHT_F1 = 0.9  # from which on an answer counts as parsed right, as in round 1
 LONGEST = 100  # latents of a list that are shown
@@ -38,8 +40,8 @@ def write(file, folders, entries, svg):
 
     entries: of all of them, for the table.  svg: the figure; empty where nothing was masked.
     """
-    cells, notes = report.write_cells(report.frame(entries))
-    loader = jinja2.PackageLoader("experiment", ".")
+    cells, notes = tables.write_cells(tables.frame(entries))
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     bundle = find_package_file("html", "dt_bundle.js")
@@ -116,13 +118,13 @@ def collect(folders):
             {
                 "folder": number,
                 "ranking": e["run"]["ranking"],
-                "masked": report.name_mask(e),
+                "masked": tables.name_mask(e),
                 "k": e["k"],
                 "list": place,
             }
             for number, e, _, place in columns
         ],
-        "lists": [{"folder": f, "name": f"{ranking} {report.MASKS[which]}"} for f, ranking, which, _ in lists],
+        "lists": [{"folder": f, "name": f"{ranking} {estimates.MASKS[which]}"} for f, ranking, which, _ in lists],
         "questions": list(by_key.values()),
     }
 

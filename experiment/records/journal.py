@@ -5,7 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from experiment import UserError, os_errors, own_mistakes, provenance, results, say
+from experiment import UserError, os_errors, own_mistakes, say
+from experiment.records import files, provenance
 
 
 class Journal(dict):
@@ -94,7 +95,7 @@ class Journal(dict):
         return b"".join(map(_to_line, [{"run": self.run}, *records.values()]))
 
     def _write_own(self, records):
-        with results.write_whole(self._own, "wb") as file:
+        with files.write_whole(self._own, "wb") as file:
             file.write(self._to_bytes(records))
 
     def _read(self, path):
@@ -103,10 +104,10 @@ class Journal(dict):
         try:
             with os_errors(f"{path}: cannot be read"):
                 *lines, cut_off = path.read_bytes().split(b"\n")
-            run = _parse(lines[0] if lines else b"{}", {"run": results.OBJECT})["run"]
+            run = _parse(lines[0] if lines else b"{}", {"run": files.OBJECT})["run"]
             for line in lines[1:]:
                 number += 1
-                record = _parse(line, results.RECORD)
+                record = _parse(line, files.RECORD)
                 if records.setdefault(record["id"], record) is not record:
                     raise ValueError("its id stands twice")
         except (ValueError, RecursionError) as error:
@@ -125,7 +126,7 @@ def read_run(path: Path) -> dict | None:
     """The run of a journal; None where there is none that can be read."""
     try:
         with open(path, "rb") as file:
-            return _parse(file.readline(), {"run": results.OBJECT})["run"]
+            return _parse(file.readline(), {"run": files.OBJECT})["run"]
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -136,6 +137,6 @@ def _to_line(entry):
 
 def _parse(line, form):
     entry = json.loads(line)
-    if problem := results.find_problem(entry, form):
+    if problem := files.find_problem(entry, form):
         raise ValueError(problem)
     return entry

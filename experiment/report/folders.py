@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment import UserError, provenance, questions, rankings, report, results, say
-from experiment.journal import Journal, read_run
+from experiment import UserError, questions, say
 from experiment.options import ROOT, bundled
+from experiment.records import files, lists, provenance
+from experiment.records.journal import Journal, read_run
+from experiment.report import tables
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def read(path: Path, entries: list[dict] | None = None, known: list[questions.Qu
         raise UserError(f"{path}: none of its results is of what lies in it: repeat its rounds")
     unmasked = [entry for entry in entries if "masked" not in entry]
     answered = []
-    for entry in unmasked + report.sort_masked(entries):
+    for entry in unmasked + tables.sort_masked(entries):
         journal = journals.get(entry.get("journal"))
         if journal is not None and _is_whole(journal, entry):
             answered.append((entry, journal))
@@ -65,7 +67,7 @@ def _is_of(path: Path, entry: dict, journals: dict[str, Journal], samples: dict[
     if reason:
         name = entry["run"]["ranking"]
         if "masked" in entry:
-            name += f" {report.name_mask(entry)} at K = {entry['k']}"
+            name += f" {tables.name_mask(entry)} at K = {entry['k']}"
         say(f"{path / 'results.json'}: {name} is left out: {reason}")
     return not reason
 
@@ -81,10 +83,11 @@ def _find_other_run(entry: dict, journals: dict[str, Journal]) -> str:
 
 def _find_other_latents(entry: dict, journals: dict[str, Journal], samples: dict[str, dict[str, dict]]) -> str:
     """Says where round 1 has other latents, or unmasked answers, than those that an entry is of."""
-    journal, lists = journals.get(entry.get("journal")), samples.get(entry.get("latents"))
-    if journal is None or lists is None or len(journal) != entry["n"]:
+    journal = journals.get(entry.get("journal"))
+    of_file = samples.get(entry.get("latents"))
+    if journal is None or of_file is None or len(journal) != entry["n"]:
         return ""  # it cannot be told which questions they are of
-    same = provenance.digest_samples(lists, entry["masked"], journal) == entry["run"].get("activations")
+    same = provenance.digest_samples(of_file, entry["masked"], journal) == entry["run"].get("activations")
     return "" if same else f"{entry['latents']} has other latents or answers now"
 
 
@@ -93,8 +96,8 @@ def _find_other_means(path: Path, entry: dict) -> str:
     file = path / "means.json"
     if "means" not in entry["run"] or not file.exists():
         return ""
-    content = results.load_json(file)
-    is_damaged = results.find_problem(content, results.MEANS)
+    content = files.load_json(file)
+    is_damaged = files.find_problem(content, files.MEANS)
     if is_damaged or provenance.digest_numbers(content["means"]) != entry["run"]["means"]:
         return f"{file.name} has other means now"
     return ""
@@ -103,9 +106,9 @@ def _find_other_means(path: Path, entry: dict) -> str:
 def _find_other_answers(samples: dict[str, dict[str, dict]], answers: dict[str, dict]) -> list[str]:
     """The files of activations of other unmasked answers than those that the page shows; a line for each."""
     others = []
-    for name, lists in samples.items():
-        both = [question_id for question_id in lists if question_id in answers]
-        differ = [i for i in both if not provenance.same_answer(lists[i], answers[i])]
+    for name, of_file in samples.items():
+        both = [question_id for question_id in of_file if question_id in answers]
+        differ = [i for i in both if not provenance.same_answer(of_file[i], answers[i])]
         if differ:
             others.append(name)
             say(f"{name}: is of other unmasked answers ({len(differ)} of {len(both)}): its masks are not on the page")
@@ -116,9 +119,9 @@ def read_entries(path):
     """The entries of a results.json, all of them such that the table can be made of them."""
     if not path.exists():
         raise UserError(f"{path}: there is no such file: give folders that rounds have written")
-    entries = results.load_json(path)
+    entries = files.load_json(path)
     try:
-        if report.frame(entries).empty:
+        if tables.frame(entries).empty:
             raise ValueError("it holds no entry")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: is damaged, or of another version ({error!r}): repeat its rounds") from None
@@ -155,7 +158,7 @@ def _read_samples(path: Path, entries: list[dict]) -> dict[str, dict[str, dict]]
         if file is None:
             continue
         try:
-            made, found = results.read_activations(file)
+            made, found = files.read_activations(file)
         except UserError as error:
             say(f"{error}: it is left out")
             continue
@@ -185,11 +188,11 @@ def join(folders):
     runs = [provenance.depends_on(folder.entries[0]["run"]) for folder in folders]
     for folder, run in zip(folders, runs):
         others = [other for other in runs if other is not run]
-        alike = [name for name in report.NAMES if any(run[name] == other[name] for other in others)]
+        alike = [name for name in tables.NAMES if any(run[name] == other[name] for other in others)]
         if not alike:
             raise UserError(f"{folder.path}: has neither model, SAE nor questions in common with the other folders")
     entries = [entry for folder in folders for entry in folder.entries]
-    if (report.frame(entries).masked != "none").sum() < sum("masked" in e and e["k"] != "0" for e in entries):
+    if (tables.frame(entries).masked != "none").sum() < sum("masked" in e and e["k"] != "0" for e in entries):
         raise UserError("the folders hold the same ranking, mask and K of the same settings: they cannot be told apart")
     return entries
 
@@ -197,4 +200,4 @@ def join(folders):
 def masked_latents(folder: Folder, entry: dict, question_id: str) -> list[int]:
     """The latents of a question that the entry's round masked, first those that are masked first; [] where unknown."""
     sample, which = folder.samples.get(entry.get("latents"), {}).get(question_id, {}), entry["masked"]
-    return rankings.pick_latents(sample, which, entry["k"])[0] if which in sample else []
+    return lists.pick_latents(sample, which, entry["k"])[0] if which in sample else []

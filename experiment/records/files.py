@@ -12,7 +12,8 @@ from pathlib import Path
 
 import filelock
 
-from experiment import UserError, os_errors, provenance
+from experiment import UserError, os_errors
+from experiment.records import provenance
 
 
 def lock(folder):

@@ -1,0 +1,41 @@
+"""The files of a folder again, from what lies there, or the results of several folders side by side.
+
+python -m experiment.report runs/demo                              # its files again
+python -m experiment.report runs/A runs/B --output-dir runs/both   # layers, widths or models side by side
+"""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from experiment import UserError, guard
+from experiment.records import files
+from experiment.report import folders, outputs, tables
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m experiment.report", description=__doc__, formatter_class=raw)
+    parser.error = _refuse
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="that rounds have written")
+    parser.add_argument("--output-dir", type=Path, help="for the files (default: the one folder, or runs/together)")
+    chosen = parser.parse_args()
+    paths = list(dict.fromkeys(chosen.folders))
+    path = chosen.output_dir or (paths[0] if len(paths) == 1 else Path("runs", "together"))
+    # Before anything is read: a round that ends meanwhile would be lost. Where there is no folder yet, none is running.
+    with files.lock(path) if path.is_dir() else contextlib.nullcontext():
+        given = [folders.read(path) for path in paths]
+        entries = folders.join(given) if len(given) > 1 else given[0].entries
+        files.write_results(path / "results.json", entries)
+        outputs.write(path, given, entries)
+    print(f"{tables.terminal(tables.frame(entries))}\n\nAll files: {path}")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message} (--help lists the options)")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))
