@@ -246,9 +246,9 @@ def masked_round(options, which):
     """Rounds 2 and 3: the kept questions again, each with its own TopK (`which`: topk) or BottomK (bottomk) masked."""
     # 1. The latents that round 1 ranked, and the questions they are of
     round_ = prepare(options)
+    stored = activations.read_means(round_) if options.ablation == "mean" else None
     ranked = {ranking: activations.read_ranked(round_, ranking, which) for ranking in options.ranking}
     asked = activations.find_asked(round_, ranked)
-    stored = activations.read_means(round_) if options.ablation == "mean" else None
     with rounds.writing(round_) as entries:
         # 2. What an earlier run left: a journal for each ranking and K
         journals = {}
