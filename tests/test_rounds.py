@@ -499,7 +499,7 @@ def test_questions_that_are_too_long(tmp_path, monkeypatch, capsys):
     ]
     assert "left out, too long for the model&#39;s context" in (tmp_path / "with" / "results.html").read_text()
     assert "2: &lt;the long one&gt;, longer" in (tmp_path / "with" / "results.html").read_text()
-    assert "left out" not in (tmp_path / "without" / "results.html").read_text()
+    assert "left out, too long" not in (tmp_path / "without" / "results.html").read_text()
 
     monkeypatch.setattr("common.load", None)
     code, out, err = run_script("baseline", ["--demo", "--output-dir", tmp_path / "with", *given], monkeypatch, capsys)
@@ -659,4 +659,4 @@ def test_matched_to_what_mean_ablation_changes(tmp_path, monkeypatch, capsys):
     assert code == 2 and f"{path}: has other lists than activations_matched.json" in err
     path.unlink()
     code, _, err = run_script("baseline_after_true", [*given, "--ablation", "mean"], monkeypatch, capsys)
-    assert code == 2 and "does not say what the baseline's latents remove: run baseline.py again with --ablation" in err
+    assert code == 2 and "does not say what the baseline's latents remove: run this first: python baseline.py" in err
