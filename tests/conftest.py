@@ -59,6 +59,9 @@ import common  # noqa: E402
 from experiment import guard, questions  # noqa: E402
 from experiment import options as command_line  # noqa: E402
 from experiment.hub import prepare_libraries  # noqa: E402
+from experiment.intervention import generate  # noqa: E402
+from experiment.intervention.generate import Group  # noqa: E402
+from experiment.intervention.pool import Limits  # noqa: E402
 
 LONGEST = ("rounds", "faults", "oracle", "families", "loading", "benchmarks", "readme")
 
@@ -115,3 +118,15 @@ def demo():
 def demo_questions():
     found, *_ = questions.load(command_line.bundled("demo/questions.jsonl"), "")
     return found
+
+
+def answer(model, prompts, contexts, longest, opening=(), pool_tokens=10**9):
+    """Unmasked answers to the prompts of one batch, and what the SAE read: as generate.answer gives them."""
+    group = Group(prompts, list(contexts), [list(range(len(prompts)))])
+    return generate.answer(model, group, Limits(longest, pool_tokens), opening)
+
+
+def answer_masked(model, prompts, contexts, drafts, masks, longest, means=None, pool_tokens=10**9):
+    """[mask][Answer] of one batch. masks: [mask][question], lists of latents."""
+    group = Group(prompts, list(contexts), [list(range(len(prompts)))], drafts, masks)
+    return generate.answer_masked(model, group, Limits(longest, pool_tokens), means)
