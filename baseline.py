@@ -11,7 +11,7 @@ answered right, the TopK and BottomK latents by mean activation go to activation
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiment import guard, options
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from experiment.intervention.rankings import Sequences
     from experiment.intervention.rows import Answer
     from experiment.intervention.sequences import SequenceActivations
+    from experiment.records.schema import Record
     from experiment.rounds import Bar, Round, Work
 
 KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this F1, not only exact matches
@@ -30,7 +31,7 @@ KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this 
 def main() -> None:
     chosen = options.parse(None, __doc__, masks=False)
     import common  # brings in PyTorch: only once the options are known to be good
-    from experiment import means, rounds
+    from experiment import means, results, rounds
     from experiment.records import activations
 
     # 1. The questions
@@ -38,7 +39,7 @@ def main() -> None:
     with rounds.writing(round_) as entries:
         # 2. What an earlier run left: a journal for each ranking
         activations.refuse_others(round_)
-        journals = {ranking: round_.journal(ranking, round_.run_of(ranking)) for ranking in chosen.ranking}
+        journals = {ranking: round_.journal(ranking, round_.provenance_of(ranking)) for ranking in chosen.ranking}
         model = None
         if not rounds.is_finished(round_.asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
@@ -55,17 +56,15 @@ def main() -> None:
                     bar.finish(work)
         # 5. Write the activations, compare, print
         if rounds.wait_for_all(round_):
-            kept = rounds.write_activations(round_, journals)
+            kept = results.write_activations(round_, journals)
             if chosen.ablation == "mean":
                 if model is None:
                     model, sizes = common.load_for(round_, {})
                 means.store(round_, model, sizes, kept)
-            rounds.finish_round_1(round_, entries, journals, KEEP_F1)
+            results.finish_round_1(round_, entries, journals, KEEP_F1)
 
 
-def answer_and_rank(
-    round_: Round, model: SplicedModel, sizes: Sizes, work: Work, bar: Bar
-) -> dict[str, list[dict[str, Any]]]:
+def answer_and_rank(round_: Round, model: SplicedModel, sizes: Sizes, work: Work, bar: Bar) -> dict[str, list[Record]]:
     """{ranking: a record of each question of a group of batches}: its answer, and where that is kept its latents.
 
     Answers are greedy, with the SAE spliced in and nothing masked.
@@ -74,6 +73,7 @@ def answer_and_rank(
     from experiment.intervention import generate, rankings
     from experiment.intervention.memory import halve_on_oom
     from experiment.intervention.pool import Limits
+    from experiment.records.schema import KeptRecord
 
     tokenizer = round_.tokenizer
     group = generate.Group(
@@ -101,7 +101,8 @@ def answer_and_rank(
                     "inside": sequences.insides[number],
                     "active": sequences.active[number],
                 }
-                by_ranking[ranking][row] = records[row] | latents | lists[number]
+                fields = records[row].fields() | latents | lists[number]
+                by_ranking[ranking][row] = KeptRecord.model_validate(fields)
 
     for batch in work.batches:
         halve_on_oom(rank, batch)
@@ -112,7 +113,7 @@ def find_sequences(
     round_: Round,
     group: Group,
     answers: list[Answer],
-    records: list[dict[str, Any]],
+    records: list[Record],
     read: SequenceActivations,
     batch: list[int],
 ) -> Sequences:
@@ -125,12 +126,12 @@ def find_sequences(
     brackets = []
     for row in batch:
         bracket = prompts.find_bracket(tokenizer, answers[row].tokens)
-        if records[row]["f1"] >= KEEP_F1 and bracket is not None:
+        if records[row].f1 >= KEEP_F1 and bracket is not None:
             rows.append(row)
             brackets.append(bracket)
     generated = [answers[row].tokens for row in rows]
     return rankings.Sequences(
-        ids=[records[row]["id"] for row in rows],
+        ids=[records[row].id for row in rows],
         prompts=[group.prompts[row] for row in rows],
         generated=generated,
         brackets=brackets,

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from jaxtyping import Float
 from torch import Tensor
 
-from experiment import UserError, catalogue, questions, rounds, saes, say
+from experiment import UserError, catalogue, questions, results, rounds, saes, say
 from experiment import means as means_of_latents
 from experiment.hub import NO_TOKENIZER, check_fit, hub_errors, prepare_libraries
 from experiment.intervention import generate, plan, rankings
@@ -34,8 +34,9 @@ from experiment.options import Options, bundled
 from experiment.prompts import BRACKETS, find_special_ids
 from experiment.questions import Question
 from experiment.records import activations, lists, provenance
-from experiment.records.activations import Ranked
+from experiment.records.activations import RankedFile
 from experiment.records.journal import Journal
+from experiment.records.schema import Provenance, Record, Side
 from experiment.report import estimates
 from experiment.rounds import Bar, Round, Work
 
@@ -99,12 +100,17 @@ def parse_answer(text):
     return re.sub(r"[\[\]=]", "", match[1] if match else text).strip()
 
 
-def score(tokenizer, question, answer):
+def score(tokenizer: transformers.PreTrainedTokenizerBase, question: Question, answer: Answer) -> Record:
     """A journal's record of an Answer: its text, the answer parsed from it, and its scores."""
     text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-    record = {"id": question.id, "text": tokenizer.decode(answer.tokens), "answer": parse_answer(text)}
-    record |= questions.score(record["answer"], text, question.truths)
-    return record | {"log_probs": [round(p, 4) for p in answer.log_probs]}
+    parsed = parse_answer(text)
+    return Record(
+        id=question.id,
+        text=tokenizer.decode(answer.tokens),
+        answer=parsed,
+        **questions.score(parsed, text, question.truths),
+        log_probs=[round(p, 4) for p in answer.log_probs],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,22 +221,24 @@ def prepare(options):
     asked = questions.select(all_questions, options.limit, options.sample, options.seed)
     names = ("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens")
     names += ("dataset", "dataset_config", "max_new_tokens", "limit", "sample")
-    run = {name: getattr(options, name) for name in names} | {
-        "ranking": "baseline",
-        "split": None if questions.is_local(options.dataset) else options.split,
-        "questions": digest,
-        "prompt_template": template,
-        "seed": options.seed if options.sample else None,
+    settings = {name: getattr(options, name) for name in names}
+    made = Provenance(
+        **settings,
+        ranking="baseline",
+        split=None if questions.is_local(options.dataset) else options.split,
+        questions=digest,
+        prompt_template=template,
+        seed=options.seed if options.sample else None,
         **provenance.digest_local(bundled(options.model), bundled(options.sae_release), options.sae_id),
-        "device": device,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-    round_ = Round(options, state, tokenizer, all_questions, asked, run)
+        device=device,
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+    )
+    round_ = Round(options, state, tokenizer, all_questions, asked, made)
     return rounds.leave_out_long(round_, find_context_length(options))
 
 
 def load_for(
-    round_: Round, journals: dict[Hashable, Journal], ranked: dict[str, Ranked] | None = None
+    round_: Round, journals: dict[Hashable, Journal], ranked: dict[str, RankedFile] | None = None
 ) -> tuple[SplicedModel, Sizes]:
     """The model with its SAE, and how many tokens are run at once.
 
@@ -242,11 +250,12 @@ def load_for(
         rankings.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
     for file in (ranked or {}).values():
-        provenance.refuse_other_run(file.path, file.run, of_sae, of_sae)
+        provenance.refuse_other_run(file.path, file.provenance, Provenance(**of_sae), of_sae)
     sizes = choose_sizes(options, model, journals)
     for journal in journals.values():
-        provenance.refuse_other_run(journal.path, journal.run, of_sae, of_sae)
-        journal.run |= of_sae | {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}
+        provenance.refuse_other_run(journal.path, journal.provenance, Provenance(**of_sae), of_sae)
+        of_sizes = {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}
+        journal.provenance = journal.provenance.with_fields(**of_sae, **of_sizes)
     activations.check_latents(ranked or {}, model)
     return model, sizes
 
@@ -257,18 +266,18 @@ def choose_sizes(options: Options, model: SplicedModel, journals: dict[Hashable,
     pool = options.pool_tokens
     for journal in journals.values():
         if journal:  # it goes on: the same batches give the same last digits
-            batch = batch or journal.run.get("batch_tokens")
-            pool = pool or journal.run.get("pool_tokens")
+            batch = batch or journal.provenance.batch_tokens
+            pool = pool or journal.provenance.pool_tokens
     sizes = plan.choose_sizes(model.device, model.lm.config, model.lm.dtype, batch, pool)
     say(f"{sizes.batch} tokens in a batch, {sizes.pool} in answers that go on together.")
     return sizes
 
 
-def masked_round(options: Options, side: str) -> None:
+def masked_round(options: Options, side: Side) -> None:
     """Rounds 2 and 3: the kept questions again, each with its own TopK (`side`: topk) or BottomK (bottomk) masked."""
     # 1. The latents that round 1 ranked, and the questions they are of
     round_ = prepare(options)
-    stored = activations.read_means(round_) if options.ablation == "mean" else None
+    stored = activations.read_stored_means(round_) if options.ablation == "mean" else None
     ranked = {ranking: activations.read_ranked(round_, ranking, side) for ranking in options.ranking}
     asked = activations.find_asked(round_, ranked)
     with rounds.writing(round_) as entries:
@@ -296,30 +305,30 @@ def masked_round(options: Options, side: str) -> None:
         if rounds.wait_for_all(round_):
             fresh = []
             for (ranking, k), journal in journals.items():
-                fresh.append(rounds.compare(ranked[ranking], k, journal, asked, round_.left_out))
-            rounds.write_results(round_, entries, fresh)
+                fresh.append(results.make_masked_entry(ranked[ranking], k, journal, asked, round_.left_out))
+            results.report_results(round_, entries, fresh)
             folder = options.output_dir
             print(f"\nAll files: {folder}\nThe page: {folder / 'results.html'}")
 
 
 def open_masked_journals(
-    round_: Round, ranked: dict[str, Ranked], side: str, means: list[float] | None
+    round_: Round, ranked: dict[str, RankedFile], side: Side, means: list[float] | None
 ) -> dict[Hashable, Journal]:
     """{(ranking, K): its journal}."""
     journals: dict[Hashable, Journal] = {}
     for ranking, file in ranked.items():
         for k in round_.options.k:
-            run = file.run | {"k": k}
+            made = file.provenance.with_fields(k=k)
             if means:
-                run["means"] = provenance.digest_numbers(means)
-            journals[ranking, k] = round_.journal(rounds.name_journal(run, side, k), run, file.describe)
+                made = made.with_fields(means=provenance.digest_numbers(means))
+            journals[ranking, k] = round_.journal(results.name_journal(made, side, k), made, file.digest_used)
     return journals
 
 
-def find_drafts(asked: list[Question], ranked: dict[str, Ranked]) -> dict[str, list[int]]:
+def find_drafts(asked: list[Question], ranked: dict[str, RankedFile]) -> dict[str, list[int]]:
     """{id: the unmasked answer's tokens}, none where the file does not have them; the same for all rankings."""
-    samples = next(iter(ranked.values())).samples
-    return {question.id: samples[question.id].get("tokens", []) for question in asked}
+    first = next(iter(ranked.values()))
+    return {question.id: first.questions[question.id].tokens or [] for question in asked}
 
 
 def answer_masked(
@@ -327,7 +336,7 @@ def answer_masked(
     model: SplicedModel,
     sizes: Sizes,
     work: Work,
-    ranked: dict[str, Ranked],
+    ranked: dict[str, RankedFile],
     drafts: dict[str, list[int]],
     means: Float[Tensor, "d_sae"] | None,
     bar: Bar,
@@ -342,7 +351,7 @@ def answer_masked(
         file = ranked[ranking]
         latents = []
         for question in work.questions:
-            of_question, _ = lists.pick_latents(file.samples[question.id], file.which, k)
+            of_question, _ = lists.latents_to_mask(file.questions[question.id], file.side, k)
             latents.append(of_question)
         if latents not in masks:
             masks.append(latents)

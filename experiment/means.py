@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Float64
@@ -19,6 +18,7 @@ from experiment.intervention.pool import Limits
 from experiment.intervention.sequences import SequenceActivations
 from experiment.questions import Question
 from experiment.records import activations, files
+from experiment.records.schema import KeptRecord, Means, RankedQuestion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from experiment.rounds import Round
 
 
-def store(round_: Round, model: SplicedModel, sizes: Sizes, kept: dict[Question, dict[str, Any]]) -> None:
+def store(round_: Round, model: SplicedModel, sizes: Sizes, kept: dict[Question, KeptRecord]) -> None:
     """Each latent's mean activation over all positions of the kept questions and answers, and what setting the first
     1, 2, ... latents of each list to it changes.
 
     kept: {question: its record}. The means go to means.json, the rest beside each ranking's activations: rounds 2 and 3
     read both. means.json comes last: where it is, the others are.
     """
-    read = Reader(round_, model, sizes, list(kept), [record["tokens"] for record in kept.values()])
+    read = Reader(round_, model, sizes, list(kept), [record.tokens for record in kept.values()])
     means, positions = find_means(read)
     for ranking in round_.options.ranking:
         path = activations.name_file(round_.options, ranking)
-        run, samples = files.read_activations(path) if kept else (round_.run_of(ranking), [])
-        measured = measure_lists(read, ranking, samples, means)
-        files.write_activations(files.name_mean_file(path), run | {"ablation": "mean"}, measured)
-    with files.write_whole(round_.options.output_dir / "means.json") as file:
-        json.dump({"run": round_.run, "positions": positions, "means": means.tolist()}, file)
+        made, ranked = files.read_activations(path) if kept else (round_.provenance_of(ranking), [])
+        measured = measure_lists(read, ranking, ranked, means)
+        files.write_activations(files.name_mean_file(path), made.with_fields(ablation="mean"), measured)
+    stored = Means(run=round_.provenance, positions=positions, means=means.tolist())
+    files.write_means(round_.options.output_dir / "means.json", stored)
 
 
 class Reader:
@@ -97,36 +97,37 @@ def find_means(reader: Reader) -> tuple[Float[Tensor, d_sae], int]:
 
 
 def measure_lists(
-    reader: Reader, ranking: str, samples: list[dict[str, Any]], means: Float[Tensor, d_sae]
-) -> list[dict[str, Any]]:
-    """Samples of a ranking with what setting their latents to these means changes, in place of what zeroing removes;
+    reader: Reader, ranking: str, ranked: list[RankedQuestion], means: Float[Tensor, d_sae]
+) -> list[RankedQuestion]:
+    """Ranked questions with what setting their latents to these means changes, in place of what zeroing removes;
     of the matched ranking also what it changes of the baseline's."""
     tokenizer = reader.round_.tokenizer
-    measured: dict[int, dict[str, Any]] = {}
+    measured: dict[int, RankedQuestion] = {}
 
     def measure(part: Sequence[int]) -> None:
         generated = [reader.tokens[number] for number in part]
         sequences = rankings.Sequences(
-            ids=[samples[number]["id"] for number in part],
+            ids=[ranked[number].id for number in part],
             prompts=[reader.prompts[number] for number in part],
             generated=generated,
             brackets=[prompts.find_bracket(tokenizer, tokens) for tokens in generated],
-            insides=[samples[number]["inside"] for number in part],
+            insides=[ranked[number].inside for number in part],
             rows=list(range(len(part))),
             trace=reader.read(part),
             special_ids=prompts.find_special_ids(tokenizer),
         )
-        lists = rankings.add_removed(reader.model, sequences, [samples[number] for number in part], means)
+        lists = rankings.add_removed(reader.model, sequences, [ranked[number].fields() for number in part], means)
         if ranking == "matched":
             scores = rankings.rank_by_mean_activation(reader.model, sequences, reader.round_.options.seed)
             of_baseline = rankings.cut_lists(scores, sequences)
             baseline = rankings.add_removed(reader.model, sequences, of_baseline, means)
             lists = rankings.add_targets(lists, baseline)
-        measured.update(zip(part, lists))
+        for number, fields in zip(part, lists):
+            measured[number] = RankedQuestion.model_validate(fields)
 
     for batch in reader.plan():
         halve_on_oom(measure, batch)
-    return [measured[number] for number in range(len(samples))]
+    return [measured[number] for number in range(len(ranked))]
 
 
 def load(round_: Round, means: list[float], model: SplicedModel) -> Float[Tensor, d_sae]:

@@ -3,20 +3,35 @@
 A file that is damaged, or of another run, is a UserError that names it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
-import math
 import os
-import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import filelock
 
 from experiment import UserError, os_errors
-from experiment.records import provenance
+from experiment.records.provenance import SETTINGS, differences, refuse_other_run
+from experiment.records.schema import (
+    Entry,
+    Means,
+    Provenance,
+    PublishedQuestion,
+    RankedLatents,
+    RankedQuestion,
+    parse,
+    parse_entry,
+    to_json,
+)
+
+Ranked = TypeVar("Ranked", bound=RankedLatents)
 
 
-def lock(folder):
+def lock(folder: Path) -> contextlib.AbstractContextManager:
     """Makes the folder, and refuses a second writer in it. Returns a context manager that releases the lock.
 
     The kernel releases it too when this process ends, however it does.
@@ -31,7 +46,7 @@ def lock(folder):
 
 
 @contextlib.contextmanager
-def write_whole(path, mode="w"):
+def write_whole(path: Path, mode: str = "w") -> Iterator[IO]:
     """A file that appears at `path` whole when the block ends, or not at all: written beside, synced, moved."""
     beside = path.with_name(path.name + ".part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
@@ -48,12 +63,13 @@ def write_whole(path, mode="w"):
             beside.unlink(missing_ok=True)
 
 
-def load_json(path):
+def load_json(path: Path) -> Any:
+    """The value in a JSON file."""
     with os_errors(f"{path}: cannot be read"):
         return parse_json(path.read_bytes(), path)
 
 
-def parse_json(text, where):
+def parse_json(text: str | bytes, where: str | Path) -> Any:
     """The value in a JSON text, or in its bytes. where: what names it if it is none."""
     try:
         return json.loads(text)
@@ -61,88 +77,60 @@ def parse_json(text, where):
         raise UserError(f"{where}: is not JSON ({error})") from None
 
 
-# What the files hold: {field: (a test of its value, what it is a test for)}. A field with a ? may be missing.
-TEXT = (lambda x: isinstance(x, str) and not re.search("[\ud800-\udfff]", x), "a text")  # nor half a character
-SCORE = (lambda x: type(x) is float and 0 <= x <= 1, "a number from 0.0 to 1.0")
-MEAN = (lambda x: x is None or type(x) in (int, float), "a number")  # None: no question counts
-OBJECT = (lambda x: isinstance(x, dict), "an object")
-LATENTS = (lambda x: isinstance(x, list) and all(type(i) is int and 0 <= i < 2**63 for i in x), "a list of latents")
-TOKENS = (LATENTS[0], "a list of tokens")
-PLACES = (LATENTS[0], "a list of places")
-NUMBERS = (lambda x: isinstance(x, list) and all(type(number) is float for number in x), "a list of numbers")
-SCORES = ("em", "f1", "accuracy", "named")
-
-LISTS = {"topk": LATENTS, "bottomk": LATENTS, "removed_topk?": NUMBERS, "removed_bottomk?": NUMBERS}
-LISTS |= {"target_topk?": NUMBERS, "target_bottomk?": NUMBERS}  # of the matched ranking
-SAMPLE = {"id": TEXT, "answer": TEXT, "active": LATENTS, "tokens?": TOKENS, "inside?": PLACES, "log_probs?": NUMBERS}
-SAMPLE |= LISTS
-SAMPLE |= {f"{name}?": SCORE for name in SCORES}
-PUBLISHED = {"prompt": TEXT, "active": LATENTS, "topk": LATENTS, "bottomk": LATENTS}  # a sample of the authors' file
-RECORD = dict.fromkeys(("id", "text", "answer"), TEXT) | dict.fromkeys(SCORES, SCORE) | {"log_probs?": NUMBERS}
-RECORD |= {f"{name.rstrip('?')}?": form for name, form in SAMPLE.items() if name not in RECORD}  # of kept questions
-COUNT = (lambda x: x is None or type(x) is int, "a whole number")
-SELECTION = dict.fromkeys(("limit?", "sample?", "seed?"), COUNT)
-MEANS = {  # of means.json
-    "run": (lambda x: not find_problem(x, SELECTION), "an object with a selection"),
-    "means": (lambda x: NUMBERS[0](x) and all(map(math.isfinite, x)), "a list of numbers"),
-}
-RUN = (lambda x: not find_problem(x, {"ranking": TEXT}), "an object with a ranking")
-ENTRY = {"round": TEXT, "run": RUN, "population": TEXT, "intervals": OBJECT}  # of results.json
-ENTRY |= {"journal?": TEXT, "latents?": TEXT}  # the names of the files that it is of
-ENTRY |= dict.fromkeys(("n", "em", "f1", "accuracy"), MEAN)
-
-
-def find_problem(value, form):
-    """Says what in a value is not of one of these forms; None if all is. Other fields may stand beside."""
-    if not isinstance(value, dict):
-        return "it is not an object"
-    for field, (is_right, kind) in form.items():
-        name = field.rstrip("?")
-        if (name in value or name == field) and not is_right(value.get(name, ...)):  # ...: none of JSON's values
-            return f"{name} is not {kind}"
-    return None
-
-
-def write_activations(path, run, samples):
-    """One JSON object, a line a sample, so that it can be read by people and diffed; `samples` may be a generator."""
+def write_activations(path: Path, provenance: Provenance, ranked: Iterable[RankedLatents]) -> None:
+    """One JSON object, a line for each question, so that it can be read by people and diffed."""
     with write_whole(path) as file:
-        file.write('{"run": ' + json.dumps(run, ensure_ascii=False) + ',\n"samples": [\n')
-        file.write(",\n".join(json.dumps(sample, ensure_ascii=False) for sample in samples) + "\n]}\n")
+        file.write('{"run": ' + to_json(provenance) + ',\n"samples": [\n')
+        file.write(",\n".join(map(to_json, ranked)) + "\n]}\n")
 
 
-def read_activations(path):
-    """The run, None in the authors' published form, and the samples: each a SAMPLE, or (theirs) a PUBLISHED."""
+def read_activations(path: Path) -> tuple[Provenance | None, list[RankedQuestion] | list[PublishedQuestion]]:
+    """What made a file of activations, and its ranked questions; of the authors' published form, None and theirs."""
     content = load_json(path)
     if isinstance(content, list):
-        content = {"run": None, "samples": _published_samples(path, content)}
-    elif find_problem(content, {"run": OBJECT}):
+        return None, _parse_ranked(path, PublishedQuestion, _rename_published(path, content))
+    if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
         raise UserError(f"{path}: names no run: it is not round 1's file")
-    run, samples, ids = content["run"], content.get("samples"), set()
-    if problem := find_problem(run or {}, SELECTION):
-        raise UserError(f"{path}: its run is damaged ({problem})")
-    if not isinstance(samples, list) or not samples:
-        raise UserError(f"{path}: holds no sample: it is not round 1's file, or round 1 kept no question")
-    for number, sample in enumerate(samples, 1):
-        if problem := find_problem(sample, PUBLISHED if run is None else SAMPLE):
-            raise UserError(f"{path}, sample {number}: {problem}")
-        for which in ("topk", "bottomk"):
-            if len(sample.get(f"removed_{which}", sample[which])) != len(sample[which]):
-                raise UserError(f"{path}, sample {number}: removed_{which} is not as long as {which}")
-        if sample.get("id", number) in ids:
-            raise UserError(f"{path}, sample {number}: the id {sample['id']!r} stands twice")
-        ids.add(sample.get("id", number))
-    return run, samples
-
-
-def _published_samples(path, content):
-    """Samples of the authors' form, a list of {prompt: {"original", "have_gradient", "no_gradient"}}."""
-    # "have_gradient" is what they call the TopK of the mean activation, "no_gradient" its BottomK.
-    names = {"active": "original", "topk": "have_gradient", "bottomk": "no_gradient"}
     try:
-        pairs = [pair for entry in content for pair in entry.items()]
-        return [{"prompt": prompt} | {ours: latents.get(names[ours]) for ours in names} for prompt, latents in pairs]
-    except AttributeError:
+        made = parse(Provenance, content["run"])
+    except ValueError as error:
+        raise UserError(f"{path}: its run is damaged ({error})") from None
+    ranked = _parse_ranked(path, RankedQuestion, content.get("samples"))
+    ids = set()
+    for number, question in enumerate(ranked, 1):
+        if question.id in ids:
+            raise UserError(f"{path}, sample {number}: the id {question.id!r} stands twice")
+        ids.add(question.id)
+    return made, ranked
+
+
+def _parse_ranked(path: Path, kind: type[Ranked], values: object) -> list[Ranked]:
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{path}: holds no sample: it is not round 1's file, or round 1 kept no question")
+    ranked = []
+    for number, value in enumerate(values, 1):
+        try:
+            ranked.append(parse(kind, value))
+        except ValueError as error:
+            raise UserError(f"{path}, sample {number}: {error}") from None
+    return ranked
+
+
+def _rename_published(path: Path, content: list[Any]) -> list[dict[str, Any]]:
+    """Questions of the authors' form, a list of {prompt: {"original", "have_gradient", "no_gradient"}}, in our words.
+
+    "have_gradient" is what they call the TopK of the mean activation, "no_gradient" its BottomK.
+    """
+    names = {"original": "active", "have_gradient": "topk", "no_gradient": "bottomk"}
+    renamed = []
+    try:
+        for group in content:
+            for prompt, latents in group.items():
+                lists = {ours: latents[theirs] for theirs, ours in names.items() if theirs in latents}
+                renamed.append({"prompt": prompt, **lists})
+    except (AttributeError, TypeError):
         raise UserError(f"{path}: is not of the authors' published form {{prompt: latents}}") from None
+    return renamed
 
 
 def name_mean_file(path: Path) -> Path:
@@ -150,20 +138,42 @@ def name_mean_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}_mean{path.suffix}")
 
 
-def write_results(path, entries):
+def write_means(path: Path, means: Means) -> None:
     with write_whole(path) as file:
-        json.dump(entries, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+        file.write(to_json(means, ensure_ascii=True))
 
 
-def read_results(path: Path, run: dict, overwrite: bool) -> list[dict]:
-    """The entries of results.json, of any ranking. Those of another run are refused, or left out if `overwrite`."""
-    entries = load_json(path) if path.exists() else []
-    if not isinstance(entries, list):
+def read_means(path: Path) -> Means:
+    try:
+        return parse(Means, load_json(path))
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}): move it away") from None
+
+
+def write_results(path: Path, entries: list[Entry]) -> None:
+    with write_whole(path) as file:
+        file.write(to_json(entries, indent=1) + "\n")
+
+
+def read_results(path: Path) -> list[Entry]:
+    """The entries of results.json; none where there is no such file."""
+    content = load_json(path) if path.exists() else []
+    if not isinstance(content, list):
         raise UserError(f"{path}: is not a file of results: move it away")
-    for entry in entries:
-        if problem := find_problem(entry, ENTRY):
-            raise UserError(f"{path}: holds an entry that is damaged ({problem}): move the file away")
-        if not overwrite:
-            provenance.refuse_other_run(path, entry["run"], run, provenance.SETTINGS)
-    return [entry for entry in entries if not provenance.differences(entry["run"], run, provenance.SETTINGS)]
+    entries = []
+    for number, value in enumerate(content, 1):
+        try:
+            entries.append(parse_entry(value))
+        except ValueError as error:
+            damaged = f"entry {number} is damaged, or of another version ({error})"
+            raise UserError(f"{path}: {damaged}: move the file away, or repeat its rounds") from None
+    return entries
+
+
+def read_results_of(path: Path, wanted: Provenance, overwrite: bool) -> list[Entry]:
+    """The entries of results.json, of any ranking. Those of another run are refused, or left out if `overwrite`."""
+    entries = read_results(path)
+    if not overwrite:
+        for entry in entries:
+            refuse_other_run(path, entry.provenance, wanted, SETTINGS)
+    return [entry for entry in entries if not differences(entry.provenance, wanted, SETTINGS)]

@@ -1,49 +1,51 @@
-"""Which of a ranked question's latents a K masks, and what that takes away. Knows nothing of models.
+"""Which of a ranked question's latents a K masks, and what that takes away. Knows nothing of models."""
 
-A sample is a kept question's record: `active`, `topk`, `bottomk`, and beside a list what masking its first 1, 2, ...
-latents removes (`removed_topk`), and what that of the baseline's removes (`target_topk`, of the matched ranking).
-"""
+from __future__ import annotations
 
-SIDES = ("topk", "bottomk")
+from experiment.records.schema import RankedLatents, Side
+
+SIDES: tuple[Side, Side] = ("topk", "bottomk")
 
 
-def pick_latents(sample: dict, which: str, k: str) -> tuple[list[int], bool]:
+def latents_to_mask(question: RankedLatents, side: Side, k: str) -> tuple[list[int], bool]:
     """The latents that a question has masked, and whether its list has as many as K asks for.
 
     K is a number, or a percentage (rounded down) of the latents active at the last position. Of the matched ranking
     as many are masked as it takes to remove no less than the baseline's first K.
     """
-    latents = sample[which]
-    target = find_target(sample, which, k)
+    latents = question.latents(side)
+    target = find_target(question, side, k)
     if target is None:
-        count = count_masked(k, len(sample["active"]))
+        count = count_masked(k, len(question.active))
         return latents[:count], len(latents) >= count
-    removed = sample[f"removed_{which}"]
+    removed = question.removed(side) or []
     return latents[: count_to_reach(removed, target)], max(removed, default=0) >= target
 
 
-def find_target(sample: dict, which: str, k: str) -> float | None:
+def find_target(question: RankedLatents, side: Side, k: str) -> float | None:
     """What masking the baseline's first K latents takes away; None for rankings that are not matched to it."""
-    if f"target_{which}" not in sample:
+    target = question.target(side)
+    if target is None:
         return None
-    first = sample[f"target_{which}"][: count_masked(k, len(sample["active"]))]
+    first = target[: count_masked(k, len(question.active))]
     return first[-1] if first else 0.0
 
 
-def find_removed(sample: dict, which: str, count: int) -> float | None:
+def find_removed(question: RankedLatents, side: Side, count: int) -> float | None:
     """What masking the first `count` latents of a list takes away; None where the file does not say it."""
-    if f"removed_{which}" not in sample:
+    removed = question.removed(side)
+    if removed is None:
         return None
-    return sample[f"removed_{which}"][count - 1] if count else 0.0
+    return removed[count - 1] if count else 0.0
 
 
-def misses_target(sample: dict, which: str, k: str) -> bool:
+def misses_target(question: RankedLatents, side: Side, k: str) -> bool:
     """Whether a question's matched latents remove more or less than the baseline's by over half of that."""
-    target = find_target(sample, which, k)
+    target = find_target(question, side, k)
     if target is None:
         return False
-    latents, _ = pick_latents(sample, which, k)
-    return abs(find_removed(sample, which, len(latents)) - target) > target / 2
+    latents, _ = latents_to_mask(question, side, k)
+    return abs(find_removed(question, side, len(latents)) - target) > target / 2
 
 
 def count_masked(k: str, active: int) -> int:

@@ -4,6 +4,8 @@ python -m experiment.report runs/demo                              # its files a
 python -m experiment.report runs/A runs/B --output-dir runs/both   # layers, widths or models side by side
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import sys
@@ -12,7 +14,7 @@ from typing import NoReturn
 
 from experiment import UserError, guard
 from experiment.records import files
-from experiment.report import folders, outputs, tables
+from experiment.report import cells, folders, outputs, tables
 
 
 def main() -> None:
@@ -23,14 +25,17 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, help="for the files (default: the one folder, or runs/together)")
     chosen = parser.parse_args()
     paths = list(dict.fromkeys(chosen.folders))
-    path = chosen.output_dir or (paths[0] if len(paths) == 1 else Path("runs", "together"))
+    if chosen.output_dir:
+        path = chosen.output_dir
+    else:
+        path = paths[0] if len(paths) == 1 else Path("runs", "together")
     # Before anything is read: a round that ends meanwhile would be lost. Where there is no folder yet, none is running.
     with files.lock(path) if path.is_dir() else contextlib.nullcontext():
-        given = [folders.read(path) for path in paths]
-        entries = folders.join(given) if len(given) > 1 else given[0].entries
+        given = [folders.read_folder(path) for path in paths]
+        entries = folders.join_entries(given) if len(given) > 1 else given[0].entries
         files.write_results(path / "results.json", entries)
-        outputs.write(path, given, entries)
-    print(f"{tables.terminal(tables.frame(entries))}\n\nAll files: {path}")
+        outputs.write_report(path, given, entries)
+    print(f"{cells.to_text(tables.build_table(entries))}\n\nAll files: {path}")
 
 
 def _refuse(message: str) -> NoReturn:

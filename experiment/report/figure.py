@@ -1,83 +1,140 @@
 """The figure: what masking costs against K, a paper's column wide, for the page and for papers."""
 
+from __future__ import annotations
+
 import io
+from typing import TYPE_CHECKING
 
-from experiment.report import tables
+from experiment.records.schema import Entry
+from experiment.report import cells, tables
 
-PANELS = {"em": "EM (%)", "f1": "F1 (%)", "answer_log_prob_drop": "answer's log prob.,\ndrop (nats a token)"}
-MARKERS = "os^Dv*"  # of the figure: a marker a line
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame, Series
+
+PANELS = {"em": "EM (%)", "f1": "F1 (%)", "answer_log_prob_drop": "answer's log prob.,\ndrop (nats per token)"}
+MARKERS = "os^Dv*"  # of the figure: a marker for each line
 STYLE = {"font.size": 7, "legend.frameon": False, "lines.linewidth": 1, "lines.markersize": 4, "errorbar.capsize": 2}
 # TrueType, for publishers refuse Matplotlib's Type 3 fonts; a salt in place of the random ids of an SVG.
 STYLE |= {"pdf.fonttype": 42, "svg.hashsalt": "results"}
+UNDATED = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}  # metadata without the time of drawing
+WIDTH = 3.3  # inches: a paper's column
+APART = 0.07  # of the distance between two K: one line's intervals would hide another's
+LONGEST_IN_TWO_COLUMNS = 22  # characters of a label, for two of them to stand side by side in the legend
 
 
-def draw(entries):
+def draw(entries: list[Entry]) -> dict[str, bytes]:
     """`make_figure`'s figure as {"png": bytes, "pdf": ..., "svg": ...}: for the same entries the same bytes. Empty
     where nothing was masked."""
     import matplotlib
 
-    if (tables.frame(entries).masked == "none").all():
+    table = tables.build_table(entries)
+    if (table.masked == "none").all():
         return {}
-    dates, files = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}, {}
+    files = {}
     with matplotlib.rc_context(STYLE):
-        figure = make_figure(entries)
+        figure = make_figure(table)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # it is laid out: not once more for each format
-        for format, date in dates.items():
+        for ending, metadata in UNDATED.items():
             file = io.BytesIO()
-            figure.savefig(file, format=format, dpi=300, metadata=date, transparent=format == "svg")
-            files[format] = file.getvalue()
+            figure.savefig(file, format=ending, dpi=300, metadata=metadata, transparent=ending == "svg")
+            files[ending] = file.getvalue()
     return files
 
 
-def make_figure(entries):
+def make_figure(table: DataFrame) -> Figure:
     """EM and F1 against K with their intervals, and the drop in the answer's log probability where there is one.
 
-    As wide as a paper's column (3.3 inches), of at most six lines, the paper's settings and TopK first; dotted: the
-    unmasked level, and that of K = 0. entries: of masked rounds at least one.
+    As wide as a paper's column, of at most six lines, the paper's settings and TopK first; dotted: the unmasked level,
+    and that of K = 0. table: of masked rounds at least one.
     """
     from matplotlib.figure import Figure
 
-    table = tables.frame(entries)
     masked = table[table.masked != "none"]
-    names = masked.ranking, masked.masked, *tables.write_settings(masked).values()
-    masked = masked.assign(line=[" ".join(texts) for texts in zip(*names)])
-    lines = sorted(masked.line.unique(), key=lambda line: (line.count(" "), "BottomK" in line))
-    more, lines = len(lines[len(MARKERS) :]), lines[: len(MARKERS)]
-    shown = masked[masked.line.isin(lines)]
-    unmasked = table[(table.masked == "none") & (table.questions == "kept") & table.population.isin(shown.population)]
-    # K that mask the same latents in every line share a place, as 10 and 50% do where the lists end before 10.
-    order = shown.groupby("k", sort=False).mean_k.min().sort_values(kind="stable").index
-    same = shown.pivot_table(index="k", columns="line", values=["mean_k", "em", "f1"]).loc[order]
-    places = same.groupby(list(same), dropna=False, sort=False).ngroup()
-    panels = [metric for metric in PANELS if shown[metric].notna().any()]
-    figure = Figure(figsize=(3.3, 1 + 1.5 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, sharex=True)
-    axes[1].sharey(axes[0])
-    for axis, metric in zip(axes, panels):
-        for number, line in enumerate(lines):
-            # Beside each other, or one line's intervals would hide another's.
-            beside = places + 0.07 * (number - (len(lines) - 1) / 2)
-            _draw_line(axis, shown[shown.line == line], metric, beside, number)
-        for number, level in enumerate(unmasked[metric].dropna().unique()):  # of each folder one
-            axis.axhline(level, color="0", linestyle=":", linewidth=0.9, label="" if number else "unmasked")
-        axis.set_ylabel(PANELS[metric])
-    ticks = range(places.max() + 1)
-    axes[-1].set_xticks(ticks, [" = ".join(places.index[places == tick]) for tick in ticks])
-    axes[-1].set_xlim(-0.5, places.max() + 0.5)
-    axes[-1].set_xlabel("K, latents masked a question")
-    handles, labels = axes[0].get_legend_handles_labels()
-    title = f"{more} more lines: see results.csv" if more else None
-    columns = 2 if max(map(len, labels)) <= 22 else 1
-    figure.legend(handles, labels, loc="outside lower center", title=title, ncols=columns)
+    masked = masked.assign(line=_name_lines(masked))
+    lines = sorted(masked.line.unique(), key=_order_line)
+    drawn = lines[: len(MARKERS)]
+    shown = masked[masked.line.isin(drawn)]
+    is_level = (table.masked == "none") & (table.questions == "kept")
+    levels = table[is_level & table.population.isin(shown.population)]
+    places = _place_ks(shown)
+    metrics = [metric for metric in PANELS if shown[metric].notna().any()]
+    figure = Figure(figsize=(WIDTH, 1 + 1.5 * len(metrics)), layout="constrained")
+    panels = figure.subplots(len(metrics), 1, sharex=True)
+    panels[1].sharey(panels[0])
+    for panel, metric in zip(panels, metrics):
+        for number, line in enumerate(drawn):
+            beside = places + APART * (number - (len(drawn) - 1) / 2)
+            _draw_line(panel, shown[shown.line == line], metric, beside, number)
+        _draw_levels(panel, levels[metric])
+        panel.set_ylabel(PANELS[metric])
+    _label_ks(panels[-1], places)
+    _draw_legend(figure, panels[0], len(lines) - len(drawn))
     return figure
 
 
-def _draw_line(axis, rows, metric, places, number):
+def _name_lines(masked: DataFrame) -> list[str]:
+    """For each row, the name of the line that it is a point of: ranking, mask and the settings that differ."""
+    columns = [masked.ranking, masked.masked, *cells.write_settings(masked).values()]
+    return [" ".join(texts) for texts in zip(*columns)]
+
+
+def _order_line(line: str) -> tuple[int, bool]:
+    return line.count(" "), "BottomK" in line
+
+
+def _place_ks(shown: DataFrame) -> Series:
+    """{K: its place on the axis}. K that mask the same latents in every line share a place, as 10 and 50% do where the
+    lists end before 10."""
+    order = shown.groupby("k", sort=False).mean_k.min().sort_values(kind="stable").index
+    of_k = shown.pivot_table(index="k", columns="line", values=["mean_k", "em", "f1"]).loc[order]
+    return of_k.groupby(list(of_k), dropna=False, sort=False).ngroup()
+
+
+def _draw_line(panel: Axes, rows: DataFrame, metric: str, places: Series, number: int) -> None:
     """A line with its intervals, a marker of its own, TopK solid, BottomK dashed and hollow: no need of colour."""
     rows = rows.assign(x=rows.k.map(places)).drop_duplicates("x").dropna(subset=metric)
-    spread = [rows[metric] - rows[f"{metric}_low"], rows[f"{metric}_high"] - rows[metric]]
-    grey, solid = str(0.12 * number), "TopK" in rows.line.iloc[0]
-    look = {"color": grey, "marker": MARKERS[number], "markerfacecolor": grey if solid else "white"}
-    look |= {"label": rows.line.iloc[0], "linestyle": "-" if solid else "--"}
-    axis.errorbar(rows.x, rows[metric], spread, **look)
+    label = rows.line.iloc[0]
+    is_solid = "TopK" in label
+    grey = str(0.12 * number)
+    means = rows[metric]
+    panel.errorbar(
+        rows.x,
+        means,
+        [means - rows[f"{metric}_low"], rows[f"{metric}_high"] - means],
+        color=grey,
+        marker=MARKERS[number],
+        markerfacecolor=grey if is_solid else "white",
+        label=label,
+        linestyle="-" if is_solid else "--",
+    )
+
+
+def _draw_levels(panel: Axes, levels: Series) -> None:
+    """The unmasked levels, of each folder one, dotted."""
+    for number, level in enumerate(levels.dropna().unique()):
+        label = "" if number else "unmasked"
+        panel.axhline(level, color="0", linestyle=":", linewidth=0.9, label=label)
+
+
+def _label_ks(panel: Axes, places: Series) -> None:
+    count = places.max() + 1
+    labels = [" = ".join(places.index[places == place]) for place in range(count)]
+    panel.set_xticks(range(count), labels)
+    panel.set_xlim(-0.5, count - 0.5)
+    panel.set_xlabel("K, latents masked per question")
+
+
+def _draw_legend(figure: Figure, panel: Axes, left_out: int) -> None:
+    """Below the panels. left_out: how many lines are not drawn."""
+    handles, labels = panel.get_legend_handles_labels()
+    longest = max(map(len, labels))
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        title=f"{left_out} more lines: see results.csv" if left_out else None,
+        ncols=2 if longest <= LONGEST_IN_TWO_COLUMNS else 1,
+    )

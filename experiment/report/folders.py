@@ -1,203 +1,296 @@
 """A round's output folder read again, without a model: its results, what was answered, which latents were masked."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiment import UserError, questions, say
 from experiment.options import ROOT, bundled
-from experiment.records import files, lists, provenance
-from experiment.records.journal import Journal, read_run
+from experiment.questions import Question
+from experiment.records import files
+from experiment.records.journal import Journal
+from experiment.records.lists import latents_to_mask
+from experiment.records.provenance import (
+    ALL,
+    depends_on,
+    differences,
+    digest_numbers,
+    digest_ranked,
+    same_answer,
+)
+from experiment.records.schema import (
+    Entry,
+    KeptRecord,
+    MaskedEntry,
+    Provenance,
+    RankedQuestion,
+    Record,
+    UnmaskedEntry,
+)
 from experiment.report import tables
+
+Ranked = dict[str, dict[str, RankedQuestion]]
+"""{file of activations: {id: its ranked question}}"""
+Journals = dict[str, Journal]
+"""{its name: a journal}"""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """entries: of results.json, with the runs that made them; those that are of what lies in the folder.
+    """entries: of results.json, with the provenance of each; those that are of what lies in the folder.
 
-    questions: {id: Question}, empty where the data set cannot be read.
-    answers: {id: unmasked record}: of all questions that round 1 asked; without it, of those in a file of activations.
+    questions: by id, empty where the data set cannot be read.
+    answers: unmasked, by id: of all questions that round 1 asked; without it, of those in a file of activations.
     kept: ids of the questions that round 1 kept; without it, of those that were masked.
     masked: (entry, {id: record}) of each masked round, in the table's order.
-    samples: {file of activations: {id: its lists of latents}} of masked rounds.
+    ranked: of the files of activations of masked rounds.
     """
 
     path: Path
-    entries: list[dict]
-    questions: dict[str, questions.Question]
-    answers: dict[str, dict]
+    entries: list[Entry]
+    questions: dict[str, Question]
+    answers: Mapping[str, Record | RankedQuestion]
     kept: list[str]
-    masked: list[tuple[dict, dict]]
-    samples: dict[str, dict[str, dict]]
+    masked: list[tuple[MaskedEntry, Journal]]
+    ranked: Ranked
+
+    @property
+    def provenance(self) -> Provenance:
+        """That of its first entry: what all of them have in common is in it."""
+        return self.entries[0].provenance
 
 
-def read(path: Path, entries: list[dict] | None = None, known: list[questions.Question] | None = None) -> Folder:
+def read_folder(path: Path, entries: list[Entry] | None = None, known: list[Question] | None = None) -> Folder:
     """The Folder at `path`. What in it is damaged or of another run, but for results.json, is left out, with a line.
 
     entries: those of its results.json, where the caller has them.  known: its questions, likewise; else they are read.
     """
-    entries = read_entries(path / "results.json") if entries is None else entries
+    if entries is None:
+        entries = read_entries(path / "results.json")
     journals = _read_journals(path, entries)
-    samples = _read_samples(path, entries)
-    entries = [entry for entry in entries if _is_of(path, entry, journals, samples)]
+    ranked = _read_ranked(path, entries)
+    entries = [entry for entry in entries if _is_of(path, entry, journals, ranked)]
     if not entries:
         raise UserError(f"{path}: none of its results is of what lies in it: repeat its rounds")
-    unmasked = [entry for entry in entries if "masked" not in entry]
-    answered = []
-    for entry in unmasked + tables.sort_masked(entries):
-        journal = journals.get(entry.get("journal"))
-        if journal is not None and _is_whole(journal, entry):
-            answered.append((entry, journal))
-    round_1 = [journal for entry, journal in answered if "masked" not in entry]
-    answers = next(iter(round_1 or samples.values()), {})
-    others = _find_other_answers(samples, answers)
-    masked = [pair for pair in answered if "masked" in pair[0] and pair[0].get("latents") not in others]
-    if round_1:
-        kept = [name for name, record in answers.items() if "active" in record]
-    else:
-        kept = list(dict.fromkeys(name for _, records in masked for name in records))
+    round_1 = _find_round_1(entries, journals)
+    answers = _find_answers(round_1, ranked)
+    others = _find_other_answers(ranked, answers)
+    masked = []
+    for entry in tables.sort_masked(entries):
+        journal = _find_whole(journals, entry)
+        if journal is not None and entry.latents not in others:
+            masked.append((entry, journal))
     if known is None:
-        known = _load_questions(entries[0]["run"]) if answered else []
-    return Folder(path, entries, {question.id: question for question in known}, answers, kept, masked, samples)
+        known = _load_questions(entries[0].provenance) if round_1 or masked else []
+    return Folder(
+        path=path,
+        entries=entries,
+        questions={question.id: question for question in known},
+        answers=answers,
+        kept=_list_kept(round_1, masked),
+        masked=masked,
+        ranked=ranked,
+    )
 
 
-def _is_of(path: Path, entry: dict, journals: dict[str, Journal], samples: dict[str, dict[str, dict]]) -> bool:
-    """Whether an entry is of what lies in the folder now; a line where it is not."""
-    reason = _find_other_run(entry, journals) or _find_other_latents(entry, journals, samples)
-    reason = reason or _find_other_means(path, entry)
-    if reason:
-        name = entry["run"]["ranking"]
-        if "masked" in entry:
-            name += f" {tables.name_mask(entry)} at K = {entry['k']}"
-        say(f"{path / 'results.json'}: {name} is left out: {reason}")
-    return not reason
-
-
-def _find_other_run(entry: dict, journals: dict[str, Journal]) -> str:
-    """Says in what the journal that an entry names is of another run; an empty text where it is of the same."""
-    journal = journals.get(entry.get("journal"))
-    if journal is None:
-        return ""
-    named = provenance.differences(entry["run"], journal.run, provenance.ALL)
-    return f"{journal.path.name} is of another run ({named})" if named else ""
-
-
-def _find_other_latents(entry: dict, journals: dict[str, Journal], samples: dict[str, dict[str, dict]]) -> str:
-    """Says where round 1 has other latents, or unmasked answers, than those that an entry is of."""
-    journal = journals.get(entry.get("journal"))
-    of_file = samples.get(entry.get("latents"))
-    if journal is None or of_file is None or len(journal) != entry["n"]:
-        return ""  # it cannot be told which questions they are of
-    same = provenance.digest_samples(of_file, entry["masked"], journal) == entry["run"].get("activations")
-    return "" if same else f"{entry['latents']} has other latents or answers now"
-
-
-def _find_other_means(path: Path, entry: dict) -> str:
-    """Says where the means are not those that an entry is of."""
-    file = path / "means.json"
-    if "means" not in entry["run"] or not file.exists():
-        return ""
-    content = files.load_json(file)
-    is_damaged = files.find_problem(content, files.MEANS)
-    if is_damaged or provenance.digest_numbers(content["means"]) != entry["run"]["means"]:
-        return f"{file.name} has other means now"
-    return ""
-
-
-def _find_other_answers(samples: dict[str, dict[str, dict]], answers: dict[str, dict]) -> list[str]:
-    """The files of activations of other unmasked answers than those that the page shows; a line for each."""
-    others = []
-    for name, of_file in samples.items():
-        both = [question_id for question_id in of_file if question_id in answers]
-        differ = [i for i in both if not provenance.same_answer(of_file[i], answers[i])]
-        if differ:
-            others.append(name)
-            say(f"{name}: is of other unmasked answers ({len(differ)} of {len(both)}): its masks are not on the page")
-    return others
-
-
-def read_entries(path):
-    """The entries of a results.json, all of them such that the table can be made of them."""
+def read_entries(path: Path) -> list[Entry]:
+    """The entries of a results.json, of which there is at least one."""
     if not path.exists():
         raise UserError(f"{path}: there is no such file: give folders that rounds have written")
-    entries = files.load_json(path)
-    try:
-        if tables.frame(entries).empty:
-            raise ValueError("it holds no entry")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: is damaged, or of another version ({error!r}): repeat its rounds") from None
+    entries = files.read_results(path)
+    if not entries:
+        raise UserError(f"{path}: holds no entry: repeat its rounds")
     return entries
 
 
-def _is_whole(journal, entry):
-    """Whether a journal has as many records as results.json counts: one that was begun again may not."""
-    number = entry.get("asked", entry["n"])
-    if len(journal) != number:
-        say(f"{journal.path}: holds {len(journal)} of {number} questions: it is left out")
-    return len(journal) == number
+# ---------------------------------------------------------------------------------------------------------------------
+# What is in a folder
 
 
-def _read_journals(path: Path, entries: list[dict]) -> dict[str, Journal]:
-    """{name: Journal} of the journals that the entries name, as far as they are there and can be read."""
-    journals = {}
-    for name in dict.fromkeys(entry["journal"] for entry in entries if "journal" in entry):
-        file = path / name
-        if not file.exists():
+def _read_journals(path: Path, entries: Iterable[Entry]) -> Journals:
+    """The journals that the entries name, as far as they are there and can be read."""
+    journals: Journals = {}
+    for entry in entries:
+        name = entry.journal
+        if name is None or name in journals or not (path / name).exists():
             continue
         try:
-            journals[name] = Journal(file, read_run(file) or {})
+            journals[name] = Journal.read(path / name)
         except UserError as error:
             say(f"{name} is left out: {error}")
     return journals
 
 
-def _read_samples(path: Path, entries: list[dict]) -> dict[str, dict[str, dict]]:
-    """{name: {id: sample}} of the files of activations that the entries name: the folder's, or one that ships."""
-    samples = {}
-    for name in dict.fromkeys(entry["latents"] for entry in entries if "latents" in entry):
-        file = next((file for file in (path / name, ROOT / name) if file.exists()), None)
-        if file is None:
+def _read_ranked(path: Path, entries: Iterable[Entry]) -> Ranked:
+    """The files of activations that the entries name: the folder's, or one that ships."""
+    names = [entry.latents for entry in entries if isinstance(entry, MaskedEntry)]
+    ranked: Ranked = {}
+    for name in dict.fromkeys(names):
+        if name is None:
+            continue
+        found = [file for file in (path / name, ROOT / name) if file.exists()]
+        if not found:
             continue
         try:
-            made, found = files.read_activations(file)
+            made, of_file = files.read_activations(found[0])
         except UserError as error:
             say(f"{error}: it is left out")
             continue
-        if made:  # the authors' samples have no ids
-            samples[name] = {sample["id"]: sample for sample in found}
-    return samples
+        if made is not None:  # the authors' questions have no ids
+            ranked[name] = {question.id: question for question in of_file}
+    return ranked
 
 
-def _load_questions(run):
+def _find_round_1(entries: Iterable[Entry], journals: Journals) -> Journal | None:
+    """The first whole journal of unmasked answers."""
+    first = None
+    for entry in entries:
+        if isinstance(entry, UnmaskedEntry):
+            journal = _find_whole(journals, entry)
+            first = journal if first is None else first
+    return first
+
+
+def _find_answers(round_1: Journal | None, ranked: Ranked) -> Mapping[str, Record | RankedQuestion]:
+    """Round 1's unmasked answers; without it, those in the first file of activations."""
+    if round_1 is not None:
+        return round_1
+    return next(iter(ranked.values()), {})
+
+
+def _find_whole(journals: Journals, entry: Entry) -> Journal | None:
+    """An entry's journal, if it has as many records as results.json counts: one that was begun again may not."""
+    journal = journals.get(entry.journal)
+    if journal is None:
+        return None
+    number = entry.n
+    if isinstance(entry, UnmaskedEntry) and entry.asked is not None:
+        number = entry.asked
+    if len(journal) != number:
+        say(f"{journal.path}: holds {len(journal)} of {number} questions: it is left out")
+        return None
+    return journal
+
+
+def _list_kept(round_1: Journal | None, masked: Iterable[tuple[MaskedEntry, Journal]]) -> list[str]:
+    """The ids of the questions that are shown."""
+    if round_1 is not None:
+        return [record.id for record in round_1.values() if isinstance(record, KeptRecord)]
+    ids: dict[str, None] = {}
+    for _, records in masked:
+        ids.update(dict.fromkeys(records))
+    return list(ids)
+
+
+def _load_questions(made: Provenance) -> list[Question]:
+    """The data set that answers are of; none, with a line, where it is not there as it was."""
+    if made.dataset is None:
+        return []
     try:
-        known, _, digest = questions.load(bundled(run["dataset"]), run["split"], run.get("dataset_config"))
-        if digest == run["questions"]:
-            return known
-        reason = "is not what it was when the answers were made"
-    except (UserError, OSError, ValueError, KeyError) as error:
-        reason = f"cannot be read ({error})"
-    say(f"{run.get('dataset')}: {reason}: no contexts on the page")
-    return []
+        known, _, digest = questions.load(bundled(made.dataset), made.split, made.dataset_config)
+    except (UserError, OSError, ValueError) as error:
+        say(f"{made.dataset}: cannot be read ({error}): no contexts on the page")
+        return []
+    if digest != made.questions:
+        say(f"{made.dataset}: is not what it was when the answers were made: no contexts on the page")
+        return []
+    return known
 
 
-def join(folders):
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether it belongs together
+
+
+def _is_of(path: Path, entry: Entry, journals: Journals, ranked: Ranked) -> bool:
+    """Whether an entry is of what lies in the folder now; a line where it is not."""
+    reason = _find_other_run(entry, journals)
+    if not reason and isinstance(entry, MaskedEntry):
+        reason = _find_other_latents(entry, journals, ranked) or _find_other_means(path, entry)
+    if reason:
+        name = entry.provenance.ranking
+        if isinstance(entry, MaskedEntry):
+            name += f" {tables.name_mask(entry)} at K = {entry.k}"
+        say(f"{path / 'results.json'}: {name} is left out: {reason}")
+    return not reason
+
+
+def _find_other_run(entry: Entry, journals: Journals) -> str:
+    """Says in what the journal that an entry names is of another run; an empty text where it is of the same."""
+    journal = journals.get(entry.journal)
+    if journal is None:
+        return ""
+    named = differences(entry.provenance, journal.provenance, ALL)
+    return f"{journal.path.name} is of another run ({named})" if named else ""
+
+
+def _find_other_latents(entry: MaskedEntry, journals: Journals, ranked: Ranked) -> str:
+    """Says where round 1 has other latents, or unmasked answers, than those that an entry is of."""
+    journal = journals.get(entry.journal)
+    of_file = ranked.get(entry.latents)
+    if journal is None or of_file is None or len(journal) != entry.n:
+        return ""  # it cannot be told which questions they are of
+    if digest_ranked(of_file, entry.masked, journal) == entry.provenance.activations:
+        return ""
+    return f"{entry.latents} has other latents or answers now"
+
+
+def _find_other_means(path: Path, entry: MaskedEntry) -> str:
+    """Says where the means are not those that an entry is of."""
+    file = path / "means.json"
+    if entry.provenance.means is None or not file.exists():
+        return ""
+    try:
+        if digest_numbers(files.read_means(file).means) == entry.provenance.means:
+            return ""
+    except UserError as error:
+        return str(error)
+    return f"{file.name} has other means now"
+
+
+def _find_other_answers(ranked: Ranked, answers: Mapping[str, Record | RankedQuestion]) -> list[str]:
+    """The files of activations of other unmasked answers than those that the page shows; a line for each."""
+    others = []
+    for name, of_file in ranked.items():
+        both = [question_id for question_id in of_file if question_id in answers]
+        differ = 0
+        for question_id in both:
+            differ += not same_answer(of_file[question_id], answers[question_id])
+        if differ:
+            others.append(name)
+            say(f"{name}: is of other unmasked answers ({differ} of {len(both)}): its masks are not on the page")
+    return others
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked of it
+
+
+def join_entries(folders: list[Folder]) -> list[Entry]:
     """The entries of several folders. Raises UserError where these cannot stand in one table.
 
     That is for a folder that has neither model, SAE nor questions in common with any other, and for the same ranking,
     mask and K of the same settings in two of them.
     """
-    runs = [provenance.depends_on(folder.entries[0]["run"]) for folder in folders]
-    for folder, run in zip(folders, runs):
-        others = [other for other in runs if other is not run]
-        alike = [name for name in tables.NAMES if any(run[name] == other[name] for other in others)]
-        if not alike:
+    values = [depends_on(folder.provenance) for folder in folders]
+    entries: list[Entry] = []
+    for folder, own in zip(folders, values):
+        others = [other for other in values if other is not own]
+        if not any(own[name] == other[name] for name in tables.NAMES for other in others):
             raise UserError(f"{folder.path}: has neither model, SAE nor questions in common with the other folders")
-    entries = [entry for folder in folders for entry in folder.entries]
-    if (tables.frame(entries).masked != "none").sum() < sum("masked" in e and e["k"] != "0" for e in entries):
+        entries += folder.entries
+    table = tables.build_table(entries)
+    masked = [entry for entry in entries if isinstance(entry, MaskedEntry) and entry.k != "0"]
+    if (table.masked != "none").sum() < len(masked):
         raise UserError("the folders hold the same ranking, mask and K of the same settings: they cannot be told apart")
     return entries
 
 
-def masked_latents(folder: Folder, entry: dict, question_id: str) -> list[int]:
+def find_masked_latents(folder: Folder, entry: MaskedEntry, question_id: str) -> list[int]:
     """The latents of a question that the entry's round masked, first those that are masked first; [] where unknown."""
-    sample, which = folder.samples.get(entry.get("latents"), {}).get(question_id, {}), entry["masked"]
-    return lists.pick_latents(sample, which, entry["k"])[0] if which in sample else []
+    question = folder.ranked.get(entry.latents, {}).get(question_id)
+    if question is None:
+        return []
+    latents, _ = latents_to_mask(question, entry.masked, entry.k)
+    return latents

@@ -3,16 +3,24 @@
 page.html, page.css and page.js are its parts; the searchable table is DataTables, which itables brings along.
 """
 
+from __future__ import annotations
+
 import base64
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import jinja2
 from itables.utils import find_package_file
 
 from experiment import catalogue
 from experiment.options import bundled
+from experiment.questions import Question
+from experiment.records.journal import Journal
+from experiment.records.schema import Entry, MaskedEntry, RankedQuestion, Record, UnmaskedEntry
 from experiment.report import estimates, tables
-from experiment.report.folders import masked_latents
+from experiment.report.cells import write_cells
+from experiment.report.folders import Folder, find_masked_latents
 
 RIGHT_F1 = 0.9  # from which on an answer counts as parsed right, as in round 1
 LONGEST = 100  # latents of a list that are shown
@@ -35,60 +43,102 @@ FACTS = {
 }
 
 
-def write(file, folders, entries, svg):
+ShownAnswer = tuple[str, str, int, float, int]  # answer, text, em, f1, named
+
+
+def write_page(file: IO[str], folders: list[Folder], entries: list[Entry], svg: str) -> None:
     """Writes the page of these Folders to a text file.
 
     entries: of all of them, for the table.  svg: the figure; empty where nothing was masked.
     """
-    cells, notes = tables.write_cells(tables.frame(entries))
+    cells, notes = write_cells(tables.build_table(entries))
+    models = [name_model(folder) for folder in folders]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     bundle = find_package_file("html", "dt_bundle.js")
     template = environment.get_template("page.html")
     stream = template.stream(
-        facts=[name_folder(folder, folders) | describe(folder) for folder in folders],
+        facts=[list_facts(folder, len(folders) > 1) for folder in folders],
         heads=list(cells),
         rows=cells.values.tolist(),
         texts=cells.columns.get_loc("n"),  # columns of texts, before those of numbers
         notes=notes,
         svg=svg[svg.index("<svg") :] if svg else None,
         data=collect(folders),
-        caveats=sorted({CAVEATS[name] for name in map(_model, folders) if name in CAVEATS}),
+        caveats=sorted({CAVEATS[model] for model in models if model in CAVEATS}),
         style=bundle.with_suffix(".css").read_text(encoding="utf-8"),
         library=base64.b64encode(bundle.read_bytes()).decode(),
     )
     stream.dump(file)
 
 
-def describe(folder):
-    """{what: text} of what was run in a folder."""
-    run = folder.entries[0]["run"]
-    facts = {name: str(run[field]) for name, field in FACTS.items() if run.get(field) not in (None, "")}
-    round_1 = next((entry for entry in folder.entries if "asked" in entry), None)
-    kept = f"{round_1['kept']} of {round_1['asked']} asked" if round_1 else f"{len(folder.kept)}"
-    versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
-    return {"questions kept": kept} | name_left_out(folder.entries) | facts | {"versions": versions}
+# ---------------------------------------------------------------------------------------------------------------------
+# What was run
 
 
-def name_left_out(entries: list[dict]) -> dict[str, str]:
-    """{what: text} of the questions that do not fit the model's context; none where all do."""
-    left_out = dict.fromkeys(name for entry in entries for name in entry.get("left_out", ()))
-    if not left_out:
-        return {}
-    return {"left out, too long for the model's context": f"{len(left_out)}: {', '.join(left_out)}"}
+def list_facts(folder: Folder, is_named: bool) -> dict[str, str]:
+    """{what: text} of what was run in a folder. is_named: with its path, where there are several; a round's files do
+    not depend on where they lie."""
+    made = folder.provenance
+    facts = {}
+    if is_named:
+        facts["folder"] = str(folder.path)
+    facts["questions kept"] = tell_kept(folder)
+    left_out = list_left_out(folder.entries)
+    if left_out:
+        facts["left out, too long for the model's context"] = f"{len(left_out)}: {', '.join(left_out)}"
+    for name, field in FACTS.items():
+        value = getattr(made, field)
+        if value not in (None, ""):
+            facts[name] = str(value)
+    versions = (made.versions or {}).items()
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions)
+    return facts
 
 
-def name_folder(folder, folders):
-    """Only where there are several: a round's files do not depend on where they lie."""
-    return {"folder": str(folder.path)} if len(folders) > 1 else {}
+def tell_kept(folder: Folder) -> str:
+    """How many questions were kept, and where round 1 says it, of how many."""
+    for entry in folder.entries:
+        if isinstance(entry, UnmaskedEntry) and entry.asked is not None:
+            return f"{entry.kept} of {entry.asked} asked"
+    return str(len(folder.kept))
 
 
-def _model(folder):
-    return folder.entries[0]["run"].get("model", "").split("/")[-1]
+def list_left_out(entries: list[Entry]) -> list[str]:
+    """The ids of the questions that do not fit the model's context."""
+    ids: dict[str, None] = {}
+    for entry in entries:
+        ids.update(dict.fromkeys(entry.left_out))
+    return list(ids)
 
 
-def collect(folders):
+def name_model(folder: Folder) -> str:
+    """Without the organization that it is of."""
+    return (folder.provenance.model or "").split("/")[-1]
+
+
+def link_neuronpedia(folder: Folder) -> str | None:
+    """The beginning of the addresses of a folder's latents."""
+    made = folder.provenance
+    return catalogue.neuronpedia_page(bundled(made.sae_release or ""), made.sae_id, "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What page.js shows
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A masked round. folder, latents: the numbers of its folder and of the list that its masks are beginnings of."""
+
+    folder: int
+    latents: int
+    entry: MaskedEntry
+    records: Journal
+
+
+def collect(folders: list[Folder]) -> dict[str, Any]:
     """What page.js shows, as compact as it can be read: each context once, what is as unmasked not again.
 
     contexts: texts.  folders: {name, page}, page the beginning of its latents' addresses on Neuronpedia.
@@ -98,70 +148,99 @@ def collect(folders):
     or null for each folder, masked an answer, 0 (as unmasked) or null (not asked) and counts the number of latents
     masked for each mask, latents the ids for each list. An answer is [answer, text, em, f1, named].
     """
-    columns, lists = [], []  # of a mask: its folder's number, its entry, its records, its list's number
-    for number, folder in enumerate(folders):
-        for entry, records in folder.masked:
-            name = number, entry["run"]["ranking"], entry["masked"], entry.get("latents")
-            lists += [] if name in lists else [name]
-            columns.append((number, entry, records, lists.index(name)))
-    contexts, by_key = {}, {}
+    masks, lists = list_masks(folders)
+    contexts: dict[str, int] = {}  # numbers
+    shown: dict[tuple[str | None, str], dict[str, Any]] = {}
     for folder in folders:
-        for name in folder.kept:
-            key = folder.entries[0]["run"].get("questions"), name
-            if key not in by_key:
-                by_key[key] = _question(folders, columns, len(lists), key, contexts)
+        data_set = folder.provenance.questions
+        for question_id in folder.kept:
+            if (data_set, question_id) not in shown:
+                question = describe_question(folders, masks, len(lists), data_set, question_id, contexts)
+                shown[data_set, question_id] = question
+    described = []
+    for mask in masks:
+        described.append(
+            {
+                "folder": mask.folder,
+                "ranking": mask.entry.provenance.ranking,
+                "masked": tables.name_mask(mask.entry),
+                "k": mask.entry.k,
+                "list": mask.latents,
+            }
+        )
+    is_named = len(folders) > 1
+    named = []
+    for folder in folders:
+        named.append({"name": str(folder.path) if is_named else "", "page": link_neuronpedia(folder)})
     return {
         "right": RIGHT_F1,
         "contexts": list(contexts),
-        "folders": [{"name": name_folder(f, folders).get("folder", ""), "page": _neuronpedia(f)} for f in folders],
-        "masks": [
-            {
-                "folder": number,
-                "ranking": e["run"]["ranking"],
-                "masked": tables.name_mask(e),
-                "k": e["k"],
-                "list": place,
-            }
-            for number, e, _, place in columns
-        ],
-        "lists": [{"folder": f, "name": f"{ranking} {estimates.MASKS[which]}"} for f, ranking, which, _ in lists],
-        "questions": list(by_key.values()),
+        "folders": named,
+        "masks": described,
+        "lists": lists,
+        "questions": list(shown.values()),
     }
 
 
-def _question(folders, columns, lists, key, contexts):
-    """One of `collect`'s questions. key: the data set's hash, the id.  contexts: {text: number}, to be added to."""
-    here = [folder.entries[0]["run"].get("questions") == key[0] for folder in folders]
-    question = next(
-        (f.questions[key[1]] for f, is_here in zip(folders, here) if is_here and key[1] in f.questions), None
-    )
-    unmasked = [f.answers.get(key[1]) if is_here else None for f, is_here in zip(folders, here)]
-    masked, counts, latents = [], [], [[] for _ in range(lists)]
-    for number, entry, records, place in columns:
-        record, before = records.get(key[1]) if here[number] else None, unmasked[number]
-        same = record and before and _answer(record) == _answer(before)
-        masked.append(0 if same else record and _answer(record))
-        ids = masked_latents(folders[number], entry, key[1]) if record else []
+def list_masks(folders: list[Folder]) -> tuple[list[Mask], list[dict[str, Any]]]:
+    """The masked rounds, and {folder, name} of each list of latents that their masks are beginnings of."""
+    masks = []
+    keys: list[tuple] = []
+    lists = []
+    for number, folder in enumerate(folders):
+        for entry, records in folder.masked:
+            ranking = entry.provenance.ranking
+            key = (number, ranking, entry.masked, entry.latents)
+            if key not in keys:
+                keys.append(key)
+                lists.append({"folder": number, "name": f"{ranking} {estimates.MASKS[entry.masked]}"})
+            masks.append(Mask(number, keys.index(key), entry, records))
+    return masks, lists
+
+
+def describe_question(
+    folders: list[Folder],
+    masks: list[Mask],
+    lists: int,
+    data_set: str | None,
+    question_id: str,
+    contexts: dict[str, int],
+) -> dict[str, Any]:
+    """One of `collect`'s questions. data_set: its hash.  lists: how many there are.  contexts: numbers, added to."""
+    question: Question | None = None
+    unmasked: list[ShownAnswer | None] = []
+    for folder in folders:
+        record = None
+        if folder.provenance.questions == data_set:
+            record = folder.answers.get(question_id)
+            question = question or folder.questions.get(question_id)
+        unmasked.append(show_answer(record) if record else None)
+    masked: list[ShownAnswer | int | None] = []
+    counts: list[int] = []
+    latents: list[list[int]] = [[] for _ in range(lists)]
+    for mask in masks:
+        folder = folders[mask.folder]
+        record = mask.records.get(question_id) if folder.provenance.questions == data_set else None
+        answer = show_answer(record) if record else None
+        is_as_unmasked = answer is not None and answer == unmasked[mask.folder]
+        masked.append(0 if is_as_unmasked else answer)
+        ids = find_masked_latents(folder, mask.entry, question_id) if record else []
         counts.append(len(ids))
-        latents[place] = max(latents[place], ids[:LONGEST], key=len)
+        latents[mask.latents] = max(latents[mask.latents], ids[:LONGEST], key=len)
     return {
-        "id": key[1],
+        "id": question_id,
         "context": contexts.setdefault(question.context, len(contexts)) if question else None,
-        "question": question.question if question else key[1],
+        "question": question.question if question else question_id,
         "truths": list(dict.fromkeys(question.truths)) if question else [],
-        "unmasked": [before and _answer(before) for before in unmasked],
+        "unmasked": unmasked,
         "masked": masked,
         "counts": counts,
         "latents": latents,
     }
 
 
-def _answer(record):
-    """[answer, text, em, f1, named] of a record; of a file of activations, which has no text, the answer twice."""
-    scores = int(record["em"]), round(record["f1"], 3), int(record.get("named", record["em"]))
-    return [record["answer"], record.get("text", record["answer"]), *scores]
-
-
-def _neuronpedia(folder):
-    run = folder.entries[0]["run"]
-    return catalogue.neuronpedia_page(bundled(run.get("sae_release", "")), run.get("sae_id"), "")
+def show_answer(record: Record | RankedQuestion) -> ShownAnswer:
+    """An answer as page.js takes it; of a file of activations, which has no text, the answer stands for it."""
+    text = record.text if isinstance(record, Record) else record.answer
+    named = record.em if record.named is None else record.named
+    return record.answer, text, int(record.em), round(record.f1, 3), int(named)

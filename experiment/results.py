@@ -1,0 +1,265 @@
+"""What a round ends with: its activations, its entries of results.json, and the table and files made of these."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+from experiment import catalogue, say
+from experiment.options import Options
+from experiment.questions import Question, score
+from experiment.records import activations, files, lists
+from experiment.records.activations import RankedFile
+from experiment.records.journal import Journal
+from experiment.records.schema import (
+    CommonLatent,
+    Entry,
+    Figures,
+    KeptRecord,
+    LatentStatistics,
+    MaskedEntry,
+    Provenance,
+    RankedLatents,
+    RankedQuestion,
+    Record,
+    Side,
+    UnmaskedEntry,
+)
+from experiment.report import cells, estimates, folders, outputs, tables
+from experiment.rounds import Round
+
+ROUND_NAMES: dict[Side, str] = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
+
+
+def report_results(round_: Round, earlier: list[Entry], fresh: Sequence[Entry]) -> None:
+    """Puts fresh entries in the place of those of the same round, ranking and K, and writes and prints the table.
+
+    Entries that are no longer of what lies in the folder are left out, with a line.
+    """
+    replaced = [name_entry(entry) for entry in fresh]
+    entries = [entry for entry in earlier if name_entry(entry) not in replaced]
+    entries += fresh
+    path = round_.options.output_dir
+    folder = folders.read_folder(path, entries, round_.questions)
+    files.write_results(path / "results.json", folder.entries)
+    outputs.write_report(path, [folder], folder.entries)
+    print(f"\n{cells.to_text(tables.build_table(folder.entries))}", flush=True)
+
+
+def name_entry(entry: Entry) -> tuple[str | None, ...]:
+    """What tells the entries of one folder apart."""
+    made = entry.provenance
+    return entry.round, made.ranking, entry.k, made.ablation
+
+
+def hash_population(asked: Iterable[Question]) -> str:
+    """A short hash of the questions that a figure is a mean over."""
+    return hashlib.sha256("\n".join(question.id for question in asked).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Round 1
+
+
+def write_activations(round_: Round, journals: dict[str, Journal]) -> dict[Question, KeptRecord]:
+    """Makes each ranking's journal one file, and its file of activations of it. Returns {kept question: its record}."""
+    for ranking, journal in journals.items():
+        records = journal.finish(question.id for question in round_.asked)
+        ranked = [record.ranked() for record in records if isinstance(record, KeptRecord)]
+        made = journal.provenance.with_fields(asked=len(records), kept=len(ranked))
+        files.write_activations(activations.name_file(round_.options, ranking), made, ranked)
+    first = next(iter(journals.values()))
+    return find_kept(round_, first)
+
+
+def find_kept(round_: Round, journal: Journal) -> dict[Question, KeptRecord]:
+    """{question: its record} of those that a ranking's journal of round 1 keeps."""
+    kept = {}
+    for question in round_.asked:
+        record = journal[question.id]
+        if isinstance(record, KeptRecord):
+            kept[question] = record
+    return kept
+
+
+def finish_round_1(round_: Round, earlier: list[Entry], journals: dict[str, Journal], keep_f1: float) -> None:
+    """Writes and prints the results. keep_f1: from which F1 on an answer is right.
+
+    Each ranking has figures of its own: where one was asked for later, on another device, its answers may differ.
+    """
+    kept = {ranking: find_kept(round_, journal) for ranking, journal in journals.items()}
+    fresh = []
+    for ranking, journal in journals.items():
+        statistics = measure_latents(round_.options, ranking, kept)
+        fresh.append(make_unmasked_entry(round_, journal, kept[ranking], keep_f1, statistics))
+    report_results(round_, earlier, fresh)
+    for ranking, entry in zip(journals, fresh):
+        print(f"\n{ranking}: {cells.tell_statistics(entry.statistics, ranking)}")
+    print(f"\n{tell_round_1(round_, fresh[0])} All files: {round_.options.output_dir}")
+
+
+def tell_round_1(round_: Round, entry: UnmaskedEntry) -> str:
+    """How many questions were asked, and what became of them, in a sentence."""
+    kept = f"{entry.kept} answered right and kept ({100 * entry.kept / entry.asked:.1f}%)"
+    too_long = f", {len(round_.left_out)} left out as too long" if round_.left_out else ""
+    return (
+        f"Round 1: {entry.asked} questions asked, {kept}, {entry.wrong} answered wrong, {entry.unranked} right but "
+        f"without any [ to rank at{too_long}."
+    )
+
+
+def make_unmasked_entry(
+    round_: Round,
+    journal: Journal,
+    kept: dict[Question, KeptRecord],
+    keep_f1: float,
+    statistics: LatentStatistics,
+) -> UnmaskedEntry:
+    """The entry of a ranking's unmasked answers: of those kept, of all, and how many of which kind there are."""
+    asked = round_.asked
+    right = sum(record.f1 >= keep_f1 for record in journal.values())
+    of_kept = estimate_scores(kept.values(), kept)
+    of_all = estimate_scores(journal.values(), asked)
+    return UnmaskedEntry(
+        **of_kept.fields(),
+        all=of_all,
+        population=hash_population(kept),
+        population_all=hash_population(asked),
+        asked=len(asked),
+        kept=len(kept),
+        wrong=len(asked) - right,
+        unranked=right - len(kept),
+        left_out=round_.left_out,
+        journal=journal.path.name,
+        run=journal.provenance,
+        round="baseline",
+        k=None,
+        statistics=statistics,
+    )
+
+
+def estimate_scores(records: Iterable[Record], asked: Iterable[Question]) -> Figures:
+    """Mean scores of answers, with intervals over the questions' contexts."""
+    columns = estimates.collect_scores(list(records))
+    return estimates.summarize(columns, [question.context for question in asked])
+
+
+def measure_latents(options: Options, ranking: str, kept: dict[str, dict[Question, KeptRecord]]) -> LatentStatistics:
+    """Statistics of a ranking's lists, and what they share with the other rankings'. kept: of each ranking."""
+    own = list(kept[ranking].values())
+    statistics = estimates.latent_statistics(own, [question.context for question in kept[ranking]])
+    overlap = {}
+    for other, records in kept.items():
+        if other != ranking:
+            overlap[other] = estimates.ranking_overlap(own, list(records.values()))
+    latents: list[CommonLatent] = []
+    for latent in statistics.most_frequent_topk:
+        page = catalogue.neuronpedia_page(options.sae_release, options.sae_id, latent.latent)
+        latents.append(latent.with_fields(neuronpedia=page))
+    return statistics.with_fields(most_frequent_topk=latents, overlap=overlap)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounds 2 and 3: what masking did
+
+
+def name_journal(provenance: Provenance, side: Side, k: str) -> str:
+    """What a masked round's journal is called: what is not the default is in its name."""
+    names = []
+    if provenance.ranking != "baseline":
+        names.append(provenance.ranking)
+    names.append(ROUND_NAMES[side])
+    if provenance.ablation != "zero":
+        names.append(provenance.ablation)
+    if k != "50%":
+        names.append(f"k{k.replace('%', 'pct')}")
+    return "_".join(names)
+
+
+def make_masked_entry(
+    file: RankedFile, k: str, journal: Journal, asked: list[Question], left_out: list[str]
+) -> MaskedEntry:
+    """The entry of one ranking and K: means, and drops from the unmasked answers to the same questions.
+
+    left_out: ids of selected questions that do not fit the model's context.
+    """
+    records = journal.finish(question.id for question in asked)
+    ranked = [file.questions[question.id] for question in asked]
+    contexts = [question.context for question in asked]
+    after = estimates.collect_columns(records, ranked)
+    if file.selection:
+        unmasked = [complete_scores(one, question) for one, question in zip(ranked, asked)]
+        before = estimates.collect_columns(unmasked, ranked)
+        figures, clean, drop = estimates.compare(before, after, contexts)
+    else:
+        figures = estimates.summarize(after, contexts)
+        clean = None
+        drop = None
+    masks = measure_masks(file.side, k, ranked)
+    if masks["fewer_than_k"]:
+        say(tell_fewer(file, k, ranked))
+    return MaskedEntry(
+        **figures.fields(),
+        clean=clean,
+        drop=drop,
+        round=ROUND_NAMES[file.side],
+        masked=file.side,
+        k=k,
+        run=journal.provenance,
+        journal=journal.path.name,
+        latents=file.name,
+        **masks,
+        missing=file.missing,
+        left_out=[question_id for question_id in left_out if question_id in file.questions],
+        population=hash_population(asked),
+    )
+
+
+def complete_scores(ranked: RankedQuestion, question: Question) -> RankedQuestion:
+    """A ranked question with all scores of its unmasked answer: what older files lack is scored again."""
+    if ranked.named is not None:
+        return ranked
+    return ranked.with_fields(**score(ranked.answer, ranked.answer, question.truths) | ranked.fields())
+
+
+def measure_masks(side: Side, k: str, ranked: list[RankedLatents]) -> dict[str, float | None]:
+    """Fields of an entry that say what was masked at K; None for what is not known."""
+    counts = []
+    removed = []
+    fewer = 0
+    missed = 0
+    for question in ranked:
+        latents, is_enough = lists.latents_to_mask(question, side, k)
+        counts.append(len(latents))
+        removed.append(lists.find_removed(question, side, len(latents)))
+        fewer += not is_enough
+        missed += lists.misses_target(question, side, k)
+    return {
+        "mean_k": sum(counts) / len(counts),
+        "fewer_than_k": fewer,
+        "removed": None if None in removed else 100 * sum(removed) / len(removed),
+        "missed_target": missed if is_matched(ranked, side) else None,
+    }
+
+
+def is_matched(ranked: list[RankedLatents], side: Side) -> bool:
+    """Whether a ranking's lists are matched to what the baseline's remove."""
+    return any(question.target(side) is not None for question in ranked)
+
+
+def tell_fewer(file: RankedFile, k: str, ranked: list[RankedLatents]) -> str:
+    """Says of which ranking a file holds too little for K, and how much it holds: that is not K latents."""
+    lengths = []
+    for question in ranked:
+        latents, is_enough = lists.latents_to_mask(question, file.side, k)
+        if not is_enough:
+            lengths.append(len(latents))
+    mask = f"{file.provenance.ranking}'s {estimates.MASKS[file.side]}, K = {k}"
+    some = f"{len(lengths)} of {len(ranked)} questions"
+    if is_matched(ranked, file.side):
+        held = f"the latents that {file.path.name} holds remove less than the baseline's"
+        return f"{mask}: for {some} {held}: these are masked."
+    shortest = min(lengths)
+    longest = max(lengths)
+    held = str(shortest) if shortest == longest else f"{shortest} to {longest}"
+    return f"{mask}: {file.path.name} holds fewer latents for {some} ({held}): these are masked, not K."
