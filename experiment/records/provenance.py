@@ -86,7 +86,7 @@ def refuse_other_run(path: Path, made: Provenance, wanted: Provenance, fields: I
 
 
 def digest_local(model: str, sae_release: str, sae_id: str) -> dict[str, str]:
-    """The fields of a Provenance that say what lies in the local folders of a model and an SAE; none of what is on the Hub."""
+    """The fields of a Provenance with the digests of a local model and a local SAE; none of what is on the Hub."""
     folders = {"model_digest": Path(model), "sae_digest": Path(sae_release) / sae_id}
     return {field: digest_folder(folder) for field, folder in folders.items() if folder.is_dir()}
 
