@@ -21,7 +21,7 @@ DEMO = {  # what --demo changes
     "device": "cpu",
     "dtype": "float32",
     "batch_tokens": 16384,
-    "pool_tokens": 262144,
+    "pool_tokens": 32768,
 }
 TOKEN_FILE = "token.txt"  # at the top of the project: used where it exists
 PAPER_DATASET = "rajpurkar/squad"
@@ -157,7 +157,8 @@ def _build_parser(doc, masks, defaults):
             settings["action"] = "store_true"
         elif default is not None:
             shown = " ".join(default) if isinstance(default, tuple) else str(default) or "none"
-            settings["help"] += f" (default: {shown})".replace("%", "%%")
+            says = settings["help"].split(" (default: ")[0]  # the demo has one where there is none otherwise
+            settings["help"] = says + f" (default: {shown})".replace("%", "%%")
         if field.name != "k" or masks:
             parser.add_argument("--" + field.name.replace("_", "-"), **settings)
     text = "print the instruction-tuned releases in SAELens' table (with WORD in their name), and stop"
