@@ -126,9 +126,9 @@ def _rename_published(path: Path, content: list[Any]) -> list[dict[str, Any]]:
     try:
         for group in content:
             for prompt, latents in group.items():
-                lists = {ours: latents[theirs] for theirs, ours in names.items() if theirs in latents}
+                lists = {names[name]: ids for name, ids in latents.items() if name in names}
                 renamed.append({"prompt": prompt, **lists})
-    except (AttributeError, TypeError):
+    except AttributeError:
         raise UserError(f"{path}: is not of the authors' published form {{prompt: latents}}") from None
     return renamed
 
