@@ -239,6 +239,13 @@ class Figures(Stored):
     intervals: dict[str, Interval | None]
     counted: dict[str, int] | None = None
 
+    @model_validator(mode="after")
+    def _check_intervals(self) -> Self:
+        for metric in ("em", "f1", "accuracy", "named", "answer_log_prob", "format_log_prob"):
+            if self.mean(metric) is not None and metric not in self.intervals:
+                raise ValueError(f"intervals lacks {metric}")
+        return self
+
     def mean(self, metric: str) -> float | None:
         return getattr(self, metric)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import jinja2
-from itables.utils import find_package_file
 
 from experiment import catalogue
 from experiment.options import bundled
@@ -51,6 +50,8 @@ def write_page(file: IO[str], folders: list[Folder], entries: list[Entry], svg: 
 
     entries: of all of them, for the table.  svg: the figure; empty where nothing was masked.
     """
+    from itables.utils import find_package_file  # brings in pandas, which only the end of a round needs
+
     cells, notes = write_cells(tables.build_table(entries))
     models = [name_model(folder) for folder in folders]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
