@@ -105,6 +105,16 @@ def read_journal(path):
     return head["run"], {line["id"]: line for line in lines}
 
 
+def read_activations(path):
+    """The run and the samples of a file of activations, as they stand there."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["run"], content["samples"]
+
+
+def write_activations(path, run, samples):
+    path.write_text(json.dumps({"run": run, "samples": samples}), encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
 def demo():
     """The bundled model and SAE in float32, as the scripts load them: (SplicedModel, tokenizer).

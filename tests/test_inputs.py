@@ -50,8 +50,9 @@ RUN = json.loads((ROOT / "activations_baseline.json").read_text())["run"]
 OTHER = RUN | {"model": "other", "model_digest": "0" * 64}
 THEIRS = {"original": [1], "have_gradient": [1], "no_gradient": [1]}
 RECORD = {"id": "questions-000-0", "text": "t", "answer": "a", "em": 1.0, "f1": 1.0, "accuracy": 1.0, "named": 1.0}
-ENTRY = {"run": RUN, "round": "false", "k": "50%", "population": "0f", "intervals": {}, "n": 1}
-ENTRY |= dict.fromkeys(("em", "f1", "accuracy"), 100.0)
+FIGURES = {"n": 1, "em": 100.0, "f1": 100.0, "intervals": {"em": None, "f1": None}}
+ENTRY = {"run": RUN, "round": "false", "masked": "topk", "k": "50%", "mean_k": 6.0, "population": "0f"} | FIGURES
+ENTRY |= {"clean": FIGURES, "drop": FIGURES}
 
 
 def activations(run=None, **changed):
@@ -61,7 +62,7 @@ def activations(run=None, **changed):
 ACTIVATIONS = {
     "no json": ("{", "is not JSON"),
     "no run": (json.dumps({"samples": [SAMPLE]}), "names no run"),
-    "topk negative": (activations(topk=[-1]), "sample 1: topk is not a list of latents"),
+    "topk negative": (activations(topk=[-1]), "sample 1: topk.0: Input should be greater than or equal to 0"),
     "another model": (
         activations({"model_digest": "0" * 64}),
         'model "demo/model" (content 00000000), now "demo/model"',
@@ -73,9 +74,12 @@ ACTIVATIONS = {
     "another dtype": (activations({"dtype": "float16"}), 'dtype "float16"'),
     "another prompt": (activations({"prompt_template": "{context}{question}"}), "prompt_template"),
     "lists of different lengths": (activations(removed_topk=[]), "sample 1: removed_topk is not as long as topk"),
-    "a limit that is none": (activations({"limit": "all"}), "its run is damaged (limit is not a whole number)"),
+    "a limit that is none": (
+        activations({"limit": "all"}),
+        "its run is damaged (limit: Input should be a valid integer)",
+    ),
     "none of these questions": (activations(id="of another data set"), "none of its questions"),
-    "theirs: no lists": ('[{"prompt": {}}]', "sample 1: active is not a list"),
+    "theirs: no lists": ('[{"prompt": {}}]', "sample 1: active: Field required"),
     "theirs: other prompts": (json.dumps([{"prompt": THEIRS}]), "none of its questions"),
 }
 OF_THE_SAE = {  # these show once the SAE is loaded

@@ -181,8 +181,8 @@ def test_the_command_line_chooses_a_configuration(tmp_path, monkeypatch):
 
     monkeypatch.setattr(questions, "load", load)
     round_ = common.prepare(command_line("--dataset", "org/data", "--split", "test", "--dataset-config", "zh"))
-    assert round_.run["dataset_config"] == "zh"
-    assert folders._load_questions(round_.run | {"questions": "0f"})
+    assert round_.provenance.dataset_config == "zh"
+    assert folders._load_questions(round_.provenance.with_fields(questions="0f"))
     assert asked == [("org/data", "test", "zh")] * 2
 
 

@@ -322,9 +322,7 @@ def test_matched_masks_that_miss_are_marked():
 
 def test_notes_are_of_columns_that_are_there():
     plain = masked("baseline", "topk", "1", 80.0)
-    assert "removed" not in cells.to_text(build_table([plain])) and "fewer" not in cells.to_text(
-        build_table([plain])
-    )
+    assert "removed" not in cells.to_text(build_table([plain])) and "fewer" not in cells.to_text(build_table([plain]))
     text = cells.to_text(build_table([plain | {"removed": 20.8, "fewer_than_k": 3}]))
     assert "removed:" in text and "fewer:" in text and "20.8" in text
     assert all(len(note) <= 100 for note in cells.NOTES.values())

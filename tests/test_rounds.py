@@ -7,12 +7,12 @@ import re
 import oracle
 import pytest
 import torch
-from conftest import ROOT, options, read_journal, run_script
+from conftest import ROOT, options, read_activations, read_journal, run_script, write_activations
 
 import common
 from experiment import UserError, prompts
 from experiment.intervention import rankings
-from experiment.records import files, lists
+from experiment.records import lists
 from experiment.report import folders
 
 ROUNDS = [("baseline", "baseline"), ("baseline_after_false", "false"), ("baseline_after_true", "true")]
@@ -357,8 +357,8 @@ def test_matched_masks_remove_as_much(full, tmp_path, monkeypatch, capsys):
     code, _, err = run_script("baseline_after_false", alone, monkeypatch, capsys)
     assert code == 0, err
     path = tmp_path / "activations_matched.json"
-    run, samples = files.read_activations(path)
-    files.write_activations(path, run, [{k: v for k, v in s.items() if k != "target_topk"} for s in samples])
+    run, samples = read_activations(path)
+    write_activations(path, run, [{k: v for k, v in s.items() if k != "target_topk"} for s in samples])
     code, _, err = run_script("baseline_after_false", [*alone, "--overwrite"], monkeypatch, capsys)
     assert code == 2 and "does not say what the baseline's latents remove" in err
 
@@ -384,11 +384,11 @@ def test_more_latents_than_are_stored(tmp_path, monkeypatch, capsys):
         == {len(sample["topk"]) for of_ranking in samples.values() for sample in of_ranking}
     )
     # Of a file that holds the percentage's list alone, a number beside it is masked as far as the list goes.
-    run, _ = files.read_activations(tmp_path / "activations_random.json")
+    run, _ = read_activations(tmp_path / "activations_random.json")
     for sample in samples["random"]:
         for name in ("topk", "removed_topk"):
             sample[name] = sample[name][: len(sample["active"]) // 2]
-    files.write_activations(tmp_path / "activations_random.json", run, samples["random"])
+    write_activations(tmp_path / "activations_random.json", run, samples["random"])
     halves = [len(sample["topk"]) for sample in samples["random"]]
     given = [*given[:5], "--ranking", "random", "--k", "50"]
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
@@ -564,9 +564,9 @@ def test_k_of_a_question():
 
 def test_activations_of_different_questions(full, tmp_path, monkeypatch, capsys):
     folder, _ = full
-    run, samples = files.read_activations(folder / "activations_baseline.json")
-    files.write_activations(tmp_path / "activations_baseline.json", run, samples)
-    files.write_activations(tmp_path / "activations_gradsae.json", run | {"ranking": "gradsae"}, samples[:9])
+    run, samples = read_activations(folder / "activations_baseline.json")
+    write_activations(tmp_path / "activations_baseline.json", run, samples)
+    write_activations(tmp_path / "activations_gradsae.json", run | {"ranking": "gradsae"}, samples[:9])
     given = ["--demo", "--output-dir", tmp_path, "--ranking", "baseline", "gradsae"]
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
     assert code == 2 and "of different unmasked answers" in err and len(err.splitlines()) == 1
@@ -647,15 +647,15 @@ def test_matched_to_what_mean_ablation_changes(tmp_path, monkeypatch, capsys):
     assert abs(found["baseline", "zero"]["removed"] - found["baseline", "mean"]["removed"]) > 0.1
     assert found["matched", "zero"]["mean_k"] != found["matched", "mean"]["mean_k"]
     # The page shows the latents that were masked, of each ablation its own.
-    read = folders.read(tmp_path)
-    for entry in masked:
-        shown = [len(folders.masked_latents(read, entry, question_id)) for question_id in read.kept]
-        assert sum(shown) / len(shown) == pytest.approx(entry["mean_k"])
+    read = folders.read_folder(tmp_path)
+    for entry, _ in read.masked:
+        shown = [len(folders.find_masked_latents(read, entry, question_id)) for question_id in read.kept]
+        assert sum(shown) / len(shown) == pytest.approx(entry.mean_k)
     # Files that do not belong together are refused.
     path = tmp_path / "activations_matched_mean.json"
-    run, samples = files.read_activations(path)
+    run, samples = read_activations(path)
     samples[0]["topk"] = samples[0]["topk"][::-1]
-    files.write_activations(path, run, samples)
+    write_activations(path, run, samples)
     code, _, err = run_script("baseline_after_true", [*given, "--ablation", "mean"], monkeypatch, capsys)
     assert code == 2 and f"{path}: has other lists than activations_matched.json" in err
     path.unlink()
