@@ -36,14 +36,15 @@ def report_results(round_: Round, earlier: list[Entry], fresh: Sequence[Entry]) 
 
     Entries that are no longer of what lies in the folder are left out, with a line.
     """
-    replaced = [name_entry(entry) for entry in fresh]
+    replaced = set(map(name_entry, fresh))
     entries = [entry for entry in earlier if name_entry(entry) not in replaced]
     entries += fresh
     path = round_.options.output_dir
     folder = folders.read_folder(path, entries, round_.questions)
     files.write_results(path / "results.json", folder.entries)
     outputs.write_report(path, [folder], folder.entries)
-    print(f"\n{cells.to_text(tables.build_table(folder.entries))}", flush=True)
+    table = tables.build_table(folder.entries)
+    print(f"\n{cells.to_text(table)}", flush=True)
 
 
 def name_entry(entry: Entry) -> tuple[str | None, ...]:
@@ -54,7 +55,8 @@ def name_entry(entry: Entry) -> tuple[str | None, ...]:
 
 def hash_population(asked: Iterable[Question]) -> str:
     """A short hash of the questions that a figure is a mean over."""
-    return hashlib.sha256("\n".join(question.id for question in asked).encode()).hexdigest()[:16]
+    ids = "\n".join(question.id for question in asked)
+    return hashlib.sha256(ids.encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,11 +65,15 @@ def hash_population(asked: Iterable[Question]) -> str:
 
 def write_activations(round_: Round, journals: dict[str, Journal]) -> dict[Question, KeptRecord]:
     """Makes each ranking's journal one file, and its file of activations of it. Returns {kept question: its record}."""
+    ids = [question.id for question in round_.asked]
     for ranking, journal in journals.items():
-        records = journal.finish(question.id for question in round_.asked)
-        ranked = [record.ranked() for record in records if isinstance(record, KeptRecord)]
-        made = journal.provenance.with_fields(asked=len(records), kept=len(ranked))
-        files.write_activations(activations.name_file(round_.options, ranking), made, ranked)
+        ranked = []
+        for record in journal.finish(ids):
+            if isinstance(record, KeptRecord):
+                ranked.append(record.ranked())
+        made = journal.provenance.with_fields(asked=len(ids), kept=len(ranked))
+        path = activations.name_file(round_.options, ranking)
+        files.write_activations(path, made, ranked)
     first = next(iter(journals.values()))
     return find_kept(round_, first)
 
@@ -87,15 +93,20 @@ def finish_round_1(round_: Round, earlier: list[Entry], journals: dict[str, Jour
 
     Each ranking has figures of its own: where one was asked for later, on another device, its answers may differ.
     """
-    kept = {ranking: find_kept(round_, journal) for ranking, journal in journals.items()}
+    kept = {}
+    for ranking, journal in journals.items():
+        kept[ranking] = find_kept(round_, journal)
     fresh = []
+    sentences = []
     for ranking, journal in journals.items():
         statistics = measure_latents(round_.options, ranking, kept)
-        fresh.append(make_unmasked_entry(round_, journal, kept[ranking], keep_f1, statistics))
+        entry = make_unmasked_entry(round_, journal, kept[ranking], keep_f1, statistics)
+        fresh.append(entry)
+        sentences.append(f"{ranking}: {cells.tell_statistics(statistics, ranking)}")
     report_results(round_, earlier, fresh)
-    for ranking, entry in zip(journals, fresh):
-        print(f"\n{ranking}: {cells.tell_statistics(entry.statistics, ranking)}")
-    print(f"\n{tell_round_1(round_, fresh[0])} All files: {round_.options.output_dir}")
+    sentences.append(f"{tell_round_1(round_, fresh[0])} All files: {round_.options.output_dir}")
+    for sentence in sentences:
+        print(f"\n{sentence}")
 
 
 def tell_round_1(round_: Round, entry: UnmaskedEntry) -> str:
@@ -147,7 +158,8 @@ def estimate_scores(records: Iterable[Record], asked: Iterable[Question]) -> Fig
 def measure_latents(options: Options, ranking: str, kept: dict[str, dict[Question, KeptRecord]]) -> LatentStatistics:
     """Statistics of a ranking's lists, and what they share with the other rankings'. kept: of each ranking."""
     own = list(kept[ranking].values())
-    statistics = estimates.latent_statistics(own, [question.context for question in kept[ranking]])
+    contexts = [question.context for question in kept[ranking]]
+    statistics = estimates.latent_statistics(own, contexts)
     overlap = {}
     for other, records in kept.items():
         if other != ranking:
@@ -254,12 +266,15 @@ def tell_fewer(file: RankedFile, k: str, ranked: list[RankedLatents]) -> str:
         latents, is_enough = lists.latents_to_mask(question, file.side, k)
         if not is_enough:
             lengths.append(len(latents))
-    mask = f"{file.provenance.ranking}'s {estimates.MASKS[file.side]}, K = {k}"
+    ranking = file.provenance.ranking
+    mask = estimates.MASKS[file.side]
+    name = file.path.name
     some = f"{len(lengths)} of {len(ranked)} questions"
     if is_matched(ranked, file.side):
-        held = f"the latents that {file.path.name} holds remove less than the baseline's"
-        return f"{mask}: for {some} {held}: these are masked."
-    shortest = min(lengths)
-    longest = max(lengths)
-    held = str(shortest) if shortest == longest else f"{shortest} to {longest}"
-    return f"{mask}: {file.path.name} holds fewer latents for {some} ({held}): these are masked, not K."
+        held = f"for {some} the latents that {name} holds remove less than the baseline's: these are masked."
+    else:
+        shortest = min(lengths)
+        longest = max(lengths)
+        count = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
+        held = f"{name} holds fewer latents for {some} ({count}): these are masked, not K."
+    return f"{ranking}'s {mask}, K = {k}: {held}"

@@ -115,12 +115,14 @@ def leave_out_long(round_: Round, context: int | None) -> Round:
         else:
             asked.append(question)
             lengths[question.id] = length
+    dataset = round_.options.dataset
     limit = f"the model's context of {context} tokens, with an answer of {longest_answer}"
     if not asked:
-        raise UserError(f"{round_.options.dataset}: no selected question fits {limit}: shorten them")
+        raise UserError(f"{dataset}: no selected question fits {limit}: shorten them")
     if left_out:
-        named = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-        say(f"{round_.options.dataset}: {len(left_out)} questions do not fit {limit}: they are left out ({named})")
+        named = ", ".join(left_out[:5])
+        more = ", ..." if len(left_out) > 5 else ""
+        say(f"{dataset}: {len(left_out)} questions do not fit {limit}: they are left out ({named}{more})")
     return dataclasses.replace(round_, asked=asked, lengths=lengths, left_out=left_out)
 
 
@@ -164,6 +166,11 @@ class Work:
     batches: list[list[int]]
     keys: list[Hashable]
 
+    @property
+    def missing(self) -> int:
+        """How many answers are asked for."""
+        return len(self.questions) * len(self.keys)
+
 
 def plan_work(
     round_: Round,
@@ -195,12 +202,12 @@ def plan_work(
 
 
 def _make_work(asked: list[Question], batches: list[list[int]], journals: dict[Hashable, Journal]) -> Work:
-    questions = [asked[index] for batch in batches for index in batch]
+    questions = []
     numbers = []
-    first = 0
     for batch in batches:
-        numbers.append(list(range(first, first + len(batch))))
-        first += len(batch)
+        first = len(questions)
+        questions += [asked[index] for index in batch]
+        numbers.append(list(range(first, len(questions))))
     keys = []
     for key, journal in journals.items():
         if any(question.id not in journal for question in questions):
@@ -215,8 +222,12 @@ class Bar:
         state = round_.state
         if state.num_processes > 1:
             label += f", process 1 of {state.num_processes}"
-        total = len(journals) * sum(len(work.questions) for work in share)
-        self.done = total - sum(len(work.questions) * len(work.keys) for work in share)
+        total = 0
+        self.done = 0
+        for work in share:
+            answers = len(work.questions) * len(journals)
+            total += answers
+            self.done += answers - work.missing
         self.bar = tqdm(total=total, initial=self.done, desc=label, unit="answer", disable=not state.is_main_process)
 
     def __enter__(self) -> Bar:
@@ -231,5 +242,5 @@ class Bar:
 
     def finish(self, work: Work) -> None:
         """The group is done: masks that several rankings or K share were run once, rankings share their answers."""
-        self.done += len(work.questions) * len(work.keys)
+        self.done += work.missing
         self.bar.update(self.done - self.bar.n)

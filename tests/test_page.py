@@ -332,7 +332,8 @@ def test_one_folder_again_without_torch(folder, copy):
     for path in copy.glob("results.*"):
         if path.suffix != ".json":
             path.unlink()
-    code = "import sys; from experiment.report import __main__; __main__.main(); print('torch' in sys.modules, file=sys.stderr)"
+    code = "import sys; from experiment.report import __main__; __main__.main(); "
+    code += "print('torch' in sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code, copy], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.split() == ["False"], done.stderr
     for ending in ("json", "csv", "tex", "png", "pdf"):

@@ -52,23 +52,29 @@ def to_latex(table: DataFrame) -> str:
 def to_text(table: DataFrame) -> str:
     """`build_table`'s table for 100 columns, in two halves: EM and F1 with their intervals, then the rest."""
     cells, notes = write_cells(table)
-    cells = cells.drop(columns="named drop", errors="ignore")
-    row = cells.columns[: cells.columns.get_loc("n")]
-    without_interval = cells.columns.drop(["EM", "F1"])
-    cells[without_interval] = cells[without_interval].replace(r" \[.*", "", regex=True)
-    cells = cells.apply(lambda column: column.str.ljust(column.str.len().max()))
-    scores = [name for name in ("n", *SCORES) if name in cells]
-    others = cells.columns.drop([*row, *scores])
-    first_half = _align(cells[[*row, *scores]])
-    second_half = _align(cells[[*row, *others]])
-    text = "\n\n".join([first_half, second_half, "\n".join(notes)])
-    return re.sub(" +$", "", text, flags=re.MULTILINE)
+    names = list(cells)
+    row = names[: names.index("n")]
+    first_half = list(row)
+    second_half = list(row)
+    for name in names[len(row) :]:
+        if name == "n" or name in SCORES:
+            first_half.append(name)
+        elif name != "named drop":
+            second_half.append(name)
+    parts = [_align(cells[first_half]), _align(cells[second_half]), "\n".join(notes)]
+    return re.sub(" +$", "", "\n\n".join(parts), flags=re.MULTILINE)
 
 
 def _align(cells: DataFrame) -> str:
-    """Columns below their heads; a drop stands beside what it is a drop of."""
-    heads = ["drop" if name.endswith(" drop") else name for name in cells]
-    return cells.to_string(index=False, header=heads, justify="left")
+    """Columns below their heads, of EM and F1 alone with intervals; a drop stands beside what it is a drop of."""
+    aligned = {}
+    heads = []
+    for name, column in cells.items():
+        if name not in ("EM", "F1"):
+            column = column.replace(r" \[.*", "", regex=True)
+        aligned[name] = column.str.ljust(column.str.len().max())
+        heads.append("drop" if name.endswith(" drop") else name)
+    return type(cells)(aligned).to_string(index=False, header=heads, justify="left")
 
 
 def write_cells(table: DataFrame) -> tuple[DataFrame, list[str]]:
@@ -83,17 +89,24 @@ def write_cells(table: DataFrame) -> tuple[DataFrame, list[str]]:
         cells[name] = _write(form, *values)
     cells["removed"] = _write_removed(table)
     cells["mean K"] = _write("{:6.1f}", table.mean_k)
-    cells["fewer"] = _write("{:5}", table.fewer_than_k.replace(0, pandas.NA))
-    cells["left out"] = _write("{:8}", table.left_out.replace(0, pandas.NA))
+    cells["fewer"] = _write_count("{:5}", table.fewer_than_k)
+    cells["left out"] = _write_count("{:8}", table.left_out)
     cells["paper"] = _write("{:6.2f} / {:6.2f}", table.paper_em, table.paper_f1)
     filled = {}
     for name, texts in cells.items():
-        if any(text.strip() for text in texts):
+        if any(map(str.strip, texts)):
             filled[name] = list(texts)
-    shown = set(filled)
-    if any(MISSED in text for text in filled.get("removed", ())):
-        shown.add(MISSED)
-    return pandas.DataFrame(filled), [note for name, note in NOTES.items() if name in shown]
+    return pandas.DataFrame(filled), _choose_notes(filled)
+
+
+def _choose_notes(cells: dict[str, list[str]]) -> list[str]:
+    """The notes on the columns that are there, and on a mark."""
+    notes = []
+    for name, note in NOTES.items():
+        is_marked = name == MISSED and MISSED in "".join(cells.get("removed", []))
+        if name in cells or is_marked:
+            notes.append(note)
+    return notes
 
 
 def _write_row_names(table: DataFrame) -> dict[str, Sequence[str]]:
@@ -136,10 +149,13 @@ def _shorten_names(names: list[str]) -> list[str]:
     paths = [name.split("/") for name in names]
     if len(set(map(len, paths))) > 1:
         return names
-    differing = [place for place, parts in enumerate(zip(*paths)) if len(set(parts)) > 1]
+    differing = []
+    for parts in zip(*paths):
+        if len(set(parts)) > 1:
+            differing.append(parts)
     if not differing:
         return names
-    return ["/".join(path[place] for place in differing) for path in paths]
+    return ["/".join(parts) for parts in zip(*differing)]
 
 
 def _write(form: str, *columns: Series) -> list[str]:
@@ -156,6 +172,13 @@ def _write(form: str, *columns: Series) -> list[str]:
         else:
             texts.append(form.format(*numbers))
     return texts
+
+
+def _write_count(form: str, column: Series) -> list[str]:
+    """A column of counts as texts, empty where there is nothing to count."""
+    import pandas
+
+    return _write(form, column.replace(0, pandas.NA))
 
 
 def _write_removed(table: DataFrame) -> list[str]:

@@ -174,7 +174,9 @@ def latent_statistics(ranked: Sequence[RankedLatents], contexts: Sequence[Hashab
 
     contexts: a key for each question.
     """
-    same_context = {side: _share_on_one_context(ranked, contexts, side) for side in SIDES}
+    same_context = {}
+    for side in SIDES:
+        same_context[side] = _share_on_one_context(ranked, contexts, side)
     counts: collections.Counter[int] = collections.Counter()
     for question in ranked:
         counts.update(_at_half(question, "topk"))
@@ -193,15 +195,15 @@ def latent_statistics(ranked: Sequence[RankedLatents], contexts: Sequence[Hashab
 def _share_on_one_context(ranked: Sequence[RankedLatents], contexts: Sequence[Hashable], side: Side) -> float | None:
     """What a list of two questions on one context shares, percent of its mean length; None where there is no pair."""
     questions = collections.Counter(contexts)
-    times: collections.Counter[tuple[Hashable, int]] = collections.Counter()
+    lists_with: collections.Counter[tuple[Hashable, int]] = collections.Counter()  # (context, latent): how many
+    shared = 0
     possible = 0
     for context, question in zip(contexts, ranked):
         latents = _at_half(question, side)
-        possible += (questions[context] - 1) * len(latents)
+        possible += len(latents) * (questions[context] - 1)
         for latent in latents:
-            times[context, latent] += 1
-    # Ordered pairs of questions: a latent that n lists on a context have is shared by n (n - 1) of them.
-    shared = sum(n * (n - 1) for n in times.values())
+            shared += 2 * lists_with[context, latent]  # with each list before, counted from both sides
+            lists_with[context, latent] += 1
     return 100 * shared / possible if possible else None
 
 

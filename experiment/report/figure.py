@@ -66,8 +66,9 @@ def make_figure(table: DataFrame) -> Figure:
     panels[1].sharey(panels[0])
     for panel, metric in zip(panels, metrics):
         for number, line in enumerate(drawn):
-            beside = places + APART * (number - (len(drawn) - 1) / 2)
-            _draw_line(panel, shown[shown.line == line], metric, beside, number)
+            rows = shown[shown.line == line]
+            from_the_middle = number - (len(drawn) - 1) / 2
+            _draw_line(panel, rows, metric, places + APART * from_the_middle, number)
         _draw_levels(panel, levels[metric])
         panel.set_ylabel(PANELS[metric])
     _label_ks(panels[-1], places)

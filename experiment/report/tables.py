@@ -73,9 +73,18 @@ def build_table(entries: Sequence[Entry]) -> DataFrame:
 
 def _make_row(entry: Entry, figures: Figures, questions: str, population: str) -> dict[str, Any]:
     """An unmasked row. figures: those of `entry` itself, or of a part of it."""
-    row = {name: _write_setting(getattr(entry.provenance, name)) for name in COLUMNS}
-    row |= {"ranking": "", "masked": "none", "questions": questions, "k": "", "ablation": ""}
-    row |= {"error_term": entry.provenance.error_term, "population": population, "n": figures.n}
+    row = dict(
+        ranking="",
+        masked="none",
+        questions=questions,
+        k="",
+        error_term=entry.provenance.error_term,
+        ablation="",
+        population=population,
+        n=figures.n,
+    )
+    for name in COLUMNS:
+        row[name] = _write_setting(getattr(entry.provenance, name))
     return row | _list_numbers(figures, "")
 
 
@@ -166,9 +175,16 @@ def sort_masked(entries: Sequence[Entry]) -> list[MaskedEntry]:
 
 def _order_entry(entry: MaskedEntry, folder: int) -> tuple:
     made = entry.provenance
-    is_changed = [getattr(made, name) != choice for name, choice in PAPERS_CHOICE.items()]
-    order_k = (entry.mean_k, entry.k.endswith("%"), float(entry.k.removesuffix("%")))
-    return made.ranking, list(MASKS).index(entry.masked), folder, is_changed, order_k
+    return (
+        made.ranking,
+        list(MASKS).index(entry.masked),
+        folder,
+        made.error_term != PAPERS_CHOICE["error_term"],
+        made.ablation != PAPERS_CHOICE["ablation"],
+        entry.mean_k,
+        entry.k.endswith("%"),
+        float(entry.k.removesuffix("%")),
+    )
 
 
 def name_mask(entry: MaskedEntry) -> str:
