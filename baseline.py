@@ -56,7 +56,7 @@ def main() -> None:
                     bar.finish(work)
         # 5. Write the activations, compare, print
         if rounds.wait_for_all(round_):
-            kept = results.write_activations(round_, journals)
+            kept = results.store_activations(round_, journals)
             if chosen.ablation == "mean":
                 if model is None:
                     model, sizes = common.load_for(round_, {})

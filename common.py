@@ -351,7 +351,7 @@ def answer_masked(
         file = ranked[ranking]
         latents = []
         for question in work.questions:
-            of_question, _ = lists.latents_to_mask(file.questions[question.id], file.side, k)
+            of_question, _ = lists.find_latents_to_mask(file.questions[question.id], file.side, k)
             latents.append(of_question)
         if latents not in masks:
             masks.append(latents)

@@ -63,14 +63,14 @@ def hash_population(asked: Iterable[Question]) -> str:
 # Round 1
 
 
-def write_activations(round_: Round, journals: dict[str, Journal]) -> dict[Question, KeptRecord]:
+def store_activations(round_: Round, journals: dict[str, Journal]) -> dict[Question, KeptRecord]:
     """Makes each ranking's journal one file, and its file of activations of it. Returns {kept question: its record}."""
     ids = [question.id for question in round_.asked]
     for ranking, journal in journals.items():
         ranked = []
         for record in journal.finish(ids):
             if isinstance(record, KeptRecord):
-                ranked.append(record.ranked())
+                ranked.append(record.as_ranked())
         made = journal.provenance.with_fields(asked=len(ids), kept=len(ranked))
         path = activations.name_file(round_.options, ranking)
         files.write_activations(path, made, ranked)
@@ -241,7 +241,7 @@ def measure_masks(side: Side, k: str, ranked: list[RankedLatents]) -> dict[str, 
     fewer = 0
     missed = 0
     for question in ranked:
-        latents, is_enough = lists.latents_to_mask(question, side, k)
+        latents, is_enough = lists.find_latents_to_mask(question, side, k)
         counts.append(len(latents))
         removed.append(lists.find_removed(question, side, len(latents)))
         fewer += not is_enough
@@ -263,7 +263,7 @@ def tell_fewer(file: RankedFile, k: str, ranked: list[RankedLatents]) -> str:
     """Says of which ranking a file holds too little for K, and how much it holds: that is not K latents."""
     lengths = []
     for question in ranked:
-        latents, is_enough = lists.latents_to_mask(question, file.side, k)
+        latents, is_enough = lists.find_latents_to_mask(question, file.side, k)
         if not is_enough:
             lengths.append(len(latents))
     ranking = file.provenance.ranking

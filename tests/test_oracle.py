@@ -17,7 +17,7 @@ from experiment.intervention import forward, rankings, splice
 from experiment.intervention.forward import Layout
 from experiment.intervention.plan import plan_batches
 from experiment.intervention.rows import pick_log_probs
-from experiment.records.lists import count_to_reach, latents_to_mask
+from experiment.records.lists import count_to_reach, find_latents_to_mask
 from experiment.records.schema import RankedLatents
 from experiment.report.estimates import shared_percent
 
@@ -704,7 +704,7 @@ def test_bos_does_not_rule_what_is_removed(demo, sequences):
         acts = model.splice.sae.encode(residual)
         k = len(scaled.active[n]) // 2
         ranked = RankedLatents(active=scaled.active[n], **matched[n])
-        of_matched, enough = latents_to_mask(ranked, "topk", "50%")
+        of_matched, enough = find_latents_to_mask(ranked, "topk", "50%")
         assert enough and (acts[:, of_matched] != 0).any(0).all()
         for name, latents in (("baseline", baseline[n]["topk"][:k]), ("matched", of_matched)):
             shares[name].append(oracle.removed_shares(model.splice.sae, residual, latents)[-1])

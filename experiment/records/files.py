@@ -23,8 +23,8 @@ from experiment.records.schema import (
     PublishedQuestion,
     RankedLatents,
     RankedQuestion,
-    parse,
     parse_entry,
+    parse_stored,
     to_json,
 )
 
@@ -92,7 +92,7 @@ def read_activations(path: Path) -> tuple[Provenance | None, list[RankedQuestion
     if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
         raise UserError(f"{path}: names no run: it is not round 1's file")
     try:
-        made = parse(Provenance, content["run"])
+        made = parse_stored(Provenance, content["run"])
     except ValueError as error:
         raise UserError(f"{path}: its run is damaged ({error})") from None
     ranked = _parse_ranked(path, RankedQuestion, content.get("samples"))
@@ -110,7 +110,7 @@ def _parse_ranked(path: Path, kind: type[Ranked], values: object) -> list[Ranked
     ranked = []
     for number, value in enumerate(values, 1):
         try:
-            ranked.append(parse(kind, value))
+            ranked.append(parse_stored(kind, value))
         except ValueError as error:
             raise UserError(f"{path}, sample {number}: {error}") from None
     return ranked
@@ -145,7 +145,7 @@ def write_means(path: Path, means: Means) -> None:
 
 def read_means(path: Path) -> Means:
     try:
-        return parse(Means, load_json(path))
+        return parse_stored(Means, load_json(path))
     except ValueError as error:
         raise UserError(f"{path}: is damaged ({error}): move it away") from None
 

@@ -7,18 +7,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from pydantic import Field
-
 from experiment import UserError, os_errors, own_mistakes, say
 from experiment.records import files
 from experiment.records.provenance import ALL, SELECTION, refuse_other_run
-from experiment.records.schema import Provenance, Record, Stored, parse, parse_record, to_json
-
-
-class JournalHead(Stored):
-    """The first line of a journal."""
-
-    provenance: Provenance = Field(alias="run")
+from experiment.records.schema import JournalHead, Provenance, Record, parse_record, parse_stored, to_json
 
 
 class Journal(dict[str, Record]):
@@ -66,7 +58,7 @@ class Journal(dict[str, Record]):
                 say(f"{file}: its last line was cut off while it was written; that question is asked again")
 
     @classmethod
-    def read(cls, path: Path) -> Journal:
+    def read_as_is(cls, path: Path) -> Journal:
         """A journal as it is on disk, whatever made it."""
         return cls(path, read_provenance(path) or Provenance())
 
@@ -130,7 +122,7 @@ class Journal(dict[str, Record]):
         number = 1
         records: dict[str, Record] = {}
         try:
-            made = parse(JournalHead, json.loads(lines[0] if lines else b"{}")).provenance
+            made = parse_stored(JournalHead, json.loads(lines[0] if lines else b"{}")).provenance
             for line in lines[1:]:
                 number += 1
                 record = parse_record(json.loads(line))
@@ -157,7 +149,7 @@ def read_provenance(path: Path) -> Provenance | None:
     """What made a journal; None where there is none that can be read."""
     try:
         with open(path, "rb") as file:
-            return parse(JournalHead, json.loads(file.readline())).provenance
+            return parse_stored(JournalHead, json.loads(file.readline())).provenance
     except (OSError, ValueError, RecursionError):
         return None
 

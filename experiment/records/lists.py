@@ -7,7 +7,7 @@ from experiment.records.schema import RankedLatents, Side
 SIDES: tuple[Side, Side] = ("topk", "bottomk")
 
 
-def latents_to_mask(question: RankedLatents, side: Side, k: str) -> tuple[list[int], bool]:
+def find_latents_to_mask(question: RankedLatents, side: Side, k: str) -> tuple[list[int], bool]:
     """The latents that a question has masked, and whether its list has as many as K asks for.
 
     K is a number, or a percentage (rounded down) of the latents active at the last position. Of the matched ranking
@@ -44,7 +44,7 @@ def misses_target(question: RankedLatents, side: Side, k: str) -> bool:
     target = find_target(question, side, k)
     if target is None:
         return False
-    latents, _ = latents_to_mask(question, side, k)
+    latents, _ = find_latents_to_mask(question, side, k)
     return abs(find_removed(question, side, len(latents)) - target) > target / 2
 
 

@@ -22,14 +22,14 @@ from pydantic import (
 )
 
 
-def _check_text(text: str) -> str:
+def _refuse_half_characters(text: str) -> str:
     """Refuses half a character, which JSON can hold and no file in UTF-8 can."""
     text.encode("utf-8")
     return text
 
 
 Side = Literal["topk", "bottomk"]
-Text = Annotated[str, AfterValidator(_check_text)]
+Text = Annotated[str, AfterValidator(_refuse_half_characters)]
 Score = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[int, Field(ge=0, lt=2**63)]
 Latents = list[Number]
@@ -67,7 +67,7 @@ class Stored(BaseModel):
 Kind = TypeVar("Kind", bound=Stored)
 
 
-def parse(kind: type[Kind], value: object) -> Kind:
+def parse_stored(kind: type[Kind], value: object) -> Kind:
     """A value of JSON as one of these classes. Raises ValueError, which says in one line what is wrong, and where."""
     try:
         return kind.model_validate(value)
@@ -186,6 +186,12 @@ class PublishedQuestion(RankedLatents):
     prompt: Text
 
 
+class JournalHead(Stored):
+    """The first line of a journal."""
+
+    provenance: Provenance = Field(alias="run")
+
+
 class Record(Stored):
     """An answer in a journal. text: all that was generated; answer: what was parsed from it."""
 
@@ -202,7 +208,7 @@ class Record(Stored):
 class KeptRecord(Record, RankedLatents):
     """An answer in round 1's journal that is right, with its latents."""
 
-    def ranked(self) -> RankedQuestion:
+    def as_ranked(self) -> RankedQuestion:
         """As a file of activations has it: without the text."""
         fields = self.fields()
         del fields["text"]
@@ -212,7 +218,7 @@ class KeptRecord(Record, RankedLatents):
 def parse_record(value: object) -> Record:
     """A line of a journal. Raises ValueError."""
     is_kept = isinstance(value, dict) and "active" in value
-    return parse(KeptRecord if is_kept else Record, value)
+    return parse_stored(KeptRecord if is_kept else Record, value)
 
 
 class Means(Stored):
@@ -242,11 +248,11 @@ class Figures(Stored):
     @model_validator(mode="after")
     def _check_intervals(self) -> Self:
         for metric in ("em", "f1", "accuracy", "named", "answer_log_prob", "format_log_prob"):
-            if self.mean(metric) is not None and metric not in self.intervals:
+            if self.mean_of(metric) is not None and metric not in self.intervals:
                 raise ValueError(f"intervals lacks {metric}")
         return self
 
-    def mean(self, metric: str) -> float | None:
+    def mean_of(self, metric: str) -> float | None:
         return getattr(self, metric)
 
 
@@ -340,4 +346,4 @@ class MaskedEntry(Entry):
 def parse_entry(value: object) -> Entry:
     """An entry of results.json. Raises ValueError."""
     is_masked = isinstance(value, dict) and "masked" in value
-    return parse(MaskedEntry if is_masked else UnmaskedEntry, value)
+    return parse_stored(MaskedEntry if is_masked else UnmaskedEntry, value)

@@ -11,7 +11,7 @@ from experiment.options import ROOT, bundled
 from experiment.questions import Question
 from experiment.records import files
 from experiment.records.journal import Journal
-from experiment.records.lists import latents_to_mask
+from experiment.records.lists import find_latents_to_mask
 from experiment.records.provenance import (
     ALL,
     depends_on,
@@ -117,7 +117,7 @@ def _read_journals(path: Path, entries: Iterable[Entry]) -> Journals:
         if name is None or name in journals or not (path / name).exists():
             continue
         try:
-            journals[name] = Journal.read(path / name)
+            journals[name] = Journal.read_as_is(path / name)
         except UserError as error:
             say(f"{name} is left out: {error}")
     return journals
@@ -292,5 +292,5 @@ def find_masked_latents(folder: Folder, entry: MaskedEntry, question_id: str) ->
     question = folder.ranked.get(entry.latents, {}).get(question_id)
     if question is None:
         return []
-    latents, _ = latents_to_mask(question, entry.masked, entry.k)
+    latents, _ = find_latents_to_mask(question, entry.masked, entry.k)
     return latents

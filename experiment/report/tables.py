@@ -107,7 +107,7 @@ def _list_numbers(figures: Figures, suffix: str) -> dict[str, float]:
     """{column: mean, low or high} of each metric that is in `figures`; no low and high without an interval."""
     numbers = {}
     for metric in METRICS:
-        mean = figures.mean(metric)
+        mean = figures.mean_of(metric)
         if mean is None:
             continue
         values = [mean, *(figures.intervals.get(metric) or ())]
