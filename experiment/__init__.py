@@ -53,7 +53,9 @@ def guard(main):
         main()
         return 0
     except UserError as error:
-        say(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+        script = Path(sys.argv[0])
+        name = script.parent.name if script.name == "__main__.py" else script.name  # of `python -m experiment.report`
+        say(f"{name}: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
         same = "the same command without --overwrite" if "--overwrite" in sys.argv else "the same command"

@@ -173,8 +173,10 @@ def plan_work(
         lengths.append(round_.lengths[question.id] + len(draft))
     batches = plan.plan_batches(lengths, sizes.batch, [question.context for question in asked])
     share = []
+    first = 0  # the number of the group's first batch: processes take turns over all of them, groups of one included
     for group in plan.plan_groups(batches, lengths, sizes.group):
-        own = group[state.process_index :: state.num_processes]
+        own = group[(state.process_index - first) % state.num_processes :: state.num_processes]
+        first += len(group)
         if own:
             share.append(_make_work(asked, own, journals))
     return share

@@ -372,7 +372,7 @@ def test_two_locks(tmp_path):
     with files.lock(tmp_path):
         with pytest.raises(UserError, match=f"{tmp_path}: another round is writing here"):
             files.lock(tmp_path)
-    hold = "import sys, time\nfrom experiment import results\nheld = files.lock(sys.argv[1])\n"
+    hold = "import sys, time\nfrom experiment.records import files\nheld = files.lock(sys.argv[1])\n"
     hold += "print(flush=True)\ntime.sleep(99)"
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()

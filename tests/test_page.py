@@ -14,6 +14,7 @@ from conftest import ROOT, read_journal, run_script
 from experiment import guard
 from experiment.questions import Question
 from experiment.records import files
+from experiment.report import __main__ as report
 from experiment.report import figure, folders, page, tables
 
 RANKINGS = ("baseline", "matched")
@@ -219,7 +220,7 @@ def test_html_is_shown_as_text(browser, folder, demo_questions, tmp_path, monkey
         lines = [record | {"answer": HOSTILE, "text": f"[[ {HOSTILE} ]]"} for record in records.values()]
         path.write_text("\n".join(map(json.dumps, [{"run": run}, *lines])) + "\n")
     monkeypatch.setattr(page.catalogue, "neuronpedia_page", lambda *names: f"https://www.neuronpedia.org/x/{names[-1]}")
-    found = folders.read(tmp_path, hostile)
+    found = folders.read(tmp_path, known=hostile)
     for entry in found.entries:
         entry["run"]["model"] = "google/gemma-2-9b-it"
     with open(tmp_path / "results.html", "w", encoding="utf-8") as file:
@@ -310,7 +311,7 @@ def run_report(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(figure, "draw", lambda entries: {})
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
     capsys.readouterr()
-    return guard(tables.main), *capsys.readouterr()
+    return guard(report.main), *capsys.readouterr()
 
 
 def rewrite(folder, old, new, pattern="*.json*"):
@@ -328,7 +329,8 @@ def test_one_folder_again_without_torch(folder, copy):
     for path in copy.glob("results.*"):
         if path.suffix != ".json":
             path.unlink()
-    code = "import sys; from experiment import report; tables.main(); print('torch' in sys.modules, file=sys.stderr)"
+    code = "import sys\nfrom experiment.report import __main__ as report\nreport.main()\n"
+    code += "print('torch' in sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code, copy], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.split() == ["False"], done.stderr
     for ending in ("json", "csv", "tex", "png", "pdf"):
@@ -448,7 +450,7 @@ def test_mistakes_are_one_line(folder, copy, tmp_path, monkeypatch, capsys):
     done = subprocess.run(
         [sys.executable, "-m", "experiment.report", "nowhere"], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("report.py: nowhere")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("report: nowhere")
 
 
 def test_rounds_2_and_3_on_what_ships(tmp_path, monkeypatch, capsys):

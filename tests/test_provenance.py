@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from experiment import UserError, guard
 from experiment.records import files
+from experiment.report import __main__ as report
 from experiment.report import figure, folders, page, tables
 
 ROUND_1, ROUND_2, ROUND_3 = "baseline", "baseline_after_false", "baseline_after_true"
@@ -60,7 +61,7 @@ def run_report(monkeypatch, capsys):
     def check(*given):
         monkeypatch.setattr("sys.argv", ["report.py", *map(str, given)])
         capsys.readouterr()
-        code = guard(tables.main)
+        code = guard(report.main)
         out, err = capsys.readouterr()
         assert code == 0, err
         return out, err

@@ -7,7 +7,7 @@ from conftest import ROOT, run_script
 
 from experiment import guard
 from experiment.intervention import rankings
-from experiment.report import tables
+from experiment.report import __main__ as report
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = ("baseline", "baseline_after_false", "baseline_after_true")
@@ -53,7 +53,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     for arguments in reports:
         given = [str(folders.get(argument, argument)) for argument in arguments.split()]
         monkeypatch.setattr("sys.argv", ["report", *given])
-        assert guard(tables.main) == 0
+        assert guard(report.main) == 0
         assert "kept" in capsys.readouterr().out
     for ending in ("json", "csv", "tex", "html", "png", "pdf"):
         assert (tmp_path / "both" / f"results.{ending}").stat().st_size

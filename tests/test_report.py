@@ -596,7 +596,8 @@ def test_figure_of_several_folders():
 
 def test_import_is_light():
     """--help and typing mistakes do not wait for libraries that only a round's end needs."""
-    command = "import sys, experiment.report; print([m for m in ('pandas', 'matplotlib', 'torch') if m in sys.modules])"
-    root = tables.PAPER.parent.parent
+    slow = ("pandas", "matplotlib", "torch")
+    command = f"import sys, experiment.report.__main__; print([name for name in {slow} if name in sys.modules])"
+    root = tables.PAPER.parent.parent.parent
     done = subprocess.run([sys.executable, "-c", command], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -35,7 +35,8 @@ def choose_sizes(
     """
     if device.type != "cuda":
         batch = batch or ON_CPU
-        return Sizes(batch, pool or batch, batch)
+        pool = pool or batch
+        return Sizes(batch, pool, max(batch, pool))  # a group of one batch, unless a pool is asked for
     if batch is None:
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

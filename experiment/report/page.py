@@ -7,7 +7,6 @@ import base64
 from pathlib import Path
 
 import jinja2
-from itables.utils import find_package_file
 
 from experiment import catalogue
 from experiment.options import bundled
@@ -40,6 +39,8 @@ def write(file, folders, entries, svg):
 
     entries: of all of them, for the table.  svg: the figure; empty where nothing was masked.
     """
+    from itables.utils import find_package_file  # brings in pandas, which only the end of a round needs
+
     cells, notes = tables.write_cells(tables.frame(entries))
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
