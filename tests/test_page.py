@@ -332,7 +332,7 @@ def test_one_folder_again_without_torch(folder, copy):
     for path in copy.glob("results.*"):
         if path.suffix != ".json":
             path.unlink()
-    code = "import sys; from experiment.report import __main__; __main__.main(); "
+    code = "import sys\nfrom experiment.report import __main__ as report\nreport.main()\n"
     code += "print('torch' in sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code, copy], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.split() == ["False"], done.stderr

@@ -17,6 +17,7 @@ from conftest import ROOT, run_script
 
 import common
 from experiment import options, prompts
+from experiment.intervention import plan
 
 launchers = pytest.mark.launchers
 
@@ -159,7 +160,7 @@ def test_work_is_split_evenly(demo_questions, budget, workers, most):
     template = common.choose_template("auto", tokenizer)
     texts = [prompts.build_prompt(template, q.context, q.question) for q in demo_questions]
     lengths = [len(prompts.tokenize(tokenizer, text)) for text in texts]
-    plan = answers.plan_batches(lengths, budget, [question.context for question in demo_questions])
-    assert sorted(index for batch in plan for index in batch) == list(range(len(lengths)))
-    tokens = [sum(lengths[i] for batch in plan[worker::workers] for i in batch) for worker in range(workers)]
+    batches = plan.plan_batches(lengths, budget, [question.context for question in demo_questions])
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    tokens = [sum(lengths[i] for batch in batches[worker::workers] for i in batch) for worker in range(workers)]
     assert max(tokens) <= most * sum(tokens), tokens
