@@ -327,8 +327,9 @@ def test_activations_come_back(tmp_path):
     """All fields, numbers and order, unknown fields too; a generator will do; a line for each question."""
     full = SAMPLE | {"id": "字 2", "tokens": [3, 4], "log_probs": [-0.1, float("-inf")], "removed_topk": [0.1 + 0.2]}
     full |= {"removed_bottomk": [0.0]}
-    samples, run = [{"unknown": 1} | full, SAMPLE], {"unknown": {"x": 1}} | RUN | {"ranking_seed": 7}
-    stored = made(run), [schema.RankedQuestion(**sample) for sample in samples]
+    unknown = {"fields": 1, "_names": 2, "model_extra": 3, "provenance": 4, "run": {"x": 5}}
+    samples, run = [unknown | full, SAMPLE], unknown | RUN | {"ranking_seed": 7}
+    stored = Provenance.model_validate(run), [schema.RankedQuestion.model_validate(sample) for sample in samples]
     path = tmp_path / "new" / "activations.json"
     files.write_activations(path, stored[0], iter(stored[1]))
     assert files.read_activations(path) == stored

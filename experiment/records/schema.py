@@ -54,10 +54,10 @@ class Stored(BaseModel):
 
     def fields(self) -> dict[str, Any]:
         """{name: value} as in the file."""
-        attributes = {}
+        values = dict(self.model_extra)  # what the file has besides; a name of ours says nothing there
         for attribute, field in type(self).model_fields.items():
-            attributes[field.alias or attribute] = attribute
-        return {name: getattr(self, attributes.get(name, name)) for name in self._names}
+            values[field.alias or attribute] = getattr(self, attribute)
+        return {name: values[name] for name in self._names}
 
     def with_fields(self, **changed: Any) -> Self:
         """The same with other fields, by their names in the file; new ones come last."""
