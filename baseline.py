@@ -59,7 +59,7 @@ def main() -> None:
             kept = results.store_activations(round_, journals)
             if chosen.ablation == "mean":
                 if model is None:
-                    model, sizes = common.load_for(round_, {})
+                    model, sizes = common.load_for(round_, journals)
                 means.store(round_, model, sizes, kept)
             results.finish_round_1(round_, entries, journals, KEEP_F1)
 

@@ -292,6 +292,57 @@ def test_killed_in_the_pool(scripts, whole, tmp_path, case, when):
     assert count_passes(resumed.events) == count_passes(events[find_group(events, place) :])
 
 
+# The demo without --demo, which says how large batches are.
+AUTO = ["--model", "demo/model", "--sae-release", "demo/sae", "--dataset", "demo/questions.jsonl", "--device", "cpu"]
+AUTO += ["--dtype", "float32", "--limit", "30", "--ablation", "mean"]
+SIZES = ["--batch-tokens", "500", "--pool-tokens", "1000"]
+TOLD = "500 tokens in a batch, 1000 in answers that go on together."
+
+
+def test_sizes_are_taken_from_the_journal(scripts, tmp_path):
+    """A round that is begun with sizes, and goes on without, keeps to them: killed in its second group of batches, and
+    before the means are read. It ends in the same bytes."""
+    folder = tmp_path / "out"
+    arguments = [*AUTO, "--output-dir", folder]
+    before = {}
+    for script, name in (("baseline", "baseline"), ("baseline_after_false", "false_mean")):
+        lay_out(folder, before)
+        done = scripts.run(script, [*arguments, *SIZES])
+        assert done.code == 0 and TOLD in done.err, done.err
+        expected = contents(folder)
+        head = json.loads(expected[f"predictions_{name}.jsonl"].splitlines()[0])
+        assert (head["run"]["batch_tokens"], head["run"]["pool_tokens"]) == (500, 1000)
+        stops = [stop("sync", 1)]
+        moved = [event["name"] for event in done.events if event["kind"] == "move"]
+        if script == "baseline":
+            stops.append(stop("move", moved.index("activations_baseline.json")))
+        for where in stops:
+            lay_out(folder, before)
+            killed = scripts.run(script, [*arguments, *SIZES], stops={0: where})
+            assert killed.code == -signal.SIGKILL, killed.err
+            resumed = scripts.run(script, arguments)
+            assert (resumed.code, resumed.out) == (0, done.out) and TOLD in resumed.err, resumed.err
+            assert contents(folder) == expected
+        before = expected
+
+
+def test_sizes_that_are_given_count(scripts, tmp_path):
+    """Also where a round goes on: what is finished stays, and the journal says what the rest was made with."""
+    folder = lay_out(tmp_path / "out", {})
+    arguments = [*AUTO, "--output-dir", folder]
+    assert scripts.run("baseline", [*arguments, *SIZES], stops={0: stop("sync", 1)}).code == -signal.SIGKILL
+    _, *lines = (folder / "predictions_baseline.jsonl").read_bytes().splitlines()
+    assert len(lines) == 20  # of two groups
+    done = scripts.run("baseline", [*arguments, "--batch-tokens", "700", "--pool-tokens", "800"])
+    assert done.code == 0 and "700 tokens in a batch, 800 in answers that go on together." in done.err, done.err
+    head, *after = (folder / "predictions_baseline.jsonl").read_bytes().splitlines()
+    run = json.loads(head)["run"]
+    assert (run["batch_tokens"], run["pool_tokens"]) == (700, 800)
+    assert len(after) == 30 and {*lines} < {*after}
+    (entry,) = json.loads((folder / "results.json").read_text())
+    assert (entry["run"]["batch_tokens"], entry["run"]["pool_tokens"]) == (700, 800)
+
+
 def test_another_ranking_later(scripts, whole, tmp_path):
     """Round 1 with two rankings where it had been finished with one: the files of both at once."""
     expected, first = whole("round 1, two rankings"), whole("round 1")
@@ -470,7 +521,9 @@ def test_full_disk_in_one_of_two_processes(scripts, whole, tmp_path):
 def test_a_mistake_of_one_process_alone(demo, monkeypatch, capsys):
     """It is told where it is made, and not a second time by the script."""
     model, _ = demo
-    monkeypatch.setattr(model.lm, "forward", lambda **_: SimpleNamespace(logits=torch.tensor([[float("inf")]])))
+    run = model.lm.forward
+    overflow = float("inf")
+    monkeypatch.setattr(model.lm, "forward", lambda **given: SimpleNamespace(logits=run(**given).logits + overflow))
     for process, says in (("0", ""), ("1", "process 2: ")):
         monkeypatch.setenv("RANK", process)
         assert guard(lambda: answer(model, [[1]], [""], 5)) == 2

@@ -177,10 +177,10 @@ def test_one_answer_that_cannot_go_on(demo, group, monkeypatch, capsys):
     """The pool's rows are in no batch any more that could be split: one line, and no answer that is cut short."""
     run = demo[0]._run
 
-    def run_out(ids, *arguments, **more):
-        if ids.shape[1] == 1:
+    def run_out(ids, attention, *arguments, **more):
+        if ids.shape[1] == 1 < attention.shape[1]:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return run(ids, *arguments, **more)
+        return run(ids, attention, *arguments, **more)
 
     monkeypatch.setattr(demo[0], "_run", run_out)
     with pytest.raises(UserError, match="out of memory, with no batch left to split"):

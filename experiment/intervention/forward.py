@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import dataclasses
 import os
+import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from experiment.intervention.splice import Mask, SparseActivations, Splice, join
 
@@ -109,16 +112,38 @@ class Layout:
 
 @dataclass(frozen=True)
 class Below:
-    """What a batch's masks share: what came out of the layers below the SAE.
+    """What a batch's masks share: its rows without gaps, and what came out of the layers below the SAE.
 
-    cache: with the keys and values of these layers.  latents: of all positions of the layout, row by row, where the
-    SAE stands between two layers.  start: what the first layer above reads otherwise; None where all layers run again.
+    ids, attention: padded on the left.  cache: with the keys and values of the layers below.  latents: of all
+    positions, row by row, where the SAE stands between two layers.  start: what the first layer above reads otherwise;
+    None where all layers run again.
     """
 
-    layout: Layout
+    ids: Int[Tensor, "row pos"]
+    attention: Int[Tensor, "row pos"]
     cache: DynamicCache
-    latents: SparseActivations | None
-    start: Float[Tensor, "row pos d_model"] | None
+    latents: SparseActivations | None = None
+    start: Float[Tensor, "row pos d_model"] | None = None
+
+
+def close_gaps(attention: Int[Tensor, "row pos"]) -> tuple[Int[Tensor, "row left"], Int[Tensor, "row left"]]:
+    """The columns of each row's tokens, in their order at the right end of as many columns as the longest row has.
+
+    Returns them, some column of padding in front, and the attention mask of what they pick.
+    """
+    lengths = attention.sum(1)
+    width = int(lengths.max())
+    columns = attention.argsort(dim=1, stable=True)[:, -width:]  # first the zeros, then the ones, each in their order
+    places = torch.arange(width, device=attention.device)
+    return columns, (places >= (width - lengths).unsqueeze(1)).long()
+
+
+def pick_positions(
+    states: Float[Tensor, "row head pos d_head"], rows: Int[Tensor, "left"], columns: Int[Tensor, "left new"]
+) -> Float[Tensor, "left head new d_head"]:
+    """These rows' keys or values at these columns."""
+    rows = rows.to(states.device).unsqueeze(1)
+    return states[rows, :, columns.to(states.device)].transpose(1, 2)
 
 
 def new_cache(lm: torch.nn.Module) -> DynamicCache:
@@ -187,6 +212,46 @@ def padding_that_sees() -> Iterator[None]:
         yield
     finally:
         ALL_MASK_ATTENTION_FUNCTIONS["eager"] = usual
+
+
+@contextlib.contextmanager
+def heads_in_groups() -> Iterator[None]:
+    """Eager attention of a single position that repeats no keys and values, for as long as the block lasts.
+
+    Where several heads share a head of keys and values, Transformers copies these for each of them: in a step that is
+    the whole cache. Here such heads are handed to the family's own function as so many positions of one head.
+    """
+    before = ALL_ATTENTION_FUNCTIONS.get("eager", None)
+    ALL_ATTENTION_FUNCTIONS["eager"] = _attend
+    try:
+        yield
+    finally:
+        if before is None:
+            del ALL_ATTENTION_FUNCTIONS["eager"]
+        else:
+            ALL_ATTENTION_FUNCTIONS["eager"] = before
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Float[Tensor, "row head pos d_head"],
+    key: Float[Tensor, "row shared cached d_head"],
+    value: Float[Tensor, "row shared cached d_head"],
+    attention_mask: Float[Tensor, "row 1 pos cached"] | None,
+    **how: Any,
+) -> tuple[Float[Tensor, "row pos head d_head"], Any]:
+    attend = sys.modules[type(module).__module__].eager_attention_forward  # the family's own
+    rows, heads, positions, d_head = query.shape
+    groups = heads // key.shape[1]
+    if positions > 1 or groups == 1 or hasattr(module, "sinks"):  # sinks: a number per head
+        return attend(module, query, key, value, attention_mask, **how)
+    module.num_key_value_groups = 1
+    try:
+        grouped = query.view(rows, heads // groups, groups, d_head)
+        out, weights = attend(module, grouped, key, value, attention_mask, **how)
+    finally:
+        module.num_key_value_groups = groups
+    return out.transpose(1, 2).reshape(rows, 1, heads, -1), weights
 
 
 @contextlib.contextmanager
@@ -260,7 +325,8 @@ class SplicedModel:
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """The SAE in its place, for as long as the block lasts."""
-        with hooked(self.model, self.hook_name, lambda residual: self._replace(residual)), padding_that_sees():
+        in_place = hooked(self.model, self.hook_name, lambda residual: self._replace(residual))
+        with in_place, padding_that_sees(), heads_in_groups():
             yield
 
     def stands_at(self, ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
@@ -295,7 +361,7 @@ class SplicedModel:
         """The layers below the SAE alone, over the prefixes and then over the rests: once for all masks of a batch."""
         cache = new_cache(self.lm)
         if self.boundary is None:
-            return Below(layout, cache, None, None)
+            return Below(layout.ids, layout.attention, cache)
         layer = self.lm.get_decoder().layers[self.boundary]
 
         def run(
@@ -309,29 +375,37 @@ class SplicedModel:
 
         with layer.register_forward_pre_hook(_raise_reached, with_kwargs=True):
             parts = self.run_shared(layout, cache, run)
+        # Between what is shared and the rest there is padding, which the layers above need not run.
+        columns, attention = close_gaps(layout.attention)
+        rows = torch.arange(len(columns), device=columns.device)
+        for lower in cache.layers[: self.boundary]:
+            lower.keys = pick_positions(lower.keys, rows, columns)
+            lower.values = pick_positions(lower.values, rows, columns)
+        ids = layout.ids.gather(1, columns)
+        places = layout.places.gather(1, columns)
         if not self.at_boundary:
-            return Below(layout, cache, None, torch.cat(parts)[layout.places])
+            return Below(ids, attention, cache, start=torch.cat(parts)[places.to(parts[0].device)])
         latents = []
-        for (ids, mask), residual in zip(layout.parts(), parts):
-            latents.append(self.splice.encode(residual, self.stands_at(ids, mask).flatten()))
-        places = layout.places.flatten().to(self.splice.device)
-        return Below(layout, cache, join(latents).take(places), None)
+        for (part_ids, mask), residual in zip(layout.parts(), parts):
+            latents.append(self.splice.encode(residual, self.stands_at(part_ids, mask).flatten()))
+        of_rows = join(latents).take(places.flatten().to(self.splice.device))
+        stands = of_rows.spliced & attention.flatten().bool().to(self.splice.device)  # a column of padding may be any
+        return Below(ids, attention, cache, latents=dataclasses.replace(of_rows, spliced=stands))
 
     def forward_above(
         self, below: Below, mask: Mask | None, outputs: Outputs
     ) -> tuple[Float[Tensor, "output vocab"], DynamicCache]:
         """The layers above for one mask: the logits at `outputs`, and a cache of all layers that is the caller's."""
-        layout = below.layout
         cache = new_cache(self.lm)
         if self.boundary is None:
-            return self.forward(layout.ids, layout.attention, cache, mask, outputs), cache
+            return self.forward(below.ids, below.attention, cache, mask, outputs), cache
         if below.latents is not None:
-            rows = number_rows(layout.ids, self.splice.device)
-            start = self.splice.reconstruct(below.latents, rows, mask).unflatten(0, layout.ids.shape)
-            logits = self.forward_from(start, layout, cache, outputs)
+            rows = number_rows(below.ids, self.splice.device)
+            start = self.splice.reconstruct(below.latents, rows, mask).unflatten(0, below.ids.shape)
+            logits = self.forward_from(start, below.ids, below.attention, cache, outputs)
         else:
             with layers_replaced(self.lm, below.start, self.boundary):
-                logits = self.forward(layout.ids, layout.attention, cache, mask, outputs)
+                logits = self.forward(below.ids, below.attention, cache, mask, outputs)
         for number in range(self.boundary):
             cache.layers[number] = copy.copy(below.cache.layers[number])  # updates replace its tensors
         return logits, cache
@@ -339,7 +413,8 @@ class SplicedModel:
     def forward_from(
         self,
         reconstruction: Float[Tensor, "row pos *d_in"],
-        layout: Layout,
+        ids: Int[Tensor, "row pos"],
+        attention: Int[Tensor, "row pos"],
         cache: DynamicCache | None = None,
         outputs: Outputs | None = None,
     ) -> Float[Tensor, "output vocab"]:
@@ -349,9 +424,9 @@ class SplicedModel:
             return reconstruction.to(residual)
 
         if not self.at_boundary:
-            return self._run(layout.ids, layout.attention, cache, replace, outputs)
+            return self._run(ids, attention, cache, replace, outputs)
         with layers_replaced(self.lm, reconstruction, self.boundary):
-            return self._run(layout.ids, layout.attention, cache, replace, outputs)
+            return self._run(ids, attention, cache, replace, outputs)
 
     def run_shared(
         self,

@@ -122,7 +122,7 @@ def _run_unmasked(
 ) -> Seen:
     """A batch's prompts and what is proposed behind them, with nothing masked. Returns what the SAE read."""
     layout = build_layout(model, rows, contexts)
-    outputs = find_outputs(rows, layout)
+    outputs = find_outputs(rows)
     cache = new_cache(model.lm)
     activations: list[SparseActivations] = []
 
@@ -131,8 +131,9 @@ def _run_unmasked(
         return model.forward(ids, attention, cache, outputs=wanted, seen=activations)
 
     logits = model.run_shared(layout, cache, run)[-1]
-    kept = verify(model, rows, logits, layout.attention, cache, None, pool)
-    return Seen.of_batch(numbers, layout.places, kept, join(activations))
+    read = join(activations)
+    kept = verify(rows, logits, layout.attention, cache, None, pool)
+    return Seen.of_batch(numbers, layout.places, kept, read)
 
 
 def _run_masked(
@@ -149,13 +150,13 @@ def _run_masked(
     contexts = [group.contexts[number] for number in batch]
     rows = [Row(prompt, proposal) for prompt, proposal in zip(prompts, proposals)]
     layout = build_layout(model, rows, contexts if model.boundary else None)
-    outputs = find_outputs(rows, layout)
+    outputs = find_outputs(rows)
     below = model.forward_below(layout)
     for number in masks:
         mask = model.splice.mask([group.masks[number][question] for question in batch], means)
         logits, cache = model.forward_above(below, mask, outputs)
         of_mask = [Row(prompt, proposal) for prompt, proposal in zip(prompts, proposals)]
-        verify(model, of_mask, logits, layout.attention, cache, mask, pool)
+        verify(of_mask, logits, below.attention, cache, mask, pool)
         del logits, cache
         yield number, of_mask
 
@@ -163,19 +164,21 @@ def _run_masked(
 def build_layout(model: SplicedModel, rows: list[Row], contexts: list[Hashable] | None) -> Layout:
     """Where the rows' sequences stand in a batch.
 
-    contexts: as of a Group; None: nothing is shared. Nor is it where a sliding window is shorter than the sequences:
-    a window counts places, and between what is shared and the rest there is padding.
+    contexts: as of a Group; None: nothing is shared. Nor is it where a sliding window is shorter than the batch is
+    wide: a window counts places, and between what is shared and the rest there is padding.
     """
     sequences = [row.sequence for row in rows]
+    whole = Layout(sequences, model.pad_id, model.device)
     is_short = min(len(row.prompt) for row in rows) < 2  # nothing to share that leaves a token to go on from
-    if contexts is None or is_short or max(map(len, sequences)) > model.window:
-        return Layout(sequences, model.pad_id, model.device)
+    if contexts is None or is_short:
+        return whole
     limits = [len(row.prompt) - 1 for row in rows]
     prefixes, owners = find_shared(sequences, limits, contexts)
-    return Layout(sequences, model.pad_id, model.device, prefixes, owners)
+    layout = Layout(sequences, model.pad_id, model.device, prefixes, owners)
+    return layout if layout.ids.shape[1] <= model.window else whole
 
 
-def find_outputs(rows: list[Row], layout: Layout) -> tuple[Int[Tensor, "output"], Int[Tensor, "output"]]:
+def find_outputs(rows: list[Row]) -> tuple[Int[Tensor, "output"], Int[Tensor, "output"]]:
     """Row and column, counted from the end, of each position that says a place of a proposal, row by row.
 
     On the CPU: from there they index what is on any device. With --device-map auto the last layer may be on another one
@@ -191,7 +194,6 @@ def find_outputs(rows: list[Row], layout: Layout) -> tuple[Int[Tensor, "output"]
 
 
 def verify(
-    model: SplicedModel,
     rows: list[Row],
     logits: Float[Tensor, "output vocab"],
     attention: Int[Tensor, "row pos"],

@@ -25,7 +25,7 @@ def gradients(
     places = trace.rows.to(whole.device), columns.to(whole.device)
     leaf = whole.new_zeros(*layout.ids.shape, *whole.shape[1:]).index_put(places, whole).requires_grad_()
     with model.ready(), torch.enable_grad():
-        logits = model.forward_from(leaf, layout)
+        logits = model.forward_from(leaf, layout.ids, layout.attention)
     # dP/dlogits in double precision: where P is all but 1, 1 - P would vanish.
     p = logits.detach().double().softmax(-1)
     target = torch.tensor(next_ids, device=p.device).unsqueeze(1)

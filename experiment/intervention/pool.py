@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils.memory import release_memory
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from experiment import say
-from experiment.intervention.forward import Layout, SplicedModel, new_cache
+from experiment.intervention.forward import Layout, SplicedModel, close_gaps, new_cache, pick_positions
 from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors
 from experiment.intervention.rows import Row, pick_log_probs, pick_tokens
 from experiment.intervention.splice import Mask, SparseActivations, join
@@ -77,7 +79,7 @@ class Pool:
         rows = [row for piece in pieces for row in piece.rows]
         mask = join_masks([piece.mask for piece in pieces])
         try:
-            self._decode_greedily(rows, mask, *join_caches(self.model, pieces))
+            self._decode_greedily(rows, mask, *join_caches(self.model, pieces, self.limits.max_new_tokens))
             return
         except Exception as error:
             if not is_out_of_memory(error):
@@ -144,45 +146,76 @@ class Pool:
         return row.has_ended(self.model.end_ids, self.limits.max_new_tokens)
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values with room behind them: a step writes into it, and copies nothing that is there."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], width: int, room: int):
+        """keys, values: [row, head, pos, d_head] of several pieces, each put at the right end of `width` positions."""
+        super().__init__()
+        self.lazy_initialization(keys[0], values[0])
+        self._keys = _put_together(keys, width, room)
+        self._values = _put_together(values, width, room)
+        self._show(width)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        first = self.keys.shape[-2]
+        self._show(first + key_states.shape[-2])
+        self.keys[:, :, first:] = key_states
+        self.values[:, :, first:] = value_states
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Int[Tensor, "left"]) -> None:
+        self._keys = self._keys[indices]
+        self._values = self._values[indices]
+        self._show(self.keys.shape[-2])
+
+    def _show(self, length: int) -> None:
+        self.keys = self._keys[:, :, :length]
+        self.values = self._values[:, :, :length]
+
+
+def _put_together(pieces: list[Tensor], width: int, room: int) -> Float[Tensor, "row head width+room d_head"]:
+    rows = sum(len(piece) for piece in pieces)
+    _, heads, _, d_head = pieces[0].shape
+    together = pieces[0].new_zeros(rows, heads, width + room, d_head)
+    first = 0
+    for piece in pieces:
+        together[first : first + len(piece), :, width - piece.shape[2] : width] = piece
+        first += len(piece)
+    return together
+
+
 def take_rows(
     rows: list[Row], going: list[int], cache: DynamicCache, attention: Int[Tensor, "row pos"], mask: Mask | None
 ) -> Waiting:
     """These rows of a batch, their caches without the places that no attention goes to."""
     index = torch.tensor(going, device=attention.device)
-    attention = attention[index]
-    lengths = attention.sum(1)
-    width = int(lengths.max())
-    # Of each row the places that count, at the right end of `width` columns; the first place for padding.
-    columns = attention.argsort(dim=1, stable=True)[:, -width:]  # zeros first, then ones, each in their order
-    narrow = torch.arange(width, device=attention.device) >= (width - lengths).unsqueeze(1)
+    columns, attention = close_gaps(attention[index])
     keys = []
     values = []
     for layer in cache.layers:
-        device = layer.keys.device
-        at = index.to(device).unsqueeze(1), slice(None), columns.to(device)
-        keys.append(layer.keys[at].transpose(1, 2))
-        values.append(layer.values[at].transpose(1, 2))
+        keys.append(pick_positions(layer.keys, index, columns))
+        values.append(pick_positions(layer.values, index, columns))
     taken = mask and mask.take(index)
-    return Waiting([rows[number] for number in going], keys, values, narrow.long(), taken)
+    return Waiting([rows[number] for number in going], keys, values, attention, taken)
 
 
-def join_caches(model: SplicedModel, pieces: list[Waiting]) -> tuple[DynamicCache, Int[Tensor, "row pos"]]:
-    """One cache of all that waits, and its attention. Takes the pieces' tensors away, layer by layer."""
+def join_caches(model: SplicedModel, pieces: list[Waiting], room: int) -> tuple[DynamicCache, Int[Tensor, "row pos"]]:
+    """One cache of all that waits, with room for so many steps, and its attention.
+
+    Takes the pieces' tensors away, layer by layer.
+    """
     width = max(piece.attention.shape[1] for piece in pieces)
     cache = new_cache(model.lm)
-    for layer in cache.layers:
-        keys = [pad_left(piece.keys.pop(0), width) for piece in pieces]
-        values = [pad_left(piece.values.pop(0), width) for piece in pieces]
-        layer.lazy_initialization(keys[0], values[0])
-        layer.keys = keys[0] if len(keys) == 1 else torch.cat(keys)
-        layer.values = values[0] if len(values) == 1 else torch.cat(values)
-    attention = torch.cat([pad_left(piece.attention.unsqueeze(-1), width).squeeze(-1) for piece in pieces])
-    return cache, attention
-
-
-def pad_left(tensor: Float[Tensor, "*row pos d"], width: int) -> Float[Tensor, "*row width d"]:
-    """Zeros in front of the positions, so that there are `width` of them."""
-    return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[-2], 0))
+    for number in range(len(cache.layers)):
+        keys = [piece.keys.pop(0) for piece in pieces]
+        values = [piece.values.pop(0) for piece in pieces]
+        cache.layers[number] = RoomyLayer(keys, values, width, room)
+    attention = []
+    for piece in pieces:
+        padding = width - piece.attention.shape[1]
+        attention.append(torch.nn.functional.pad(piece.attention, (padding, 0)))
+    return cache, torch.cat(attention)
 
 
 def join_masks(masks: list[Mask | None]) -> Mask | None:
