@@ -31,6 +31,7 @@ def main() -> None:
     chosen = options.parse(None, __doc__, masks=False)
     import common  # brings in PyTorch: only once the options are known to be good
     from experiment import means, rounds
+    from experiment.intervention import rankings
     from experiment.records import activations
 
     # 1. The questions
@@ -38,10 +39,15 @@ def main() -> None:
     with rounds.writing(round_) as entries:
         # 2. What an earlier run left: a journal for each ranking
         activations.refuse_others(round_)
-        journals = {ranking: round_.journal(ranking, round_.run_of(ranking)) for ranking in chosen.ranking}
+        journals = {}
+        for ranking in chosen.ranking:
+            run = round_.run_of(ranking)
+            journals[ranking] = round_.journal(run["ranking"], run)
         model = None
         if not rounds.is_finished(round_.asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
+            for ranking in chosen.ranking:
+                rankings.find_ranking(ranking)  # one's own that cannot be imported fails before weights are loaded
             model, sizes = common.load_for(round_, journals)
             # 4. Answer, score, keep, rank: a group of batches at a time
             share = rounds.plan_work(round_, sizes, round_.asked, journals)

@@ -9,18 +9,18 @@ import datetime
 import importlib.metadata
 import re
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-from unittest import mock
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from accelerate import PartialState
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment import UserError, catalogue, questions, rounds, saes, say
+from experiment import UserError, catalogue, patches, questions, rounds, saes, say
 from experiment import means as means_of_latents
 from experiment.hub import NO_TOKENIZER, check_fit, hub_errors, prepare_libraries
 from experiment.intervention import generate, plan, rankings
@@ -30,8 +30,8 @@ from experiment.intervention.plan import Sizes
 from experiment.intervention.pool import Limits
 from experiment.intervention.rows import Answer
 from experiment.intervention.splice import Splice
-from experiment.options import Options, bundled
-from experiment.prompts import BRACKETS, find_special_ids
+from experiment.options import Options, bundled, parse
+from experiment.prompts import BRACKETS, build_prompt, decode, find_special_ids, tokenize
 from experiment.questions import Question
 from experiment.records import activations, lists, provenance
 from experiment.records.activations import Ranked
@@ -60,6 +60,7 @@ TEMPLATES = {
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
+OF_ONE_QUESTION = Limits(Options.max_new_tokens, pool_tokens=2**20)  # a person's own question: nothing to share
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
 
@@ -67,7 +68,7 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 # Prompts and answers
 
 
-def choose_template(name, tokenizer):
+def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a prompt template: a named one, a file's, or (auto) the one whose special token the tokenizer has."""
     vocabulary = tokenizer.get_vocab()
     if name == "auto":
@@ -83,6 +84,11 @@ def choose_template(name, tokenizer):
         if marker not in vocabulary:
             raise UserError(f"--prompt-template {name}: this model's tokenizer has no {marker}: leave it to auto")
         return text
+    return _read_template(name)
+
+
+def _read_template(name: str) -> str:
+    """A template from a text file, which holds each of the two fields once."""
     try:
         text = Path(name).read_text(encoding="utf-8-sig")  # a BOM, as Windows writes it, is no text
     except (OSError, UnicodeDecodeError) as error:
@@ -93,25 +99,28 @@ def choose_template(name, tokenizer):
     return text
 
 
-def parse_answer(text):
+def parse_answer(text: str) -> str:
     """The answer in a generated text: what the first [ ... ] on one line holds, or all of it; without [, ] and =."""
     match = BRACKETS.search(text)
-    return re.sub(r"[\[\]=]", "", match[1] if match else text).strip()
+    inside = match[1] if match else text
+    return re.sub(r"[\[\]=]", "", inside).strip()
 
 
-def score(tokenizer, question, answer):
+def score(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> dict[str, Any]:
     """A journal's record of an Answer: its text, the answer parsed from it, and its scores."""
-    text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-    record = {"id": question.id, "text": tokenizer.decode(answer.tokens), "answer": parse_answer(text)}
-    record |= questions.score(record["answer"], text, question.truths)
-    return record | {"log_probs": [round(p, 4) for p in answer.log_probs]}
+    text = decode(tokenizer, answer.tokens)
+    parsed = parse_answer(text)
+    record = {"id": question.id, "text": tokenizer.decode(answer.tokens), "answer": parsed}
+    scores = questions.score(parsed, text, question.truths)
+    log_probs = [round(log_prob, 4) for log_prob in answer.log_probs]
+    return record | scores | {"log_probs": log_probs}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and SAE
 
 
-def load_tokenizer(options: Options) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
     """The model's tokenizer. No code that comes with a model is run."""
     name = catalogue.official_name(bundled(options.model))
     with hub_errors(options.model):
@@ -135,19 +144,11 @@ def load_sae(options: Options) -> "SAE":
     return saes.load(options).eval().requires_grad_(False)
 
 
-def load_model(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> "TransformerBridge":
+def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> "TransformerBridge":
     """The model: a TransformerBridge over Transformers' own weights, greedy and nothing else."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    # For a model that also reads pictures (Gemma 3 from 4b on) TransformerLens asks for its processor, and where that
-    # needs torchvision it has pip install it in the middle of the round, and another torch with it. Text needs neither.
-    no_processor = mock.patch("transformers.AutoProcessor.from_pretrained", lambda *_, **__: None)
-    # A mapped file stays in memory while its tensors are converted: twice the model's size, from bfloat16 to float16.
-    safe_open = transformers.modeling_utils.safe_open
-    unmapped = mock.patch(
-        "transformers.modeling_utils.safe_open", lambda file, **how: safe_open(file, **how | {"backend": "pread"})
-    )
-    with hub_errors(options.model), no_processor, unmapped:
+    with hub_errors(options.model), patches.no_processor(), patches.weights_read_in_parts():
         model = TransformerBridge.boot_transformers(
             catalogue.official_name(bundled(options.model)),
             dtype=getattr(torch, options.dtype),
@@ -155,38 +156,87 @@ def load_model(options: Options, tokenizer: transformers.PreTrainedTokenizerBase
             tokenizer=copy.deepcopy(tokenizer),  # one without BOS (Qwen's) may be given one, and padding
             device_map=options.device_map or {"": options.device},  # straight to where it belongs
         )
-    return settle_model(model, tokenizer)
-
-
-def settle_model(model: "TransformerBridge", tokenizer: transformers.PreTrainedTokenizerBase) -> "TransformerBridge":
-    """What rounds, tests and benchmarks need of a TransformerBridge, wherever its weights come from."""
-    lm = model.original_model.requires_grad_(False)
-    # TransformerLens asks for the attention matrices of all layers: 44 MB a token of width on gemma-2-9b-it.
-    for config in (lm.config, lm.config.get_text_config()):
-        config.output_attentions = False
-    # The ids that end an answer: the model's own, and its family's end of turn. Nothing else of a model's own
-    # generation config counts: it may hold sampling or a repetition penalty.
-    own, vocabulary = lm.generation_config.eos_token_id, tokenizer.get_vocab()
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *map(vocabulary.get, END_OF_TURN)}
-    ends = sorted(ends - {None})
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # Llama 3 has none; any id will do
-    lm.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
+    configure_generation(model.original_model, tokenizer)
     return model
 
 
-def load(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> SplicedModel:
+def configure_generation(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What rounds, tests and benchmarks need of a Transformers model: no gradients, greedy answers that end.
+
+    Nothing of the model's own generation config counts but the ids that end an answer: it may hold sampling or a
+    repetition penalty.
+    """
+    lm.requires_grad_(False)
+    # TransformerLens asks for the attention matrices of all layers: 44 MB per token of width on gemma-2-9b-it.
+    for config in (lm.config, lm.config.get_text_config()):
+        config.output_attentions = False
+    ends = find_end_ids(lm, tokenizer)
+    pad = tokenizer.pad_token_id
+    if pad is None:  # Llama 3 has none; any id will do
+        pad = ends[0]
+    lm.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
+
+
+def find_end_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer, ascending: the model's own, the tokenizer's, and its family's end of turn."""
+    own = lm.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id}
+    ends.update(own if isinstance(own, list) else [own])
+    vocabulary = tokenizer.get_vocab()
+    for token in END_OF_TURN:
+        ends.add(vocabulary.get(token))
+    return sorted(ends - {None})
+
+
+def load(options: Options, tokenizer: PreTrainedTokenizerBase) -> SplicedModel:
     """The model with the SAE in it. Configurations come first, for a wrong name should cost no download of weights."""
     say(f"Loading {options.sae_release} and {options.model} ...")
     start = time.monotonic()
     check_fit(options, saes.read_config(options))
     sae = load_sae(options)
     model = load_model(options, tokenizer)
-    if sae.cfg.metadata.hook_name not in model.hook_dict:
-        place = sae.cfg.metadata.hook_name
+    place = sae.cfg.metadata.hook_name
+    if place not in model.hook_dict:
         raise UserError(f"{options.sae_release}: is for {place}, a place that {options.model} does not have")
     say(f"Loaded in {time.monotonic() - start:.0f} s.")
     bypass = find_special_ids(tokenizer) if options.exclude_special_tokens else ()
     return SplicedModel(model, Splice(sae, options.error_term, bypass))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From Python: examples/quickstart.py
+
+
+def open_model(*arguments: str) -> tuple[SplicedModel, PreTrainedTokenizerBase]:
+    """A model with the SAE in it, and its tokenizer. arguments: the scripts' options, as "--demo"."""
+    options = parse(list(arguments), __doc__, masks=True)
+    prepare_libraries(options)
+    tokenizer = load_tokenizer(options)
+    return load(options, tokenizer), tokenizer
+
+
+def ask(
+    model: SplicedModel, tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int] = ()
+) -> str:
+    """What the model answers with these latents masked at every position, as a round of a single question."""
+    group = _make_group_of_one(tokenizer, context, question, masked)
+    [[answer]] = generate.answer_masked(model, group, OF_ONE_QUESTION)
+    return decode(tokenizer, answer.tokens)
+
+
+def mean_activations(
+    model: SplicedModel, tokenizer: PreTrainedTokenizerBase, context: str, question: str
+) -> Float[Tensor, "d_sae"]:
+    """Each latent's mean activation over the prompt and the unmasked answer."""
+    group = _make_group_of_one(tokenizer, context, question, ())
+    _, read = generate.answer(model, group, OF_ONE_QUESTION)
+    return rankings.mean(model, read)[0]
+
+
+def _make_group_of_one(tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int]) -> Group:
+    template = choose_template("auto", tokenizer)
+    prompt = tokenize(tokenizer, build_prompt(template, context, question))
+    return Group([prompt], [context], batches=[[0]], drafts=[[]], masks=[[list(masked)]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from accelerate import PartialState
 from tqdm import tqdm
 
-from experiment import UserError, catalogue, questions, say
+from experiment import UserError, catalogue, own_rankings, questions, say
 from experiment.intervention import plan
 from experiment.intervention.memory import memory_errors
 from experiment.intervention.plan import Sizes
@@ -49,10 +49,15 @@ class Round:
     def prompt_ids(self, question):
         return tokenize(self.tokenizer, self.prompt(question))
 
-    def run_of(self, ranking, **more):
-        """The run of a ranking of the same answers."""
-        seed = {"ranking_seed": self.options.seed} if ranking in ("random", "matched") else {}
-        return self.run | {"ranking": ranking} | seed | more
+    def run_of(self, ranking: str, **more: object) -> dict:
+        """The run of a ranking of the same answers. ranking: as --ranking takes it."""
+        run = self.run | {"ranking": own_rankings.name_of(ranking)}
+        is_own = own_rankings.is_own(ranking)
+        if is_own:
+            run["ranking_digest"] = own_rankings.digest(ranking)
+        if is_own or ranking in ("random", "matched"):  # one's own is handed the seed
+            run["ranking_seed"] = self.options.seed
+        return run | more
 
     def select(self, made: dict) -> list[Question]:
         """The questions that a run of the same data set asks."""
@@ -85,7 +90,8 @@ class Round:
 
     def is_begun(self, ranking: str) -> bool:
         """Whether round 1's journal is of this run: what is there of another one, an interrupted --overwrite left."""
-        made, run = read_run(self.options.output_dir / f"predictions_{ranking}.jsonl"), self.run_of(ranking)
+        run = self.run_of(ranking)
+        made = read_run(self.options.output_dir / f"predictions_{run['ranking']}.jsonl")
         return made is not None and not provenance.differences(made, self.find_wanted(run, made), provenance.ALL)
 
 
@@ -264,8 +270,9 @@ def finish_round_1(round_: Round, entries: list[dict], journals: dict[str, Journ
     Each ranking has figures of its own: where one was asked for later, on another device, its answers may differ.
     """
     options, fresh = round_.options, []
-    samples = {name: list(find_kept(round_, journal).values()) for name, journal in journals.items()}
-    for name, journal in journals.items():
+    by_name = {journal.run["ranking"]: journal for journal in journals.values()}
+    samples = {name: list(find_kept(round_, journal).values()) for name, journal in by_name.items()}
+    for name, journal in by_name.items():
         figures = summarize_round_1(round_, journal, keep_f1)
         contexts = [question.context for question in find_kept(round_, journal)]
         statistics = describe_latents(round_, samples, name, contexts)

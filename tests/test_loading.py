@@ -60,7 +60,7 @@ def test_what_ends_an_answer():
     eos, end_of_turn = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")
     for own, ends in (([7, eos], [eos, 7, end_of_turn]), (9, [eos, 9, end_of_turn]), (None, [eos, end_of_turn])):
         model.lm.generation_config.eos_token_id = own
-        common.settle_model(model.model, tokenizer)
+        common.configure_generation(model.lm, tokenizer)
         assert model.lm.generation_config.eos_token_id == sorted(ends)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiment import UserError, say
+from experiment import UserError, own_rankings, say
 from experiment.options import ROOT, write_command
 from experiment.records import files, lists, provenance
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def name_file(options, ranking):
     """Round 1's file of a ranking."""
-    return options.activations or options.output_dir / f"activations_{ranking}.json"
+    return options.activations or options.output_dir / f"activations_{own_rankings.name_of(ranking)}.json"
 
 
 def refuse_others(round_):
@@ -120,7 +120,7 @@ def refuse_unasked(round_, path: Path, made: dict) -> None:
 def find_activations(round_, ranking):
     """The file of a ranking's activations: the one that ships is used where the folder has none of its own."""
     options = round_.options
-    path, shipped = name_file(options, ranking), ROOT / f"activations_{ranking}.json"
+    path, shipped = name_file(options, ranking), ROOT / f"activations_{own_rankings.name_of(ranking)}.json"
     if options.activations is None and not path.exists() and shipped.exists():
         made, _ = files.read_activations(shipped)
         if not provenance.differences(made, round_.run_of(ranking), (*provenance.SETTINGS, "ranking")):

@@ -25,7 +25,8 @@ ALL = (*RANKED, *SELECTION, *MASK)  # of a journal
 # Compared where both runs have them: the SAE says the first two once it is loaded, round 1 the third.
 WHERE_BOTH = ("hook_name", "d_sae", "ranking_seed")
 DEFAULTS = {"error_term": "drop"}  # of files older than the field
-CONTENT = {"model": "model_digest", "sae_release": "sae_digest"}  # a local folder's name: the field with its digest
+# A local folder's name, or that of a ranking of one's own: the field with its digest.
+CONTENT = {"model": "model_digest", "sae_release": "sae_digest", "ranking": "ranking_digest"}
 UNMASKED = ("answer", "tokens", "inside")  # of a record or a sample: its unmasked answer
 # The files of a model or an SAE that a round reads; not what somebody has it write beside them.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.npz", "*.index.json")
@@ -46,6 +47,8 @@ def depends_on(run: dict) -> dict[str, object]:
     for name, digest in CONTENT.items():
         if digest in run:
             values[name] = run[digest]
+    if "ranking_digest" in run:
+        values["ranking"] = f"{run['ranking']} {run['ranking_digest']}"  # a file may hold several functions
     if "sae_digest" in run:
         values["sae_id"] = ""  # a part of the folder's path, and of the digest
     return values
@@ -64,7 +67,7 @@ def differences(made: dict, wanted: dict, fields: Iterable[str]) -> str:
 def _describe(run: dict, field: str, values: dict[str, object]) -> str:
     """A field's value for a reader: a folder by its name and a few digits of its digest, no text over 60 characters."""
     if CONTENT.get(field) in run:
-        return f"{_shorten(run[field])} (content {_shorten(values[field])})"
+        return f"{_shorten(run[field])} (content {_shorten(run[CONTENT[field]])})"
     return _shorten(values[field])
 
 
