@@ -99,7 +99,7 @@ def test_what_is_given_counts(demo, tmp_path):
         "dataset": "a/b", "split": "test", "limit": 3, "seed": 7, "prompt_template": "chatml", "error_term": "keep",
         "device": "cuda", "device_map": "auto", "dtype": "bfloat16", "sae_dtype": "tf32", "batch_tokens": 9,
         "max_new_tokens": 8, "activations": tmp_path / "a.json", "output_dir": tmp_path, "ranking": "baseline",
-        "token_file": ROOT / "ruff.toml",
+        "token_file": ROOT / "requirements.txt",
     }  # fmt: skip
     arguments = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]
     chosen = dataclasses.asdict(parse(*demo, *arguments, "--overwrite", "--exclude-special-tokens"))
