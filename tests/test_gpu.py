@@ -9,6 +9,7 @@ from conftest import ROOT, options, read_journal
 from test_rounds import run_rounds
 
 from experiment.hub import prepare_libraries
+from experiment.intervention import plan
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -57,7 +58,7 @@ def test_rounds_of_a_random_model(shape, count, batch_tokens, device, dtype, cap
     prepare_libraries(chosen)
     work = workloads.load_shape(workloads.SHAPES[shape], chosen, count)
     assert work.model.lm.dtype == getattr(torch, dtype) and work.model.splice.sae.dtype == torch.float32
-    batches = answers.plan_batches([len(prompt) for prompt in work.prompts], batch_tokens, work.contexts)
+    batches = plan.plan_batches([len(prompt) for prompt in work.prompts], batch_tokens, work.contexts)
     assert len(batches) > 1
     found = workloads.round_1(work, batches)
     assert_answered(work, found)
