@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from experiment.intervention.rankings import Sequences
     from experiment.intervention.rows import Answer
     from experiment.intervention.sequences import SequenceActivations
+    from experiment.records.journal import Journal
     from experiment.rounds import Bar, Round, Work
 
 KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this F1, not only exact matches
@@ -39,7 +40,7 @@ def main() -> None:
     with rounds.writing(round_) as entries:
         # 2. What an earlier run left: a journal for each ranking
         activations.refuse_others(round_)
-        journals = {}
+        journals: dict[str, Journal] = {}
         for ranking in chosen.ranking:
             run = round_.run_of(ranking)
             journals[ranking] = round_.journal(run["ranking"], run)
@@ -70,7 +71,7 @@ def main() -> None:
 
 
 def answer_and_rank(
-    round_: Round, model: SplicedModel, sizes: Sizes, work: Work, bar: Bar
+    round_: Round, model: SplicedModel, sizes: Sizes, work: Work[str], bar: Bar
 ) -> dict[str, list[dict[str, Any]]]:
     """{ranking: a record of each question of a group of batches}: its answer, and where that is kept its latents.
 

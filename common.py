@@ -9,9 +9,9 @@ import datetime
 import importlib.metadata
 import re
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -156,7 +156,7 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> "Transfo
             tokenizer=copy.deepcopy(tokenizer),  # one without BOS (Qwen's) may be given one, and padding
             device_map=options.device_map or {"": options.device},  # straight to where it belongs
         )
-    configure_generation(model.original_model, tokenizer)
+    configure_generation(cast(PreTrainedModel, model.original_model), tokenizer)
     return model
 
 
@@ -243,7 +243,7 @@ def _make_group_of_one(tokenizer: PreTrainedTokenizerBase, context: str, questio
 # Rounds
 
 
-def prepare(options):
+def prepare(options: Options) -> Round:
     """The Round that these options ask for: libraries, tokenizer, template and questions."""
     state = PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(days=30))  # waiting may take hours
     device = options.device_map or options.device
@@ -263,7 +263,16 @@ def prepare(options):
     if unanswerable:
         say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
     asked = questions.select(all_questions, options.limit, options.sample, options.seed)
-    names = ("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens")
+    names: tuple[str, ...] = (
+        "demo",
+        "model",
+        "sae_release",
+        "sae_id",
+        "dtype",
+        "sae_dtype",
+        "error_term",
+        "exclude_special_tokens",
+    )
     names += ("dataset", "dataset_config", "max_new_tokens", "limit", "sample")
     run = {name: getattr(options, name) for name in names} | {
         "ranking": "baseline",
@@ -280,7 +289,7 @@ def prepare(options):
 
 
 def load_for(
-    round_: Round, journals: dict[Hashable, Journal], ranked: dict[str, Ranked] | None = None
+    round_: Round, journals: Mapping[Any, Journal], ranked: dict[str, Ranked] | None = None
 ) -> tuple[SplicedModel, Sizes]:
     """The model with its SAE, and how many tokens are run at once.
 
@@ -301,7 +310,7 @@ def load_for(
     return model, sizes
 
 
-def choose_sizes(options: Options, model: SplicedModel, journals: dict[Hashable, Journal]) -> Sizes:
+def choose_sizes(options: Options, model: SplicedModel, journals: Mapping[Any, Journal]) -> Sizes:
     """Tokens in a batch and in the pool: what is asked for, what a journal that goes on was made with, or what fits."""
     batch = options.batch_tokens
     pool = options.pool_tokens
@@ -354,9 +363,9 @@ def masked_round(options: Options, side: str) -> None:
 
 def open_masked_journals(
     round_: Round, ranked: dict[str, Ranked], side: str, means: list[float] | None
-) -> dict[Hashable, Journal]:
+) -> dict[tuple[str, str], Journal]:
     """{(ranking, K): its journal}."""
-    journals: dict[Hashable, Journal] = {}
+    journals: dict[tuple[str, str], Journal] = {}
     for ranking, file in ranked.items():
         for k in round_.options.k:
             run = file.run | {"k": k}
@@ -376,12 +385,12 @@ def answer_masked(
     round_: Round,
     model: SplicedModel,
     sizes: Sizes,
-    work: Work,
+    work: Work[tuple[str, str]],
     ranked: dict[str, Ranked],
     drafts: dict[str, list[int]],
     means: Float[Tensor, "d_sae"] | None,
     bar: Bar,
-) -> dict[Hashable, list[Answer]]:
+) -> dict[tuple[str, str], list[Answer]]:
     """{(ranking, K): the answers} to the questions of a group of batches, each under its own mask.
 
     Masks that are the same for all questions, as those of K = 0 are, are run once.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from accelerate import PartialState
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from experiment import UserError, catalogue, own_rankings, questions, say
 from experiment.intervention import plan
@@ -22,6 +24,7 @@ from experiment.records import activations, files, lists, provenance
 from experiment.records.journal import Journal, read_run
 from experiment.report import estimates, folders, outputs, tables
 
+Key = TypeVar("Key")  # of a round's journals: a ranking in round 1, a ranking and a K in rounds 2 and 3
 WORDS = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
 
 
@@ -36,7 +39,7 @@ class Round:
 
     options: Options
     state: PartialState
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
     questions: list[Question]
     asked: list[Question]
     run: dict
@@ -139,7 +142,7 @@ def wait_for_all(round_: Round) -> bool:
     return round_.state.is_main_process
 
 
-def is_finished(asked: list[Question], journals: dict[Hashable, Journal]) -> bool:
+def is_finished(asked: list[Question], journals: Mapping[Any, Journal]) -> bool:
     """Whether every journal has every question; says so."""
     finished = all(question.id in journal for journal in journals.values() for question in asked)
     if finished:
@@ -148,7 +151,7 @@ def is_finished(asked: list[Question], journals: dict[Hashable, Journal]) -> boo
 
 
 @dataclass(frozen=True)
-class Work:
+class Work(Generic[Key]):
     """Batches that this process works off together; journals get their records at once.
 
     questions: of all the batches.  batches: numbers of these questions.  keys: of the journals that lack any of them.
@@ -156,16 +159,16 @@ class Work:
 
     questions: list[Question]
     batches: list[list[int]]
-    keys: list[Hashable]
+    keys: list[Key]
 
 
 def plan_work(
     round_: Round,
     sizes: Sizes,
     asked: list[Question],
-    journals: dict[Hashable, Journal],
+    journals: Mapping[Key, Journal],
     drafts: dict[str, list[int]] | None = None,
-) -> list[Work]:
+) -> list[Work[Key]]:
     """This process's share of the round, what is finished included: there `keys` is empty.
 
     drafts: tokens that each question's prompt is run with, by id. Batches and groups depend on the questions alone, so
@@ -186,7 +189,7 @@ def plan_work(
     return share
 
 
-def _make_work(asked: list[Question], batches: list[list[int]], journals: dict[Hashable, Journal]) -> Work:
+def _make_work(asked: list[Question], batches: list[list[int]], journals: Mapping[Key, Journal]) -> Work[Key]:
     questions = [asked[index] for batch in batches for index in batch]
     numbers = []
     first = 0
@@ -203,7 +206,7 @@ def _make_work(asked: list[Question], batches: list[list[int]], journals: dict[H
 class Bar:
     """Shows how many answers of this process's share are there. Moves within a group, and is right at its end."""
 
-    def __init__(self, round_: Round, label: str, share: list[Work], journals: dict[Hashable, Journal]):
+    def __init__(self, round_: Round, label: str, share: list[Work[Key]], journals: Mapping[Key, Journal]):
         state = round_.state
         if state.num_processes > 1:
             label += f", process 1 of {state.num_processes}"

@@ -132,14 +132,15 @@ def rank_by_gradient_of_answer(model: SplicedModel, sequences: Sequences, seed: 
 
 
 def _score_by_gradient(
-    model: SplicedModel, sequences: Sequences, places: list[int | None]
+    model: SplicedModel, sequences: Sequences, places: Sequence[int | None]
 ) -> Float[Tensor, "sequence d_sae"]:
     """Mean over positions of relu(dP/dH * H), P the probability of the token at each sequence's place in what was
     generated; 0 for sequences without one."""
     scores = sequences.ranked.latents.values.new_zeros(len(places), model.splice.d_sae)
+    place_of = {number: place for number, place in enumerate(places) if place is not None}
 
     def score(part: Sequence[int]) -> None:
-        ends = [places[number] for number in part]
+        ends = [place_of[number] for number in part]
         tokens = []
         next_ids = []
         for number, end in zip(part, ends):
@@ -150,7 +151,7 @@ def _score_by_gradient(
         values = (model.splice.decoder_vjp(read.latents, slopes) * read.latents.values).relu()
         scores[list(part)] = (mean(model, read, values) * scale.unsqueeze(1)).to(scores)
 
-    numbers = [number for number, place in enumerate(places) if place is not None]
+    numbers = list(place_of)
     # On its way back a token takes in every layer about 16 times what it takes in the cache (an estimate).
     size = -(-len(places) // 16)
     for start in range(0, len(numbers), size):
