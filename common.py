@@ -60,6 +60,11 @@ TEMPLATES = {
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
+# The options that a run names as they are.
+RECORDED = (
+    *("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens"),
+    *("dataset", "dataset_config", "max_new_tokens", "limit", "sample"),
+)
 OF_ONE_QUESTION = Limits(Options.max_new_tokens, pool_tokens=2**20)  # a person's own question: nothing to share
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
@@ -263,18 +268,7 @@ def prepare(options: Options) -> Round:
     if unanswerable:
         say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
     asked = questions.select(all_questions, options.limit, options.sample, options.seed)
-    names: tuple[str, ...] = (
-        "demo",
-        "model",
-        "sae_release",
-        "sae_id",
-        "dtype",
-        "sae_dtype",
-        "error_term",
-        "exclude_special_tokens",
-    )
-    names += ("dataset", "dataset_config", "max_new_tokens", "limit", "sample")
-    run = {name: getattr(options, name) for name in names} | {
+    run = {name: getattr(options, name) for name in RECORDED} | {
         "ranking": "baseline",
         "split": None if questions.is_local(options.dataset) else options.split,
         "questions": digest,

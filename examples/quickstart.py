@@ -1,4 +1,4 @@
-"""One question, its ten most active latents masked, the same question again. For a notebook, too.
+"""One question, its ten most active latents masked, the same question again. In a notebook it runs as it is.
 
 python -m examples.quickstart
 """
@@ -9,10 +9,10 @@ import common
 model, tokenizer = common.open_model("--demo")
 
 context = (
-    "Notes from Dastad: The home of Julia Nercott is Voham. The final year of Sodra Stindahl is 1913. "
-    "The instrument of Sodra Stindahl is cello. The trade of Julia Nercott is ship builder."
+    "Notes from Brilby: The home of Sodra Ginwick is Fistad. The pet of Sodra Ginwick is black parrot. "
+    "The instrument of Jiren Jerson is banjo. The birthplace of Sodra Ginwick is Wamere."
 )
-question = "What is the home of Julia Nercott?"
+question = "What is the home of Sodra Ginwick?"
 
 answer = common.ask(model, tokenizer, context, question)
 

@@ -64,8 +64,7 @@ def ranking(text: str) -> str:
     if own_rankings.is_own(text):
         own_rankings.check(text)
         return text
-    nearest = catalogue.nearest(text, RANKINGS)
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(RANKINGS)}, nor FILE.py:FUNCTION{nearest}")
+    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (give {', '.join(RANKINGS)} or FILE.py:FUNCTION)")
 
 
 def option(default: object, help: str, **settings: Any) -> Any:
@@ -194,8 +193,9 @@ def _build_parser(doc: str | None, masks: bool, defaults: Mapping[str, Any]) -> 
         if default is False:
             settings["action"] = "store_true"
         elif default is not None:
+            explained = re.sub(r" \(default: .*\)$", "", settings["help"])  # as it is without --demo
             shown = _show_default(default).replace("%", "%%")
-            settings["help"] += f" (default: {shown})"
+            settings["help"] = f"{explained} (default: {shown})"
         parser.add_argument(_write_flag(field.name), **settings)
     text = "print the instruction-tuned releases in SAELens' table (with WORD in their name), and stop"
     parser.add_argument("--list-saes", nargs="?", const="", metavar="WORD", help=text)

@@ -46,11 +46,11 @@ def check(ranking: str) -> None:
     try:
         tree = ast.parse(_read(file))
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"--ranking {ranking}: {file} is not Python ({error})") from None
+        raise UserError(f"--ranking {file}: is not Python ({error})") from None
     functions = [part.name for part in tree.body if isinstance(part, ast.FunctionDef)]
     if function not in functions:
         nearest = catalogue.nearest(function, functions)
-        raise UserError(f"--ranking {ranking}: {file} has no function {function}{nearest}")
+        raise UserError(f"--ranking {file}: has no function {function}{nearest}")
 
 
 @functools.cache
