@@ -82,7 +82,7 @@ def test_the_house_has_the_rooms_that_contributing_shows():
     tree = re.search(r"```\n(.*?)```", CONTRIBUTING, re.DOTALL)[1]
     shown = []
     folders = []
-    for indent, name in re.findall(r"^( *)(\S+)  ", tree, re.MULTILINE):
+    for indent, name in re.findall(r"^( *)(\S+)(?:  |$)", tree, re.MULTILINE):
         folders = folders[: len(indent) // 4]
         if name.endswith("/"):
             folders.append(name)
