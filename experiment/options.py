@@ -23,7 +23,7 @@ DEMO: dict[str, Any] = {  # what --demo changes
     "device": "cpu",
     "dtype": "float32",
     "batch_tokens": 16384,
-    "pool_tokens": 262144,
+    "pool_tokens": 32768,
 }
 TOKEN_FILE = "token.txt"  # at the top of the project: used where it exists
 PAPER_DATASET = "rajpurkar/squad"

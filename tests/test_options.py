@@ -147,6 +147,8 @@ def test_nothing_slow_is_imported():
         ["--model", "gemma-9b"],
         ["--sae-release", "gemma-scope-9b-it-res-canonicle"],
         ["--sae-release", "llama-3-8b-it-res-jh"],
+        ["--ranking", "examples/own_ranking.py:by_answer"],
+        ["--ranking", "examples/own_ranking.py:by_size"],
         [],
         ["--demo"],
     ]
