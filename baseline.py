@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from experiment.intervention.rankings import Sequences
     from experiment.intervention.rows import Answer
     from experiment.intervention.sequences import SequenceActivations
+    from experiment.records.journal import Journal
     from experiment.records.schema import Record
     from experiment.rounds import Bar, Round, Work
 
@@ -32,6 +33,7 @@ def main() -> None:
     chosen = options.parse(None, __doc__, masks=False)
     import common  # brings in PyTorch: only once the options are known to be good
     from experiment import means, results, rounds
+    from experiment.intervention import rankings
     from experiment.records import activations
 
     # 1. The questions
@@ -39,10 +41,15 @@ def main() -> None:
     with rounds.writing(round_) as entries:
         # 2. What an earlier run left: a journal for each ranking
         activations.refuse_others(round_)
-        journals = {ranking: round_.journal(ranking, round_.provenance_of(ranking)) for ranking in chosen.ranking}
+        journals: dict[str, Journal] = {}
+        for ranking in chosen.ranking:
+            made = round_.provenance_of(ranking)
+            journals[ranking] = round_.journal(made.ranking, made)
         model = None
         if not rounds.is_finished(round_.asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
+            for ranking in chosen.ranking:
+                rankings.find_ranking(ranking)  # one's own that cannot be imported fails before weights are loaded
             model, sizes = common.load_for(round_, journals)
             # 4. Answer, score, keep, rank: a group of batches at a time
             share = rounds.plan_work(round_, sizes, round_.asked, journals)
@@ -64,7 +71,9 @@ def main() -> None:
             results.finish_round_1(round_, entries, journals, KEEP_F1)
 
 
-def answer_and_rank(round_: Round, model: SplicedModel, sizes: Sizes, work: Work, bar: Bar) -> dict[str, list[Record]]:
+def answer_and_rank(
+    round_: Round, model: SplicedModel, sizes: Sizes, work: Work[str], bar: Bar
+) -> dict[str, list[Record]]:
     """{ranking: a record of each question of a group of batches}: its answer, and where that is kept its latents.
 
     Answers are greedy, with the SAE spliced in and nothing masked.

@@ -9,18 +9,18 @@ import datetime
 import importlib.metadata
 import re
 import time
-from collections.abc import Hashable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-from unittest import mock
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
 from accelerate import PartialState
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment import UserError, catalogue, questions, results, rounds, saes, say
+from experiment import UserError, catalogue, patches, questions, results, rounds, saes, say
 from experiment import means as means_of_latents
 from experiment.hub import NO_TOKENIZER, check_fit, hub_errors, prepare_libraries
 from experiment.intervention import generate, plan, rankings
@@ -30,8 +30,8 @@ from experiment.intervention.plan import Sizes
 from experiment.intervention.pool import Limits
 from experiment.intervention.rows import Answer
 from experiment.intervention.splice import Splice
-from experiment.options import Options, bundled
-from experiment.prompts import BRACKETS, find_special_ids
+from experiment.options import Options, bundled, parse
+from experiment.prompts import BRACKETS, build_prompt, decode, find_special_ids, tokenize
 from experiment.questions import Question
 from experiment.records import activations, lists, provenance
 from experiment.records.activations import RankedFile
@@ -61,6 +61,12 @@ TEMPLATES = {
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
+# The options that a run names as they are.
+RECORDED = (
+    *("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens"),
+    *("dataset", "dataset_config", "max_new_tokens", "limit", "sample"),
+)
+OF_ONE_QUESTION = Limits(Options.max_new_tokens, pool_tokens=2**20)  # a person's own question: nothing to share
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
 
@@ -68,7 +74,7 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 # Prompts and answers
 
 
-def choose_template(name, tokenizer):
+def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a prompt template: a named one, a file's, or (auto) the one whose special token the tokenizer has."""
     vocabulary = tokenizer.get_vocab()
     if name == "auto":
@@ -84,6 +90,11 @@ def choose_template(name, tokenizer):
         if marker not in vocabulary:
             raise UserError(f"--prompt-template {name}: this model's tokenizer has no {marker}: leave it to auto")
         return text
+    return _read_template(name)
+
+
+def _read_template(name: str) -> str:
+    """A template from a text file, which holds each of the two fields once."""
     try:
         text = Path(name).read_text(encoding="utf-8-sig")  # a BOM, as Windows writes it, is no text
     except (OSError, UnicodeDecodeError) as error:
@@ -94,22 +105,23 @@ def choose_template(name, tokenizer):
     return text
 
 
-def parse_answer(text):
+def parse_answer(text: str) -> str:
     """The answer in a generated text: what the first [ ... ] on one line holds, or all of it; without [, ] and =."""
     match = BRACKETS.search(text)
-    return re.sub(r"[\[\]=]", "", match[1] if match else text).strip()
+    inside = match[1] if match else text
+    return re.sub(r"[\[\]=]", "", inside).strip()
 
 
-def score(tokenizer: transformers.PreTrainedTokenizerBase, question: Question, answer: Answer) -> Record:
+def score(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> Record:
     """A journal's record of an Answer: its text, the answer parsed from it, and its scores."""
-    text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+    text = decode(tokenizer, answer.tokens)
     parsed = parse_answer(text)
     return Record(
         id=question.id,
         text=tokenizer.decode(answer.tokens),
         answer=parsed,
         **questions.score(parsed, text, question.truths),
-        log_probs=[round(p, 4) for p in answer.log_probs],
+        log_probs=[round(log_prob, 4) for log_prob in answer.log_probs],
     )
 
 
@@ -117,7 +129,7 @@ def score(tokenizer: transformers.PreTrainedTokenizerBase, question: Question, a
 # Model and SAE
 
 
-def load_tokenizer(options: Options) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
     """The model's tokenizer. No code that comes with a model is run."""
     name = catalogue.official_name(bundled(options.model))
     with hub_errors(options.model):
@@ -141,19 +153,11 @@ def load_sae(options: Options) -> "SAE":
     return saes.load(options).eval().requires_grad_(False)
 
 
-def load_model(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> "TransformerBridge":
+def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> "TransformerBridge":
     """The model: a TransformerBridge over Transformers' own weights, greedy and nothing else."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    # For a model that also reads pictures (Gemma 3 from 4b on) TransformerLens asks for its processor, and where that
-    # needs torchvision it has pip install it in the middle of the round, and another torch with it. Text needs neither.
-    no_processor = mock.patch("transformers.AutoProcessor.from_pretrained", lambda *_, **__: None)
-    # A mapped file stays in memory while its tensors are converted: twice the model's size, from bfloat16 to float16.
-    safe_open = transformers.modeling_utils.safe_open
-    unmapped = mock.patch(
-        "transformers.modeling_utils.safe_open", lambda file, **how: safe_open(file, **how | {"backend": "pread"})
-    )
-    with hub_errors(options.model), no_processor, unmapped:
+    with hub_errors(options.model), patches.no_processor(), patches.weights_read_in_parts():
         model = TransformerBridge.boot_transformers(
             catalogue.official_name(bundled(options.model)),
             dtype=getattr(torch, options.dtype),
@@ -161,34 +165,47 @@ def load_model(options: Options, tokenizer: transformers.PreTrainedTokenizerBase
             tokenizer=copy.deepcopy(tokenizer),  # one without BOS (Qwen's) may be given one, and padding
             device_map=options.device_map or {"": options.device},  # straight to where it belongs
         )
-    return settle_model(model, tokenizer)
-
-
-def settle_model(model: "TransformerBridge", tokenizer: transformers.PreTrainedTokenizerBase) -> "TransformerBridge":
-    """What rounds, tests and benchmarks need of a TransformerBridge, wherever its weights come from."""
-    lm = model.original_model.requires_grad_(False)
-    # TransformerLens asks for the attention matrices of all layers: 44 MB a token of width on gemma-2-9b-it.
-    for config in (lm.config, lm.config.get_text_config()):
-        config.output_attentions = False
-    # The ids that end an answer: the model's own, and its family's end of turn. Nothing else of a model's own
-    # generation config counts: it may hold sampling or a repetition penalty.
-    own, vocabulary = lm.generation_config.eos_token_id, tokenizer.get_vocab()
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *map(vocabulary.get, END_OF_TURN)}
-    ends = sorted(ends - {None})
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # Llama 3 has none; any id will do
-    lm.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
+    configure_generation(cast(PreTrainedModel, model.original_model), tokenizer)
     return model
 
 
-def load(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> SplicedModel:
+def configure_generation(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What rounds, tests and benchmarks need of a Transformers model: no gradients, greedy answers that end.
+
+    Nothing of the model's own generation config counts but the ids that end an answer: it may hold sampling or a
+    repetition penalty.
+    """
+    lm.requires_grad_(False)
+    # TransformerLens asks for the attention matrices of all layers: 44 MB per token of width on gemma-2-9b-it.
+    for config in (lm.config, lm.config.get_text_config()):
+        config.output_attentions = False
+    ends = find_end_ids(lm, tokenizer)
+    pad = tokenizer.pad_token_id
+    if pad is None:  # Llama 3 has none; any id will do
+        pad = ends[0]
+    lm.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
+
+
+def find_end_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer, ascending: the model's own, the tokenizer's, and its family's end of turn."""
+    own = lm.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id}
+    ends.update(own if isinstance(own, list) else [own])
+    vocabulary = tokenizer.get_vocab()
+    for token in END_OF_TURN:
+        ends.add(vocabulary.get(token))
+    return sorted(ends - {None})
+
+
+def load(options: Options, tokenizer: PreTrainedTokenizerBase) -> SplicedModel:
     """The model with the SAE in it. Configurations come first, for a wrong name should cost no download of weights."""
     say(f"Loading {options.sae_release} and {options.model} ...")
     start = time.monotonic()
     check_fit(options, saes.read_config(options))
     sae = load_sae(options)
     model = load_model(options, tokenizer)
-    if sae.cfg.metadata.hook_name not in model.hook_dict:
-        place = sae.cfg.metadata.hook_name
+    place = sae.cfg.metadata.hook_name
+    if place not in model.hook_dict:
         raise UserError(f"{options.sae_release}: is for {place}, a place that {options.model} does not have")
     say(f"Loaded in {time.monotonic() - start:.0f} s.")
     bypass = find_special_ids(tokenizer) if options.exclude_special_tokens else ()
@@ -196,10 +213,46 @@ def load(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> S
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# From Python: examples/quickstart.py
+
+
+def open_model(*arguments: str) -> tuple[SplicedModel, PreTrainedTokenizerBase]:
+    """A model with the SAE in it, and its tokenizer. arguments: the scripts' options, as "--demo"."""
+    options = parse(list(arguments), __doc__, masks=True)
+    prepare_libraries(options)
+    tokenizer = load_tokenizer(options)
+    return load(options, tokenizer), tokenizer
+
+
+def ask(
+    model: SplicedModel, tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int] = ()
+) -> str:
+    """What the model answers with these latents masked at every position, as a round of a single question."""
+    group = _make_group_of_one(tokenizer, context, question, masked)
+    [[answer]] = generate.answer_masked(model, group, OF_ONE_QUESTION)
+    return decode(tokenizer, answer.tokens)
+
+
+def mean_activations(
+    model: SplicedModel, tokenizer: PreTrainedTokenizerBase, context: str, question: str
+) -> Float[Tensor, "d_sae"]:
+    """Each latent's mean activation over the prompt and the unmasked answer."""
+    group = _make_group_of_one(tokenizer, context, question, ())
+    _, read = generate.answer(model, group, OF_ONE_QUESTION)
+    return rankings.mean(model, read)[0]
+
+
+def _make_group_of_one(tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int]) -> Group:
+    template = choose_template("auto", tokenizer)
+    prompt = tokenize(tokenizer, build_prompt(template, context, question))
+    return Group([prompt], [context], batches=[[0]], drafts=[[]], masks=[[list(masked)]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Rounds
 
 
-def prepare(options):
+def prepare(options: Options) -> Round:
     """The Round that these options ask for: libraries, tokenizer, template and questions."""
     state = PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(days=30))  # waiting may take hours
     device = options.device_map or options.device
@@ -219,9 +272,7 @@ def prepare(options):
     if unanswerable:
         say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
     asked = questions.select(all_questions, options.limit, options.sample, options.seed)
-    names = ("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens")
-    names += ("dataset", "dataset_config", "max_new_tokens", "limit", "sample")
-    settings = {name: getattr(options, name) for name in names}
+    settings = {name: getattr(options, name) for name in RECORDED}
     made = Provenance(
         **settings,
         ranking="baseline",
@@ -238,7 +289,7 @@ def prepare(options):
 
 
 def load_for(
-    round_: Round, journals: dict[Hashable, Journal], ranked: dict[str, RankedFile] | None = None
+    round_: Round, journals: Mapping[Any, Journal], ranked: dict[str, RankedFile] | None = None
 ) -> tuple[SplicedModel, Sizes]:
     """The model with its SAE, and how many tokens are run at once.
 
@@ -260,7 +311,7 @@ def load_for(
     return model, sizes
 
 
-def choose_sizes(options: Options, model: SplicedModel, journals: dict[Hashable, Journal]) -> Sizes:
+def choose_sizes(options: Options, model: SplicedModel, journals: Mapping[Any, Journal]) -> Sizes:
     """Tokens in a batch and in the pool: what is asked for, what a journal that goes on was made with, or what fits."""
     batch = options.batch_tokens
     pool = options.pool_tokens
@@ -313,9 +364,9 @@ def masked_round(options: Options, side: Side) -> None:
 
 def open_masked_journals(
     round_: Round, ranked: dict[str, RankedFile], side: Side, means: list[float] | None
-) -> dict[Hashable, Journal]:
+) -> dict[tuple[str, str], Journal]:
     """{(ranking, K): its journal}."""
-    journals: dict[Hashable, Journal] = {}
+    journals: dict[tuple[str, str], Journal] = {}
     for ranking, file in ranked.items():
         for k in round_.options.k:
             made = file.provenance.with_fields(k=k)
@@ -335,12 +386,12 @@ def answer_masked(
     round_: Round,
     model: SplicedModel,
     sizes: Sizes,
-    work: Work,
+    work: Work[tuple[str, str]],
     ranked: dict[str, RankedFile],
     drafts: dict[str, list[int]],
     means: Float[Tensor, "d_sae"] | None,
     bar: Bar,
-) -> dict[Hashable, list[Answer]]:
+) -> dict[tuple[str, str], list[Answer]]:
     """{(ranking, K): the answers} to the questions of a group of batches, each under its own mask.
 
     Masks that are the same for all questions, as those of K = 0 are, are run once.

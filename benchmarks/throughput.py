@@ -139,7 +139,7 @@ def load_plain(args):
     else:
         lm = workloads.make_lm(workloads.SHAPES[args.shape], args.device, dtype)
         (prompts, _), new_tokens = workloads.make_prompts(args.questions, lm.config.vocab_size), workloads.NEW_TOKENS
-    common.settle_model(argparse.Namespace(original_model=lm), tokenizer)  # greedy, and what ends an answer
+    common.configure_generation(lm, tokenizer)
     if args.shape:
         lm.generation_config.eos_token_id = [lm.config.vocab_size]  # nothing, as for ours
     batches = plan.plan_batches([len(prompt) for prompt in prompts], args.batch_tokens, range(len(prompts)))

@@ -129,7 +129,8 @@ def load_shape(shape, chosen, count):
 
         bridge = TransformerBridge.boot_transformers("google/gemma-2-9b-it", hf_model=lm, tokenizer=tokenizer)
         sae = sae.to(dtype=getattr(torch, chosen.sae_dtype.replace("tf32", "float32")))
-        model = forward.SplicedModel(common.settle_model(bridge, tokenizer), Splice(sae))
+        common.configure_generation(bridge.original_model, tokenizer)
+        model = forward.SplicedModel(bridge, Splice(sae))
     model.end_ids = {shape.config["vocab_size"]}  # no token ends an answer: the number of new tokens is fixed
     prompts, contexts = make_prompts(count, shape.config["vocab_size"])
     pool_tokens = chosen.pool_tokens or POOL_TOKENS

@@ -106,11 +106,16 @@ def measure_lists(
 
     def measure(part: Sequence[int]) -> None:
         generated = [reader.tokens[number] for number in part]
+        brackets = []
+        for tokens in generated:
+            bracket = prompts.find_bracket(tokenizer, tokens)
+            assert bracket is not None  # without one a question is not kept
+            brackets.append(bracket)
         sequences = rankings.Sequences(
             ids=[ranked[number].id for number in part],
             prompts=[reader.prompts[number] for number in part],
             generated=generated,
-            brackets=[prompts.find_bracket(tokenizer, tokens) for tokens in generated],
+            brackets=brackets,
             insides=[ranked[number].inside for number in part],
             rows=list(range(len(part))),
             trace=reader.read(part),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Generic, TypeVar
 
 from accelerate import PartialState
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from experiment import UserError, questions, say
+from experiment import UserError, own_rankings, questions, say
 from experiment.intervention import plan
 from experiment.intervention.memory import memory_errors
 from experiment.intervention.plan import Sizes
@@ -23,9 +24,7 @@ from experiment.records.journal import Journal, read_provenance
 from experiment.records.provenance import ALL, SELECTION, differences
 from experiment.records.schema import Entry, Provenance
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+Key = TypeVar("Key")  # of a round's journals: a ranking in round 1, a ranking and a K in rounds 2 and 3
 Describe = Callable[[list[Question]], dict[str, str]]
 
 
@@ -55,10 +54,13 @@ class Round:
         return tokenize(self.tokenizer, self.prompt(question))
 
     def provenance_of(self, ranking: str) -> Provenance:
-        """The provenance of a ranking of the same answers."""
-        provenance = self.provenance.with_fields(ranking=ranking)
-        if ranking in ("random", "matched"):
-            return provenance.with_fields(ranking_seed=self.options.seed)
+        """The provenance of a ranking of the same answers. ranking: as --ranking takes it."""
+        provenance = self.provenance.with_fields(ranking=own_rankings.name_of(ranking))
+        is_own = own_rankings.is_own(ranking)
+        if is_own:
+            provenance = provenance.with_fields(ranking_digest=own_rankings.digest(ranking))
+        if is_own or ranking in ("random", "matched"):  # one's own is handed the seed
+            provenance = provenance.with_fields(ranking_seed=self.options.seed)
         return provenance
 
     def select_as(self, made: Provenance) -> list[Question]:
@@ -94,10 +96,11 @@ class Round:
 
     def is_begun(self, ranking: str) -> bool:
         """Whether round 1's journal is of this run: what is there of another one, an interrupted --overwrite left."""
-        made = read_provenance(self.options.output_dir / f"predictions_{ranking}.jsonl")
+        wanted = self.provenance_of(ranking)
+        made = read_provenance(self.options.output_dir / f"predictions_{wanted.ranking}.jsonl")
         if made is None:
             return False
-        return not differences(made, self.find_wanted(self.provenance_of(ranking), made), ALL)
+        return not differences(made, self.find_wanted(wanted, made), ALL)
 
 
 def leave_out_long(round_: Round, context: int | None) -> Round:
@@ -146,7 +149,7 @@ def wait_for_all(round_: Round) -> bool:
     return round_.state.is_main_process
 
 
-def is_finished(asked: list[Question], journals: dict[Hashable, Journal]) -> bool:
+def is_finished(asked: list[Question], journals: Mapping[Any, Journal]) -> bool:
     """Whether every journal has every question; says so."""
     for journal in journals.values():
         if any(question.id not in journal for question in asked):
@@ -156,7 +159,7 @@ def is_finished(asked: list[Question], journals: dict[Hashable, Journal]) -> boo
 
 
 @dataclass(frozen=True)
-class Work:
+class Work(Generic[Key]):
     """Batches that this process works off together; journals get their records at once.
 
     questions: of all the batches.  batches: numbers of these questions.  keys: of the journals that lack any of them.
@@ -164,7 +167,7 @@ class Work:
 
     questions: list[Question]
     batches: list[list[int]]
-    keys: list[Hashable]
+    keys: list[Key]
 
     @property
     def missing(self) -> int:
@@ -176,9 +179,9 @@ def plan_work(
     round_: Round,
     sizes: Sizes,
     asked: list[Question],
-    journals: dict[Hashable, Journal],
+    journals: Mapping[Key, Journal],
     drafts: dict[str, list[int]] | None = None,
-) -> list[Work]:
+) -> list[Work[Key]]:
     """This process's share of the round, what is finished included: there `keys` is empty.
 
     drafts: tokens that each question's prompt is run with, by id. Batches and groups depend on the questions alone, so
@@ -201,7 +204,7 @@ def plan_work(
     return share
 
 
-def _make_work(asked: list[Question], batches: list[list[int]], journals: dict[Hashable, Journal]) -> Work:
+def _make_work(asked: list[Question], batches: list[list[int]], journals: Mapping[Key, Journal]) -> Work[Key]:
     questions = []
     numbers = []
     for batch in batches:
@@ -218,7 +221,7 @@ def _make_work(asked: list[Question], batches: list[list[int]], journals: dict[H
 class Bar:
     """Shows how many answers of this process's share are there. Moves within a group, and is right at its end."""
 
-    def __init__(self, round_: Round, label: str, share: list[Work], journals: dict[Hashable, Journal]):
+    def __init__(self, round_: Round, label: str, share: list[Work[Key]], journals: Mapping[Key, Journal]):
         state = round_.state
         if state.num_processes > 1:
             label += f", process 1 of {state.num_processes}"

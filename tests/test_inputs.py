@@ -11,8 +11,6 @@ import shutil
 import pytest
 from conftest import ROOT, run_script
 
-from experiment.intervention import rankings
-
 ROW = {"id": "1", "context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}}
 DATA = {  # name: (file name, content, what the line says)
     "empty jsonl": ("d.jsonl", "", "no question"),
@@ -236,20 +234,6 @@ def test_logits_that_are_not_finite(refused, tmp_path):
 
     save_sae(tmp_path / "sae", bias=float("inf"))
     refused("baseline", ["--sae-release", tmp_path / "sae", "--limit", "5"], "not finite")
-
-
-def test_scores_that_are_not_numbers(refused, monkeypatch):
-    """A ranking of one's own that gives NaN for some latents: they would stand first in every list."""
-    rank = rankings.RANKINGS["baseline"]
-
-    def rank_with_nan(model, sequences, seed):
-        scores = rank(model, sequences, seed)
-        scores[1:, 7] = float("nan")
-        return scores
-
-    monkeypatch.setitem(rankings.RANKINGS, "gradsae", rank_with_nan)
-    says = "--ranking gradsae: gives scores that are not a number (NaN)"
-    refused("baseline", ["--ranking", "gradsae", "--limit", "5"], says)
 
 
 def test_matched_with_an_sae_that_normalizes(refused, tmp_path):

@@ -101,7 +101,7 @@ def test_what_is_given_counts(demo, tmp_path):
         "dataset": "a/b", "split": "test", "limit": 3, "seed": 7, "prompt_template": "chatml", "error_term": "keep",
         "device": "cuda", "device_map": "auto", "dtype": "bfloat16", "sae_dtype": "tf32", "batch_tokens": 9,
         "pool_tokens": 11, "max_new_tokens": 8, "activations": tmp_path / "a.json", "output_dir": tmp_path,
-        "ranking": "baseline", "token_file": ROOT / "ruff.toml",
+        "ranking": "baseline", "token_file": ROOT / "requirements.txt",
     }  # fmt: skip
     arguments = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]
     chosen = dataclasses.asdict(parse(*demo, *arguments, "--overwrite", "--exclude-special-tokens"))
@@ -150,6 +150,8 @@ def test_nothing_slow_is_imported():
         ["--model", "gemma-9b"],
         ["--sae-release", "gemma-scope-9b-it-res-canonicle"],
         ["--sae-release", "llama-3-8b-it-res-jh"],
+        ["--ranking", "examples/own_ranking.py:by_answer"],
+        ["--ranking", "examples/own_ranking.py:by_size"],
         [],
         ["--demo"],
     ]

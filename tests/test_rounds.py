@@ -414,36 +414,6 @@ def test_bottomk_of_matched_says_what_it_removes(tmp_path, monkeypatch, capsys):
     assert re.search(rf"matched +BottomK +50% .* {matched['removed']:.1f}\* ", out) and "\n*: " in out
 
 
-def test_a_ranking_of_ones_own(tmp_path, monkeypatch, capsys, demo, demo_questions):
-    """README's example: mean activation over the answer's positions only. One function, here in another one's place."""
-
-    mean = rankings.mean
-
-    def rank_by_answer(model, sequences, seed):
-        trace = sequences.ranked
-        starts = torch.tensor([len(prompt) for prompt in sequences.prompts], device=trace.rows.device)
-        return mean(model, trace, where=trace.columns >= starts[trace.rows])
-
-    monkeypatch.setitem(rankings.RANKINGS, "gradsae", rank_by_answer)
-    given = ["--demo", "--limit", 12, "--output-dir", tmp_path, "--ranking", "gradsae"]
-    for script, _ in ROUNDS[:2]:
-        assert run_script(script, given, monkeypatch, capsys)[0] == 0
-    samples = json.loads((tmp_path / "activations_gradsae.json").read_text())["samples"]
-    model, _ = demo
-    for sample in samples[:4]:
-        question = next(q for q in demo_questions if q.id == sample["id"])
-        prompt = oracle.encode_prompt(demo[1], question.context, question.question)
-        end = prompts.find_bracket(demo[1], sample["tokens"])
-        seen = []
-        with (
-            torch.no_grad(),
-            model.model.hooks(fwd_hooks=[(model.hook_name, lambda x, hook, seen=seen: seen.append(x))]),
-        ):
-            model.model(torch.tensor([prompt + sample["tokens"][:end]]))
-        scores = model.splice.sae.encode(seen[0][0, len(prompt) :]).mean(0)
-        assert [scores[i].item() for i in sample["topk"][:6]] == pytest.approx(scores.topk(6).values.tolist(), rel=1e-4)
-
-
 def test_kept_from_an_f1_of_0_9_on(full, demo_questions, tmp_path, monkeypatch, capsys):
     """Not exact matches alone. With answers of ten words, for the demo's are short."""
     more = "one two three four five six seven eight nine".split()

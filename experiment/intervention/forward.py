@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -146,7 +146,7 @@ def pick_positions(
     return states[rows, :, columns.to(states.device)].transpose(1, 2)
 
 
-def new_cache(lm: torch.nn.Module) -> DynamicCache:
+def new_cache(lm: PreTrainedModel) -> DynamicCache:
     """An empty cache that keeps all keys of all layers of a Transformers model.
 
     Also of those with a sliding window, whose own kind forgets what is out of its reach: a row that leaves its proposal
@@ -157,12 +157,17 @@ def new_cache(lm: torch.nn.Module) -> DynamicCache:
     return cache
 
 
+def layers_of(cache: DynamicCache) -> list[Any]:
+    """The layers of a cache that new_cache made: each has keys and values [row, head, pos, d_head]."""
+    return cache.layers
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model's own modules, for as long as a block lasts
 
 
 @contextlib.contextmanager
-def hooked(model: Any, hook_name: str, replace: Replace) -> Iterator[torch.nn.Module]:
+def hooked(model: Any, hook_name: str, replace: Replace) -> Iterator[PreTrainedModel]:
     """The Transformers model of a TransformerBridge, with `replace(residual)` in place of what passes at `hook_name`.
 
     TransformerLens' wrappers around every other module compute what nobody hooks here. They are set aside meanwhile:
@@ -255,7 +260,7 @@ def _attend(
 
 
 @contextlib.contextmanager
-def layers_replaced(lm: torch.nn.Module, start: Float[Tensor, "row pos d_model"], boundary: int) -> Iterator[None]:
+def layers_replaced(lm: PreTrainedModel, start: Float[Tensor, "row pos d_model"], boundary: int) -> Iterator[None]:
     """The layers under the boundary do nothing for as long as the block lasts; the last of them hands on `start`."""
     layers = lm.get_decoder().layers
     saved = list(layers[:boundary])
@@ -309,7 +314,7 @@ class SplicedModel:
     def __init__(self, model: Any, splice: Splice):
         self.model = model
         self.splice = splice
-        self.lm: torch.nn.Module = model.original_model
+        self.lm: PreTrainedModel = model.original_model
         self.hook_name: str = splice.sae.cfg.metadata.hook_name
         config = self.lm.generation_config
         self.end_ids = set(config.eos_token_id)
@@ -404,6 +409,7 @@ class SplicedModel:
             start = self.splice.reconstruct(below.latents, rows, mask).unflatten(0, below.ids.shape)
             logits = self.forward_from(start, below.ids, below.attention, cache, outputs)
         else:
+            assert below.start is not None
             with layers_replaced(self.lm, below.start, self.boundary):
                 logits = self.forward(below.ids, below.attention, cache, mask, outputs)
         for number in range(self.boundary):
@@ -423,7 +429,7 @@ class SplicedModel:
         def replace(residual: Float[Tensor, "row pos *d_in"]) -> Float[Tensor, "row pos *d_in"]:
             return reconstruction.to(residual)
 
-        if not self.at_boundary:
+        if self.boundary is None or not self.at_boundary:
             return self._run(ids, attention, cache, replace, outputs)
         with layers_replaced(self.lm, reconstruction, self.boundary):
             return self._run(ids, attention, cache, replace, outputs)
@@ -438,7 +444,7 @@ class SplicedModel:
         if not layout.prefix_ids.shape[1]:
             return [run(layout.rest_ids, layout.attention, cache)]
         of_prefixes = run(layout.prefix_ids, layout.prefix_mask, cache)
-        for layer in cache.layers:
+        for layer in layers_of(cache):
             if layer.is_initialized:
                 layer.batch_select_indices(layout.owners.to(layer.keys.device))
         return [of_prefixes, run(layout.rest_ids, layout.attention, cache)]

@@ -98,10 +98,10 @@ def answer_masked(
     means: what masked latents are set to; None: zero.  on_ended, errors: as of `answer`.
     """
     pool = Pool(model, limits, on_ended)
-    rows: list[list[Row | None]] = [[None] * len(group.prompts) for _ in group.masks]
+    rows: list[dict[int, Row]] = [{} for _ in group.masks]  # by question
 
     def run(batch: list[int]) -> None:
-        left = [number for number, of_mask in enumerate(rows) if of_mask[batch[0]] is None]
+        left = [number for number, of_mask in enumerate(rows) if batch[0] not in of_mask]
         for number, of_mask in _run_masked(model, group, batch, left, means, pool):
             for question, row in zip(batch, of_mask):
                 rows[number][question] = row
@@ -110,7 +110,8 @@ def answer_masked(
         for batch in group.batches:
             halve_on_oom(run, batch, pool.make_room)
         pool.decode()
-    return [[row.answer() for row in of_mask] for of_mask in rows]
+    questions = range(len(group.prompts))
+    return [[of_mask[question].answer() for question in questions] for of_mask in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,8 +185,8 @@ def find_outputs(rows: list[Row]) -> tuple[Int[Tensor, "output"], Int[Tensor, "o
     On the CPU: from there they index what is on any device. With --device-map auto the last layer may be on another one
     than the first.
     """
-    numbers = []
-    columns = []
+    numbers: list[int] = []
+    columns: list[int] = []
     for number, row in enumerate(rows):
         length = len(row.proposal)
         numbers += [number] * length

@@ -1,7 +1,7 @@
 """Out of memory: what was asked for is split in halves until it fits."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from accelerate.utils.memory import release_memory, should_reduce_batch_size
@@ -33,8 +33,8 @@ def memory_errors() -> Iterator[None]:
 
 
 def halve_on_oom(
-    run: Callable[[Sequence[Item]], None],
-    items: Sequence[Item],
+    run: Callable[[list[Item]], None],
+    items: list[Item],
     make_room: Callable[[], bool] = lambda: False,
 ) -> None:
     """run(items); where memory runs out, again once make_room() has freed some, and then for each half of the items.

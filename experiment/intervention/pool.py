@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from experiment import say
-from experiment.intervention.forward import Layout, SplicedModel, close_gaps, new_cache, pick_positions
+from experiment.intervention.forward import Layout, SplicedModel, close_gaps, layers_of, new_cache, pick_positions
 from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors
 from experiment.intervention.rows import Row, pick_log_probs, pick_tokens
 from experiment.intervention.splice import Mask, SparseActivations, join
@@ -41,7 +41,7 @@ class Waiting:
 class Pool:
     """Rows that go on wait here, over batches and masks, until enough of them are there to be decoded together.
 
-    seen: with keeps_seen, the rows of each step and what the SAE read in it.
+    seen: the rows of each step and what the SAE read in it; with keeps_seen alone.
     """
 
     def __init__(self, model: SplicedModel, limits: Limits, on_ended: Callable[[int], None], keeps_seen: bool = False):
@@ -50,7 +50,8 @@ class Pool:
         self.on_ended = on_ended
         self.capacity = limits.pool_tokens
         self.waiting: list[Waiting] = []
-        self.seen: list[tuple[list[Row], SparseActivations]] | None = [] if keeps_seen else None
+        self.keeps_seen = keeps_seen
+        self.seen: list[tuple[list[Row], SparseActivations]] = []
 
     def add(self, rows: list[Row], cache: DynamicCache, attention: Int[Tensor, "row pos"], mask: Mask | None) -> None:
         """Takes over those rows of a batch that have not ended, with their part of the batch's cache."""
@@ -96,7 +97,7 @@ class Pool:
         with memory_errors():  # a batch that is split because of this would leave these rows where they are
             for numbers in (range(half), range(half, len(rows))):
                 if numbers:
-                    halve_on_oom(go_on, numbers)
+                    halve_on_oom(go_on, list(numbers))
 
     def _start_again(self, rows: list[Row], mask: Mask | None, numbers: Sequence[int]) -> None:
         """Goes on with some of the rows, whose caches are lost: what they have said so far stays."""
@@ -121,21 +122,21 @@ class Pool:
                 return
             if 2 * len(places) <= len(rows):
                 index = torch.tensor(places, device=attention.device)
-                for layer in cache.layers:
+                for layer in layers_of(cache):
                     layer.batch_select_indices(index.to(layer.keys.device))
                 attention = attention[index]
                 mask = mask and mask.take(index)
                 rows = [rows[place] for place in places]
             ids = torch.tensor([row.tokens[-1:] for row in rows], device=attention.device)
             attention = torch.cat([attention, torch.ones_like(attention[:, :1])], 1)
-            activations: list[SparseActivations] | None = None if self.seen is None else []
+            activations: list[SparseActivations] | None = [] if self.keeps_seen else None
             logits = model.forward(ids, attention, cache, mask, seen=activations)
             chosen = pick_tokens(logits)
             log_probs = [0.0] * len(rows)
             if not all(row.is_draft for row in rows):
                 log_probs = pick_log_probs(logits, torch.tensor(chosen, device=logits.device)).tolist()
             going = [not self._has_ended(row) for row in rows]
-            if self.seen is not None:
+            if activations is not None:
                 self.seen.append((list(rows), join(activations)))
             for row, goes_on, token, log_prob in zip(rows, going, chosen, log_probs):
                 if goes_on:
@@ -193,7 +194,7 @@ def take_rows(
     columns, attention = close_gaps(attention[index])
     keys = []
     values = []
-    for layer in cache.layers:
+    for layer in layers_of(cache):
         keys.append(pick_positions(layer.keys, index, columns))
         values.append(pick_positions(layer.values, index, columns))
     taken = mask and mask.take(index)
@@ -220,6 +221,5 @@ def join_caches(model: SplicedModel, pieces: list[Waiting], room: int) -> tuple[
 
 def join_masks(masks: list[Mask | None]) -> Mask | None:
     """The rows of several masks as one."""
-    if masks[0] is None:
-        return None
-    return Mask.join(masks)
+    there = [mask for mask in masks if mask is not None]  # all of them or none
+    return Mask.join(there) if there else None

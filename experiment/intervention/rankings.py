@@ -1,12 +1,12 @@
 """Scores of SAE latents, and the TopK and BottomK by score. Knows nothing of files or SQuAD.
 
-To add a ranking of your own, write a function that gives the scores [sequence, d_sae] of a batch, and put it into
-RANKINGS: `--ranking` takes its name then.
+A ranking is a function that gives the scores [sequence, d_sae] of a batch. RANKINGS has those that have a name; one's
+own may stand in any file (examples/own_ranking.py).
 """
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from experiment import UserError
+from experiment import UserError, own_rankings
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.gradients import gradients
 from experiment.intervention.memory import halve_on_oom
@@ -132,14 +132,15 @@ def rank_by_gradient_of_answer(model: SplicedModel, sequences: Sequences, seed: 
 
 
 def _score_by_gradient(
-    model: SplicedModel, sequences: Sequences, places: list[int | None]
+    model: SplicedModel, sequences: Sequences, places: Sequence[int | None]
 ) -> Float[Tensor, "sequence d_sae"]:
     """Mean over positions of relu(dP/dH * H), P the probability of the token at each sequence's place in what was
     generated; 0 for sequences without one."""
     scores = sequences.ranked.latents.values.new_zeros(len(places), model.splice.d_sae)
+    place_of = {number: place for number, place in enumerate(places) if place is not None}
 
     def score(part: Sequence[int]) -> None:
-        ends = [places[number] for number in part]
+        ends = [place_of[number] for number in part]
         tokens = []
         next_ids = []
         for number, end in zip(part, ends):
@@ -150,7 +151,7 @@ def _score_by_gradient(
         values = (model.splice.decoder_vjp(read.latents, slopes) * read.latents.values).relu()
         scores[list(part)] = (mean(model, read, values) * scale.unsqueeze(1)).to(scores)
 
-    numbers = [number for number, place in enumerate(places) if place is not None]
+    numbers = list(place_of)
     # On its way back a token takes in every layer about 16 times what it takes in the cache (an estimate).
     size = -(-len(places) // 16)
     for start in range(0, len(numbers), size):
@@ -178,7 +179,8 @@ def rank_matched(model: SplicedModel, sequences: Sequences, seed: int) -> Scores
     return scores
 
 
-RANKINGS = {
+Ranking = Callable[[SplicedModel, Sequences, int], Scores]
+RANKINGS: dict[str, Ranking] = {
     "baseline": rank_by_mean_activation,
     "gradsae": rank_by_gradient,
     "gradsae-answer": rank_by_gradient_of_answer,
@@ -187,20 +189,34 @@ RANKINGS = {
 }
 
 
+def find_ranking(name: str) -> Ranking:
+    """The function of a name of RANKINGS, or of FILE.py:FUNCTION, whose file is executed."""
+    return RANKINGS[name] if name in RANKINGS else own_rankings.load(name)
+
+
 def rank(model: SplicedModel, name: str, sequences: Sequences, seed: int) -> list[dict[str, Any]]:
     """The lists of each sequence: topk and bottomk, and removed_topk and removed_bottomk beside them (`add_removed`).
 
+    name: as --ranking takes it.
     The lists hold 100 latents, or half of those active at the last position where that is more. Those of the matched
     ranking go on until they remove as much as the baseline's, which stand beside them as target_topk, target_bottomk.
-    Raises UserError for a score that is NaN.
+    Raises UserError for scores of another shape, or a score that is NaN.
     """
-    scores = RANKINGS[name](model, sequences, seed)
+    scores = find_ranking(name)(model, sequences, seed)
+    refuse_other_shape(name, scores, (len(sequences.rows), model.splice.d_sae))
     refuse_nan(name, scores, sequences.ids)
     if name != "matched":
         return add_removed(model, sequences, cut_lists(scores, sequences))
     lists = add_removed(model, sequences, cut_lists(scores, sequences, LONGEST))
     baseline = rank(model, "baseline", sequences, seed)
     return [cut_matched(sample) for sample in add_targets(lists, baseline)]
+
+
+def refuse_other_shape(name: str, scores: object, shape: tuple[int, int]) -> None:
+    """Raises UserError where a ranking's scores are none of this shape, [sequence, d_sae]."""
+    given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if given != shape:
+        raise UserError(f"--ranking {name}: gives {given}, not a tensor of scores [sequence, d_sae], here {shape}")
 
 
 def refuse_nan(name: str, scores: Float[Tensor, "sequence d_sae"], ids: list[str]) -> None:

@@ -88,10 +88,8 @@ class Mask:
     @staticmethod
     def join(masks: Sequence["Mask"]) -> "Mask":
         """The rows of several masks one after the other."""
-        written = None
-        if masks[0].written is not None:
-            written = torch.cat([mask.written for mask in masks])
-        return Mask(torch.cat([mask.masked for mask in masks]), masks[0].means, written)
+        written = [mask.written for mask in masks if mask.written is not None]  # of all of them or of none
+        return Mask(torch.cat([mask.masked for mask in masks]), masks[0].means, torch.cat(written) if written else None)
 
 
 class Splice:
@@ -193,8 +191,10 @@ class Splice:
     def _reconstruct_from_entries(
         self, latents: SparseActivations, rows: Int[Tensor, "pos"] | None, mask: Mask | None
     ) -> Float[Tensor, "pos d_in"]:
+        assert self.bias is not None
         values = latents.values
         if mask is not None:
+            assert rows is not None
             is_masked = mask.masked[rows.repeat_interleave(latents.counts), latents.ids]  # [entry]
             # Where the error term stays, what is decoded is what the mask takes away.
             values = values.masked_fill(~is_masked if self.keeps_error else is_masked, 0)
@@ -203,6 +203,7 @@ class Splice:
         out = self.read(latents.residual) - decoded if self.keeps_error else decoded + self.bias
         if mask is None or mask.written is None:
             return out
+        assert rows is not None
         return out + mask.written[rows]
 
     def _reconstruct_whole(
@@ -213,6 +214,7 @@ class Splice:
             residual = latents.residual[chunk.to(latents.residual.device)]
             acts = self.sae.encode(self.read(residual))
             if mask is not None:
+                assert rows is not None
                 replacement = acts.new_zeros(()) if mask.means is None else mask.means.to(acts)
                 acts = torch.where(mask.masked[rows[chunk]], replacement, acts)
             decoded = self.sae.decode(acts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiment import UserError, say
+from experiment import UserError, own_rankings, say
 from experiment.options import ROOT, Options, write_command
 from experiment.records import files
 from experiment.records.lists import SIDES
@@ -33,7 +33,7 @@ OF_RANKING = (*SETTINGS, "ranking")
 
 def name_file(options: Options, ranking: str) -> Path:
     """Round 1's file of a ranking."""
-    return options.activations or options.output_dir / f"activations_{ranking}.json"
+    return options.activations or options.output_dir / f"activations_{own_rankings.name_of(ranking)}.json"
 
 
 def refuse_others(round_: Round) -> None:
@@ -166,7 +166,7 @@ def refuse_unasked(round_: Round, path: Path, made: Provenance) -> None:
 def find_activations(round_: Round, ranking: str) -> Path:
     """The file of a ranking's activations: the one that ships is used where the folder has none of its own."""
     path = name_file(round_.options, ranking)
-    shipped = ROOT / f"activations_{ranking}.json"
+    shipped = ROOT / f"activations_{own_rankings.name_of(ranking)}.json"
     if round_.options.activations is None and not path.exists() and shipped.exists():
         made, _ = files.read_activations(shipped)
         if not differences(made, round_.provenance_of(ranking), OF_RANKING):

@@ -27,7 +27,8 @@ MASK = ("masked", "k", "ablation", "activations", "means")  # of a masked round;
 ALL = (*RANKED, *SELECTION, *MASK)  # of a journal
 # Compared where both have them: the SAE says the first two once it is loaded, round 1 the third.
 KNOWN_LATER = ("hook_name", "d_sae", "ranking_seed")
-CONTENT = {"model": "model_digest", "sae_release": "sae_digest"}  # a local folder's name: the field with its digest
+# A local folder's name, or that of a ranking of one's own: the field with its digest.
+CONTENT = {"model": "model_digest", "sae_release": "sae_digest", "ranking": "ranking_digest"}
 UNMASKED = ("answer", "tokens", "inside")  # of a record or a ranked question: its unmasked answer
 # The files of a model or an SAE that a round reads; not what somebody has it write beside them.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.npz", "*.index.json")
@@ -46,6 +47,8 @@ def depends_on(provenance: Provenance) -> dict[str, object]:
     for name, digest in CONTENT.items():
         if getattr(provenance, digest) is not None:
             values[name] = getattr(provenance, digest)
+    if provenance.ranking_digest is not None:
+        values["ranking"] = f"{provenance.ranking} {provenance.ranking_digest}"  # a file may hold several functions
     if provenance.sae_digest is not None:
         values["sae_id"] = ""  # a part of the folder's path, and of the digest
     return values
@@ -66,7 +69,8 @@ def differences(made: Provenance, wanted: Provenance, fields: Iterable[str]) -> 
 def _show(provenance: Provenance, field: str, values: dict[str, object]) -> str:
     """A field's value for a reader: a folder by its name and a few digits of its digest, no text over 60 characters."""
     if field in CONTENT and getattr(provenance, CONTENT[field]) is not None:
-        return f"{_shorten_value(getattr(provenance, field))} (content {_shorten_value(values[field])})"
+        digest = getattr(provenance, CONTENT[field])
+        return f"{_shorten_value(getattr(provenance, field))} (content {_shorten_value(digest)})"
     return _shorten_value(values[field])
 
 

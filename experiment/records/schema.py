@@ -118,6 +118,8 @@ class Provenance(Stored):
     versions: dict[str, str] | None = None
     ranking_seed: int | None = None
     """Of a ranking that draws."""
+    ranking_digest: str | None = None
+    """Of the file of a ranking of one's own."""
     masked: Side | None = None
     ablation: Text = "zero"
     hook_name: Text | None = None
