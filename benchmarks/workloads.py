@@ -20,7 +20,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM  # noqa: E402
 
 import common  # noqa: E402
 from experiment import options, questions  # noqa: E402
-from experiment.intervention import forward, generate, rankings  # noqa: E402
+from experiment.intervention import forward, generate, layout, rankings  # noqa: E402
 from experiment.intervention.generate import Group  # noqa: E402
 from experiment.intervention.memory import halve_on_oom  # noqa: E402
 from experiment.intervention.pool import Limits  # noqa: E402
@@ -212,7 +212,7 @@ def naive_loop(work, numbers, masked):
 def plain_generate(lm, prompts, batches, new_tokens):
     """Transformers alone: no SAE, no hooks, no shared prefixes."""
     for batch in batches:
-        ids, mask = forward.pad([prompts[i] for i in batch], lm.generation_config.pad_token_id, lm.device, "left")
+        ids, mask = layout.pad([prompts[i] for i in batch], lm.generation_config.pad_token_id, lm.device, "left")
         lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
 
 

@@ -20,7 +20,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 import common
 from experiment import UserError
-from experiment.intervention import forward, rankings, splice
+from experiment.intervention import forward, layout, modules, rankings, splice
 from experiment.report import figure
 
 TOKENS = 8
@@ -198,7 +198,7 @@ def test_three_rounds(name, tmp_path, monkeypatch, capsys):
     ids = torch.tensor([expected["0-0"][0]])
     with torch.no_grad():
         through_bridge = model.lm(ids).logits
-        with forward.hooked(bridge, hook_name, lambda residual: residual) as lm:
+        with modules.hooked(bridge, hook_name, lambda residual: residual) as lm:
             torch.testing.assert_close(lm(ids).logits, through_bridge)
     assert not installed
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from experiment import prompts, questions
-from experiment.intervention import forward, rankings, splice
+from experiment.intervention import forward, layout, modules, rankings, splice
 from experiment.intervention.forward import Layout
 from experiment.intervention.plan import plan_batches
 from experiment.intervention.rows import pick_log_probs
@@ -409,7 +409,7 @@ def test_hook_points_set_aside_change_nothing(demo, asked):
     before = str(model.lm)
     with torch.no_grad():
         expected = model.lm(ids).logits
-        with forward.hooked(model.model, model.hook_name, lambda residual: residual) as lm:
+        with modules.hooked(model.model, model.hook_name, lambda residual: residual) as lm:
             found = lm(ids).logits
     assert torch.equal(found, expected) and str(model.lm) == before
 
@@ -506,7 +506,7 @@ def test_padding_poisons_no_row_in_float16(way, low_scores, asked, demo, monkeyp
 )
 def test_prefixes_are_prefixes(demo, prompts, contexts):
     """Of every prompt its own, one token at least being left; the batch is no wider than it was; and none is wrong."""
-    prefixes, owners = forward.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], contexts)
+    prefixes, owners = layout.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], contexts)
     for prompt, owner in zip(prompts, owners):
         prefix = prefixes[owner]
         assert 1 <= len(prefix) < len(prompt) and prompt[: len(prefix)] == prefix
@@ -590,7 +590,7 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
             acts[rows, rows, latent] *= 1 + step
             return sae.decode(acts)
 
-        with torch.no_grad(), forward.hooked(double.model, double.hook_name, replace) as lm:
+        with torch.no_grad(), modules.hooked(double.model, double.hook_name, replace) as lm:
             return lm(torch.tensor([ids] * len(ids)), logits_to_keep=1).logits[:, -1].softmax(-1)[:, token]
 
     for latent in scores.topk(2).indices.tolist():

@@ -205,12 +205,8 @@ def test_groups_of_batches():
 def test_tokens_that_fit():
     gemma = dict(num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8, head_dim=256)
     config = transformers.Gemma2Config(**gemma, hidden_size=3584, intermediate_size=14336)
-    per_token = plan.bytes_per_token(config, torch.float16)
-    assert 2 * 344e3 < per_token < 3 * 344e3  # the cache takes 344 KB per token, twice
-    assert [plan.count_tokens(size * 1e9, per_token) for size in (0.1, 15, 20, 50, 110)] == [
-        1024,
-        8192,
-        16384,
-        32768,
-        65536,
-    ]
+    assert plan.cache_bytes_per_token(config, torch.float16) == 344_064
+    shared = [plan.share_memory(size * 1e9, config, torch.float16, None, None) for size in (0.1, 15, 20, 52, 110)]
+    assert shared == [(1024, 1024), (8192, 24576), (16384, 16384), (32768, 65536), (65536, 196608)]
+    assert plan.share_memory(52e9, config, torch.float16, 16384, None) == (16384, 131072 - 16384)
+    assert plan.share_memory(52e9, config, torch.float16, None, 7) == (32768, 7)

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from experiment import own_mistakes
-from experiment.intervention.forward import Layout, SplicedModel, find_shared, new_cache
+from experiment.intervention.forward import SplicedModel, new_cache
+from experiment.intervention.layout import Layout, find_shared
 from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.pool import Limits, Pool
 from experiment.intervention.rows import NO_TOKEN, Answer, Row, cut_at_end, pick_log_probs, pick_tokens

@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from experiment.intervention.forward import Layout, SplicedModel
+from experiment.intervention.forward import SplicedModel
+from experiment.intervention.layout import Layout
 from experiment.intervention.sequences import SequenceActivations
 
 

@@ -30,42 +30,56 @@ def choose_sizes(
 ) -> Sizes:
     """Sizes for a loaded model, those that are given as they are.
 
-    On CUDA from what is free now: a power of two times 1,024 tokens, which an 80 GB card has room for 32 of beside
+    On CUDA from what is free now. An 80 GB card has room for batches of 32,768 tokens and a pool of 65,536 beside
     gemma-2-9b-it and its SAE.
     """
     if device.type != "cuda":
         batch = batch or ON_CPU
         pool = pool or batch
         return Sizes(batch, pool, max(batch, pool))  # a group of one batch, unless a pool is asked for
-    if batch is None:
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        batch = count_tokens(ROOM * free, bytes_per_token(config, dtype))
-    return Sizes(batch, pool or batch, BATCHES_PER_GROUP * batch)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    batch, pool = share_memory(ROOM * free, config, dtype, batch, pool)
+    return Sizes(batch, pool, max(pool, BATCHES_PER_GROUP * batch))
 
 
-def count_tokens(free: float, per_token: int) -> int:
-    """How many tokens fit into so many bytes: 1,024 times the largest power of two, 1,024 at least."""
-    tokens = 1024
-    while 2 * tokens * per_token <= free:
-        tokens *= 2
-    return tokens
+def share_memory(
+    free: float, config: PreTrainedConfig, dtype: torch.dtype, batch: int | None, pool: int | None
+) -> tuple[int, int]:
+    """Tokens of a batch and of the pool that fit into so many bytes, those that are given as they are.
 
-
-def bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """What a token of a batch takes on the device while its layers are run, a waiting answer's cache included.
-
-    Twice the cache: the batch's own, and that of the pool. Beside it what one layer has in memory at once: about 24
-    vectors of the residual stream, 3 of the MLP, and attention in the model's precision and in single precision.
+    A batch is 1,024 times a power of two; the pool is as many batches as there is room for beside one, and one at
+    least: a step takes a GPU's host as long for a thousand rows as for one.
     """
+    cache = cache_bytes_per_token(config, dtype)
+    in_a_layer = layer_bytes_per_token(config, dtype)
+    if batch is None:
+        batch = 1024
+        while 2 * batch * (2 * cache + in_a_layer) <= free:
+            batch *= 2
+    if pool is None:
+        left = free - batch * (cache + in_a_layer)
+        pool = batch * max(1, int(left // (batch * cache)))
+    return batch, pool
+
+
+def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """What the keys and values of all layers take per token: 344 KB for gemma-2-9b-it in half precision."""
     config = config.get_text_config()
     heads = config.num_attention_heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    cache = 2 * config.num_hidden_layers * key_value_heads * d_head
-    in_a_layer = 24 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-    attention = heads * LONG_PROMPT * (dtype.itemsize + torch.float32.itemsize) // 2
-    return (2 * cache + in_a_layer) * dtype.itemsize + attention
+    return 2 * config.num_hidden_layers * key_value_heads * d_head * dtype.itemsize
+
+
+def layer_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """What one layer has in memory at once per token, about: 24 vectors of the residual stream, 3 of the MLP, and
+    attention in the model's precision and in single precision."""
+    config = config.get_text_config()
+    d_mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    vectors = 24 * config.hidden_size + 3 * d_mlp
+    attention = config.num_attention_heads * LONG_PROMPT * (dtype.itemsize + torch.float32.itemsize) // 2
+    return vectors * dtype.itemsize + attention
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, contexts: Sequence[Hashable]) -> list[list[int]]:

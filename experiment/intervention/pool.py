@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from experiment import say
-from experiment.intervention.forward import Layout, SplicedModel, close_gaps, layers_of, new_cache, pick_positions
+from experiment.intervention.forward import SplicedModel, layers_of, new_cache, pick_positions
+from experiment.intervention.layout import Layout, close_gaps
 from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors
 from experiment.intervention.rows import Row, pick_log_probs, pick_tokens
 from experiment.intervention.splice import Mask, SparseActivations, join
@@ -159,18 +160,19 @@ class RoomyLayer(DynamicLayer):
         self._show(width)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        first = self.keys.shape[-2]
+        first = self.length
         self._show(first + key_states.shape[-2])
-        self.keys[:, :, first:] = key_states
-        self.values[:, :, first:] = value_states
-        return self.keys, self.values
+        self._keys[:, :, first : self.length] = key_states
+        self._values[:, :, first : self.length] = value_states
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
     def batch_select_indices(self, indices: Int[Tensor, "left"]) -> None:
         self._keys = self._keys[indices]
         self._values = self._values[indices]
-        self._show(self.keys.shape[-2])
+        self._show(self.length)
 
     def _show(self, length: int) -> None:
+        self.length = length
         self.keys = self._keys[:, :, :length]
         self.values = self._values[:, :, :length]
 
