@@ -66,6 +66,12 @@ SHAPES = {
              tie_word_embeddings=False, initializer_range=0.3),  # so that its answers are not one word again and again
         layer=1, d_sae=1024, active=30,
     ),
+    "narrow": Shape(  # as many layers as gemma-2-9b-it, of little work each: what the host does shows
+        dict(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=42,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
+             tie_word_embeddings=False, initializer_range=0.3),
+        layer=9, d_sae=1024, active=30,
+    ),
 }  # fmt: skip
 
 

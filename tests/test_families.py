@@ -338,6 +338,12 @@ def answer_masked(model, windowed, drafts, masks, means=None):
     return [[answer.tokens for answer in of_mask] for of_mask in found]
 
 
+def count_left(tokens, draft):
+    """How many tokens there are after the first one that differs from the draft."""
+    agreed = len(os.path.commonprefix([tokens, draft]))
+    return max(0, len(tokens) - agreed - 1)
+
+
 def record_passes(model, monkeypatch):
     """(what it is, shape of its token ids) of each forward pass from here on, and how often each layer is run."""
     seen = []
@@ -404,11 +410,6 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
     same = [mine == theirs for of_mask in expected for mine, theirs in zip(of_mask, drafts)]
     assert any(same) and not all(same)
 
-    def count_left(tokens, draft):
-        """How many tokens there are after the first one that differs from the draft."""
-        agreed = len(os.path.commonprefix([tokens, draft]))
-        return max(0, len(tokens) - agreed - 1)
-
     assert any(any(map(count_left, of_mask, drafts)) for of_mask in expected)
 
     seen, layers = record_passes(model, monkeypatch)
@@ -448,6 +449,30 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
         whole = kinds["whole"] + kinds["step"]
         for number in range(3):
             assert layers[number] == whole + kinds["below" if boundary and number < boundary else "above"]
+
+
+@pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"])
+@pytest.mark.parametrize("windowed", [64], indirect=True)
+def test_a_batch_that_is_wider_than_the_window(hook_name, windowed):
+    """Each sequence fits into the window, and yet the longest prefix and the longest rest side by side do not: a window
+    counts the padding between them."""
+    model = splice_into(windowed, hook_name)
+    rng = random.Random(6)
+
+    def draw(length):
+        return [rng.randrange(10, len(windowed.tokenizer)) for _ in range(length)]
+
+    shared = draw(50)
+    prompts = [[*shared, *draw(4)], [*shared, *draw(3)], draw(6)]
+    drafts = [draw(2), [], draw(30)]
+    masks = [[sorted(rng.sample(range(96), 12)) for _ in prompts]]
+    assert max(len(prompt) + len(draft) for prompt, draft in zip(prompts, drafts)) < windowed.window < 50 + 30
+    expected = []
+    for prompt, latents in zip(prompts, masks[0]):
+        sae = model.splice.sae
+        expected.append(oracle.generate(windowed.bridge, sae, windowed.tokenizer, prompt, latents, STEPS))
+    (found,) = conftest.answer_masked(model, prompts, "aab", drafts, masks, STEPS)
+    assert [answer.tokens for answer in found] == expected
 
 
 @pytest.mark.parametrize("hook_name", ["blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"])

@@ -186,7 +186,7 @@ def log_probs_by_hand(model, prompt, generated, masked):
     def replace(residual, hook):
         acts = model.splice.sae.encode(residual).clone()
         acts[:, :, masked] = 0
-        return model.splice.sae.decode(acts)
+        return model.splice.sae.decode(acts).to(residual.dtype)
 
     with torch.no_grad(), model.model.hooks(fwd_hooks=[(model.hook_name, replace)]):
         logits = model.model(torch.tensor([prompt + generated]))[0, len(prompt) - 1 : -1].double()
@@ -418,7 +418,7 @@ def test_layers_are_back_after_every_pass(demo, asked):
     model, _ = demo
     before = list(model.lm.get_decoder().layers)
     with pytest.raises(RuntimeError), model.ready():
-        model.forward_from(torch.zeros(1, 2, 3), Layout([[1, 2]], model.pad_id, model.device))
+        model.forward_from(torch.zeros(1, 2, 3), torch.tensor([[1, 2]]), torch.ones(1, 2))
     assert list(model.lm.get_decoder().layers) == before
 
 
