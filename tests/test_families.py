@@ -20,7 +20,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 import common
 from experiment import UserError
-from experiment.intervention import forward, layout, modules, rankings, splice
+from experiment.intervention import forward, modules, rankings, splice
 from experiment.report import figure
 
 TOKENS = 8

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from experiment import prompts, questions
-from experiment.intervention import forward, layout, modules, rankings, splice
+from experiment.intervention import layout, modules, rankings, splice
 from experiment.intervention.forward import Layout
 from experiment.intervention.plan import plan_batches
 from experiment.intervention.rows import pick_log_probs
@@ -510,9 +510,9 @@ def test_prefixes_are_prefixes(demo, prompts, contexts):
     for prompt, owner in zip(prompts, owners):
         prefix = prefixes[owner]
         assert 1 <= len(prefix) < len(prompt) and prompt[: len(prefix)] == prefix
-    layout = Layout(prompts, 0, "cpu", prefixes, owners)
+    laid_out = Layout(prompts, 0, "cpu", prefixes, owners)
     for row, prompt in enumerate(prompts):
-        assert layout.ids[row][layout.attention[row].bool()].tolist() == prompt
+        assert laid_out.ids[row][laid_out.attention[row].bool()].tolist() == prompt
     model, _ = demo
     alone = [conftest.answer(model, [prompt], "x", 4)[0][0].tokens for prompt in prompts]
     assert [one.tokens for one in conftest.answer(model, prompts, contexts, 4)[0]] == alone
