@@ -238,7 +238,7 @@ def heads_in_groups() -> Iterator[None]:
 
 
 def _attend(
-    module: torch.nn.Module,
+    module: Any,  # attention of some family: they share no class
     query: Float[Tensor, "row head pos d_head"],
     key: Float[Tensor, "row shared cached d_head"],
     value: Float[Tensor, "row shared cached d_head"],
@@ -383,7 +383,7 @@ class SplicedModel:
         # Between what is shared and the rest there is padding, which the layers above need not run.
         columns, attention = close_gaps(layout.attention)
         rows = torch.arange(len(columns), device=columns.device)
-        for lower in cache.layers[: self.boundary]:
+        for lower in layers_of(cache)[: self.boundary]:
             lower.keys = pick_positions(lower.keys, rows, columns)
             lower.values = pick_positions(lower.values, rows, columns)
         ids = layout.ids.gather(1, columns)
