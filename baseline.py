@@ -32,7 +32,7 @@ KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this 
 def main() -> None:
     chosen = options.parse(None, __doc__, masks=False)
     import common  # brings in PyTorch: only once the options are known to be good
-    from experiment import means, results, rounds
+    from experiment import means, own_rankings, results, rounds
     from experiment.intervention import rankings
     from experiment.records import activations
 
@@ -44,7 +44,7 @@ def main() -> None:
         journals: dict[str, Journal] = {}
         for ranking in chosen.ranking:
             made = round_.provenance_of(ranking)
-            journals[ranking] = round_.journal(made.ranking, made)
+            journals[ranking] = round_.journal(own_rankings.name_of(ranking), made)
         model = None
         if not rounds.is_finished(round_.asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream

@@ -118,7 +118,7 @@ def score(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer
     parsed = parse_answer(text)
     return Record(
         id=question.id,
-        text=tokenizer.decode(answer.tokens),
+        text=cast(str, tokenizer.decode(answer.tokens)),  # a list is of several sequences
         answer=parsed,
         **questions.score(parsed, text, question.truths),
         log_probs=[round(log_prob, 4) for log_prob in answer.log_probs],
@@ -273,17 +273,18 @@ def prepare(options: Options) -> Round:
         say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
     asked = questions.select(all_questions, options.limit, options.sample, options.seed)
     settings = {name: getattr(options, name) for name in RECORDED}
-    made = Provenance(
+    fields = {
         **settings,
-        ranking="baseline",
-        split=None if questions.is_local(options.dataset) else options.split,
-        questions=digest,
-        prompt_template=template,
-        seed=options.seed if options.sample else None,
+        "ranking": "baseline",
+        "split": None if questions.is_local(options.dataset) else options.split,
+        "questions": digest,
+        "prompt_template": template,
+        "seed": options.seed if options.sample else None,
         **provenance.digest_local(bundled(options.model), bundled(options.sae_release), options.sae_id),
-        device=device,
-        versions={name: importlib.metadata.version(name) for name in PACKAGES},
-    )
+        "device": device,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    made = Provenance.model_validate(fields)
     round_ = Round(options, state, tokenizer, all_questions, asked, made)
     return rounds.leave_out_long(round_, find_context_length(options))
 
@@ -300,11 +301,12 @@ def load_for(
     for ranking in options.ranking:
         rankings.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
+    wanted = Provenance.model_validate(of_sae)
     for file in (ranked or {}).values():
-        provenance.refuse_other_run(file.path, file.provenance, Provenance(**of_sae), of_sae)
+        provenance.refuse_other_run(file.path, file.provenance, wanted, of_sae)
     sizes = choose_sizes(options, model, journals)
     for journal in journals.values():
-        provenance.refuse_other_run(journal.path, journal.provenance, Provenance(**of_sae), of_sae)
+        provenance.refuse_other_run(journal.path, journal.provenance, wanted, of_sae)
         of_sizes = {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}
         journal.provenance = journal.provenance.with_fields(**of_sae, **of_sizes)
     activations.check_latents(ranked or {}, model)

@@ -176,8 +176,11 @@ def list_saes(word: str) -> str:
     return "\n".join([head, *lines, "", "--list-saes RELEASE prints a release's ids."])
 
 
-def neuronpedia_page(release: str, sae_id: str, latent: int) -> str | None:
-    """The address of a latent's page on Neuronpedia, where SAELens' table knows one for the SAE; or None."""
+def neuronpedia_page(release: str, sae_id: str, latent: int | str) -> str | None:
+    """The address of a latent's page on Neuronpedia, where SAELens' table knows one for the SAE; or None.
+
+    latent: "" for the beginning of the addresses of all of them.
+    """
     if Path(release).is_dir() or release not in sae_table():
         return None
     for sae in sae_table()[release]["saes"]:

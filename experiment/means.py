@@ -33,15 +33,24 @@ def store(round_: Round, model: SplicedModel, sizes: Sizes, kept: dict[Question,
     kept: {question: its record}. The means go to means.json, the rest beside each ranking's activations: rounds 2 and 3
     read both. means.json comes last: where it is, the others are.
     """
-    read = Reader(round_, model, sizes, list(kept), [record.tokens for record in kept.values()])
+    tokens = []
+    for record in kept.values():
+        assert record.tokens is not None  # round 1 writes them with the latents
+        tokens.append(record.tokens)
+    read = Reader(round_, model, sizes, list(kept), tokens)
     means, positions = find_means(read)
     for ranking in round_.options.ranking:
         path = activations.name_file(round_.options, ranking)
-        made, ranked = files.read_activations(path) if kept else (round_.provenance_of(ranking), [])
+        made = round_.provenance_of(ranking)
+        ranked: list[RankedQuestion] = []
+        if kept:
+            stored = files.read_activations(path)
+            assert stored[0] is not None  # it is this round's own
+            made, ranked = stored
         measured = measure_lists(read, ranking, ranked, means)
         files.write_activations(files.name_mean_file(path), made.with_fields(ablation="mean"), measured)
-    stored = Means(run=round_.provenance, positions=positions, means=means.tolist())
-    files.write_means(round_.options.output_dir / "means.json", stored)
+    of_latents = Means(run=round_.provenance, positions=positions, means=means.tolist())
+    files.write_means(round_.options.output_dir / "means.json", of_latents)
 
 
 class Reader:
@@ -116,7 +125,7 @@ def measure_lists(
             prompts=[reader.prompts[number] for number in part],
             generated=generated,
             brackets=brackets,
-            insides=[ranked[number].inside for number in part],
+            insides=[ranked[number].inside or [] for number in part],  # unknown in older files, and not asked for here
             rows=list(range(len(part))),
             trace=reader.read(part),
             special_ids=prompts.find_special_ids(tokenizer),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import TypedDict
 
 from experiment import catalogue, say
 from experiment.options import Options
@@ -111,6 +112,7 @@ def finish_round_1(round_: Round, earlier: list[Entry], journals: dict[str, Jour
 
 def tell_round_1(round_: Round, entry: UnmaskedEntry) -> str:
     """How many questions were asked, and what became of them, in a sentence."""
+    assert entry.asked is not None and entry.kept is not None  # the entries of this round have them
     kept = f"{entry.kept} answered right and kept ({100 * entry.kept / entry.asked:.1f}%)"
     too_long = f", {len(round_.left_out)} left out as too long" if round_.left_out else ""
     return (
@@ -177,6 +179,7 @@ def measure_latents(options: Options, ranking: str, kept: dict[str, dict[Questio
 
 def name_journal(provenance: Provenance, side: Side, k: str) -> str:
     """What a masked round's journal is called: what is not the default is in its name."""
+    assert provenance.ranking is not None  # a masked round is of one
     names = []
     if provenance.ranking != "baseline":
         names.append(provenance.ranking)
@@ -200,7 +203,10 @@ def make_masked_entry(
     contexts = [question.context for question in asked]
     after = estimates.collect_columns(records, ranked)
     if file.selection:
-        unmasked = [complete_scores(one, question) for one, question in zip(ranked, asked)]
+        unmasked = []
+        for one, question in zip(ranked, asked):
+            assert isinstance(one, RankedQuestion)  # the authors' file has no selection
+            unmasked.append(complete_scores(one, question))
         before = estimates.collect_columns(unmasked, ranked)
         figures, clean, drop = estimates.compare(before, after, contexts)
     else:
@@ -234,22 +240,33 @@ def complete_scores(ranked: RankedQuestion, question: Question) -> RankedQuestio
     return ranked.with_fields(**score(ranked.answer, ranked.answer, question.truths) | ranked.fields())
 
 
-def measure_masks(side: Side, k: str, ranked: list[RankedLatents]) -> dict[str, float | None]:
-    """Fields of an entry that say what was masked at K; None for what is not known."""
+class Masks(TypedDict):
+    """Fields of a MaskedEntry that say what was masked; None for what is not known."""
+
+    mean_k: float
+    fewer_than_k: int
+    removed: float | None
+    missed_target: int | None
+
+
+def measure_masks(side: Side, k: str, ranked: list[RankedLatents]) -> Masks:
+    """What was masked at K."""
     counts = []
-    removed = []
+    removed: list[float] = []  # of the questions for which it is known
     fewer = 0
     missed = 0
     for question in ranked:
         latents, is_enough = lists.find_latents_to_mask(question, side, k)
         counts.append(len(latents))
-        removed.append(lists.find_removed(question, side, len(latents)))
+        share = lists.find_removed(question, side, len(latents))
+        if share is not None:
+            removed.append(share)
         fewer += not is_enough
         missed += lists.misses_target(question, side, k)
     return {
         "mean_k": sum(counts) / len(counts),
         "fewer_than_k": fewer,
-        "removed": None if None in removed else 100 * sum(removed) / len(removed),
+        "removed": 100 * sum(removed) / len(removed) if len(removed) == len(ranked) else None,
         "missed_target": missed if is_matched(ranked, side) else None,
     }
 

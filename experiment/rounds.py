@@ -48,7 +48,9 @@ class Round:
     left_out: list[str] = field(default_factory=list)
 
     def prompt(self, question: Question) -> str:
-        return build_prompt(self.provenance.prompt_template, question.context, question.question)
+        template = self.provenance.prompt_template
+        assert template is not None  # every round has chosen one
+        return build_prompt(template, question.context, question.question)
 
     def prompt_ids(self, question: Question) -> list[int]:
         return tokenize(self.tokenizer, self.prompt(question))
@@ -205,7 +207,7 @@ def plan_work(
 
 
 def _make_work(asked: list[Question], batches: list[list[int]], journals: Mapping[Key, Journal]) -> Work[Key]:
-    questions = []
+    questions: list[Question] = []
     numbers = []
     for batch in batches:
         first = len(questions)

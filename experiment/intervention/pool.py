@@ -151,6 +151,9 @@ class Pool:
 class RoomyLayer(DynamicLayer):
     """A layer's keys and values with room behind them: a step writes into it, and copies nothing that is there."""
 
+    keys: Tensor  # there from the start, other than those of a DynamicLayer
+    values: Tensor
+
     def __init__(self, keys: list[Tensor], values: list[Tensor], width: int, room: int):
         """keys, values: [row, head, pos, d_head] of several pieces, each put at the right end of `width` positions."""
         super().__init__()

@@ -278,7 +278,7 @@ def add_targets(lists: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> 
 
 def cut_matched(sample: dict[str, Any]) -> dict[str, Any]:
     """The matched ranking's lists, as long as it takes to remove as much as any beginning of the baseline's."""
-    shorter = {}
+    shorter: dict[str, Any] = {}
     for which in SIDES:
         removed = sample[f"removed_{which}"]
         enough = count_to_reach(removed, max(sample[f"target_{which}"], default=0))

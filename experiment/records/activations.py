@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from experiment import UserError, own_rankings, say
 from experiment.options import ROOT, Options, write_command
@@ -90,18 +90,21 @@ def read_ranked(round_: Round, ranking: str, side: Side) -> RankedFile:
     path = find_activations(round_, ranking)
     if not path.exists():
         raise UserError(f"{path}: there is no such file: {advise_round_1(round_)}")
-    made, ranked = files.read_activations(path)
-    if made is None:
+    read = files.read_activations(path)
+    made, ranked = read
+    by_id: Mapping[str, RankedLatents]
+    if read[0] is None:
         say(f"{path}: the authors' published form: model, SAE, layer and dtype that made it cannot be checked.")
-        by_id, missing = match_prompts(round_, ranked)
+        by_id, missing = match_prompts(round_, read[1])
     else:
+        made, own = read
         if named := differences(made, round_.provenance_of(ranking), OF_RANKING):
             advice = advise_round_1(round_, overwrite=True)
             raise UserError(f"{path}: is of another run ({named}): repeat its options, or {advice}")
         refuse_unasked(round_, path, made)
         if round_.options.ablation == "mean":
-            path, ranked = take_from_mean_file(round_, path, made, ranked)
-        by_id, missing = match_ids(round_, ranked)
+            path, own = take_from_mean_file(round_, path, made, own)
+        by_id, missing = match_ids(round_, own)
     if missing:
         named = ", ".join(repr(name[-80:]) for name in missing[:5])
         say(f"{path}: {len(missing)} of its {len(ranked)} questions are not in the data set: {named}")
@@ -169,6 +172,7 @@ def find_activations(round_: Round, ranking: str) -> Path:
     shipped = ROOT / f"activations_{own_rankings.name_of(ranking)}.json"
     if round_.options.activations is None and not path.exists() and shipped.exists():
         made, _ = files.read_activations(shipped)
+        assert made is not None  # what ships is of the form that round 1 writes
         if not differences(made, round_.provenance_of(ranking), OF_RANKING):
             say(f"{path} is not there: using {shipped.name}, which ships with the project.")
             return shipped
@@ -186,15 +190,14 @@ def take_from_mean_file(
     beside = files.name_mean_file(path)
     if not beside.exists():
         raise UserError(f"{beside}: there is no such file: {advise_round_1(round_)}")
-    made_beside, ranked_beside = files.read_activations(beside)
-    problem = None
-    if made_beside is None or differences(made_beside, made, OF_RANKING):
+    read = files.read_activations(beside)
+    if read[0] is None or differences(read[0], made, OF_RANKING):
         problem = f"is of another run than {path.name}"
-    elif select_lists(ranked) != select_lists(ranked_beside):
+    elif select_lists(ranked) != select_lists(read[1]):
         problem = f"has other lists than {path.name}"
-    if problem:
-        raise UserError(f"{beside}: {problem}: {advise_round_1(round_, overwrite=True)}")
-    return beside, ranked_beside
+    else:
+        return beside, read[1]
+    raise UserError(f"{beside}: {problem}: {advise_round_1(round_, overwrite=True)}")
 
 
 def select_lists(ranked: list[RankedQuestion]) -> list[tuple]:
@@ -222,12 +225,12 @@ def match_prompts(round_: Round, ranked: list[PublishedQuestion]) -> tuple[dict[
         ids_of_prompt.setdefault(round_.prompt(question), []).append(question.id)
     by_id = {}
     missing = []
-    for question in ranked:
-        ids = ids_of_prompt.get(question.prompt)
+    for sample in ranked:
+        ids = ids_of_prompt.get(sample.prompt)
         if ids:
-            by_id[ids.pop(0)] = question  # the same prompt twice: the first stands for the first question, and so on
+            by_id[ids.pop(0)] = sample  # the same prompt twice: the first stands for the first question, and so on
         else:
-            missing.append(question.prompt)
+            missing.append(sample.prompt)
     return by_id, missing
 
 
@@ -251,7 +254,7 @@ def find_asked(round_: Round, ranked: dict[str, RankedFile]) -> list[Question]:
 
 def check_latents(ranked: dict[str, RankedFile], model: SplicedModel) -> None:
     """Refuses latents that the SAE, and tokens that the model does not have."""
-    words = model.lm.get_input_embeddings().num_embeddings
+    words = cast(int, model.lm.get_input_embeddings().num_embeddings)  # PyTorch cannot say what an attribute is
     for file in ranked.values():
         for question_id, question in file.questions.items():
             where = f"{file.path}: question {question_id}"

@@ -29,6 +29,8 @@ from experiment.records.schema import (
 )
 
 Ranked = TypeVar("Ranked", bound=RankedLatents)
+Activations = tuple[Provenance, list[RankedQuestion]] | tuple[None, list[PublishedQuestion]]
+"""What made a file of activations, and its ranked questions: whether the first is None tells which these are."""
 
 
 def lock(folder: Path) -> contextlib.AbstractContextManager:
@@ -49,11 +51,13 @@ def lock(folder: Path) -> contextlib.AbstractContextManager:
 def write_whole(path: Path, mode: str = "w") -> Iterator[IO]:
     """A file that appears at `path` whole when the block ends, or not at all: written beside, synced, moved."""
     beside = path.with_name(path.name + ".part")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    is_binary = "b" in mode
+    encoding = None if is_binary else "utf-8"
+    newline = None if is_binary else "\n"
     try:
         with os_errors(f"{path}: cannot be written"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, mode, **text) as file:
+            with open(beside, mode, encoding=encoding, newline=newline) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -84,7 +88,7 @@ def write_activations(path: Path, provenance: Provenance, ranked: Iterable[Ranke
         file.write(",\n".join(map(to_json, ranked)) + "\n]}\n")
 
 
-def read_activations(path: Path) -> tuple[Provenance | None, list[RankedQuestion] | list[PublishedQuestion]]:
+def read_activations(path: Path) -> Activations:
     """What made a file of activations, and its ranked questions; of the authors' published form, None and theirs."""
     content = load_json(path)
     if isinstance(content, list):

@@ -45,7 +45,9 @@ def misses_target(question: RankedLatents, side: Side, k: str) -> bool:
     if target is None:
         return False
     latents, _ = find_latents_to_mask(question, side, k)
-    return abs(find_removed(question, side, len(latents)) - target) > target / 2
+    removed = find_removed(question, side, len(latents))
+    assert removed is not None  # activations.refuse_untold has seen to it
+    return abs(removed - target) > target / 2
 
 
 def count_masked(k: str, active: int) -> int:

@@ -32,8 +32,10 @@ CONTENT = {"model": "model_digest", "sae_release": "sae_digest", "ranking": "ran
 UNMASKED = ("answer", "tokens", "inside")  # of a record or a ranked question: its unmasked answer
 # The files of a model or an SAE that a round reads; not what somebody has it write beside them.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.npz", "*.index.json")
-CONFIGS = ("*config.json", "cfg.json", "*tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json")
-CONFIGS += ("special_tokens_map.json", "chat_template*")
+CONFIGS = (
+    *("*config.json", "cfg.json", "*tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template*"),
+)
 
 
 def depends_on(provenance: Provenance) -> dict[str, object]:

@@ -54,7 +54,7 @@ class Stored(BaseModel):
 
     def fields(self) -> dict[str, Any]:
         """{name: value} as in the file."""
-        values = dict(self.model_extra)  # what the file has besides; a name of ours says nothing there
+        values = dict(self.model_extra or {})  # what the file has besides; a name of ours says nothing there
         for attribute, field in type(self).model_fields.items():
             values[field.alias or attribute] = getattr(self, attribute)
         return {name: values[name] for name in self._names}

@@ -17,10 +17,14 @@ from experiment.records import files
 from experiment.report import cells, folders, outputs, tables
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m experiment.report", description=__doc__, formatter_class=raw)
-    parser.error = _refuse
+    parser = _Parser("python -m experiment.report", description=__doc__, formatter_class=raw)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="that rounds have written")
     parser.add_argument("--output-dir", type=Path, help="for the files (default: the one folder, or runs/together)")
     chosen = parser.parse_args()
@@ -36,10 +40,6 @@ def main() -> None:
         files.write_results(path / "results.json", entries)
         outputs.write_report(path, given, entries)
     print(f"{cells.to_text(tables.build_table(entries))}\n\nAll files: {path}")
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message} (--help lists the options)")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _list_settings(table: DataFrame) -> list[str]:
 def write_settings(table: DataFrame) -> dict[str, list[str]]:
     """{setting: a text for each row} of the settings that differ, but for those that say no more than earlier ones."""
     told = {}
-    rows = [()] * len(table)  # what was told of each
+    rows: list[tuple[str, ...]] = [()] * len(table)  # what was told of each
     for name in _list_settings(table):
         longer = [(*row, text) for row, text in zip(rows, table[name])]
         if len(set(longer)) > len(set(rows)):

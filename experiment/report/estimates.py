@@ -14,6 +14,7 @@ from experiment.records.lists import SIDES
 from experiment.records.schema import (
     CommonLatent,
     Figures,
+    KeptRecord,
     LatentStatistics,
     RankedLatents,
     RankedQuestion,
@@ -55,8 +56,9 @@ def collect_columns(records: Sequence[Record | RankedQuestion], ranked: Sequence
     for name in DROP_ONLY:
         columns[name] = []
     for record, question in zip(records, ranked):
-        inside = []
-        outside = []
+        assert record.log_probs is not None and question.inside is not None  # looked at above, of all of them
+        inside: list[float] = []
+        outside: list[float] = []
         for position, value in enumerate(record.log_probs):
             part = inside if position in question.inside else outside
             part.append(value)
@@ -83,7 +85,7 @@ def bootstrap(
     """
     columns = np.asarray(columns, dtype=float)
     is_counted = ~np.isnan(columns)
-    keys, group = np.unique(contexts, return_inverse=True)  # [context]; [question] -> number of its context
+    keys, group = np.unique(np.asarray(contexts), return_inverse=True)  # [context]; [question] -> number of its context
     groups = max(1, len(keys))  # without any question, one context of none
     sums = np.zeros((groups, columns.shape[1]))  # [context, column]
     sizes = np.zeros_like(sums)
@@ -162,7 +164,7 @@ def _summarize_one(
         bounds[metric] = None if np.isnan(interval).any() else interval
         if len(values) < n:
             counted[metric] = len(values)
-    figures = Figures(n=n, **means, intervals=bounds)
+    figures = Figures.model_validate({"n": n, **means, "intervals": bounds})
     return figures.with_fields(counted=counted) if counted else figures
 
 
@@ -186,7 +188,7 @@ def latent_statistics(ranked: Sequence[RankedLatents], contexts: Sequence[Hashab
         "n": len(active),
         "active": _mean(active),
         "k_at_50%": _mean([number // 2 for number in active]),
-        "same_context_percent": SharedPercent(**same_context),
+        "same_context_percent": SharedPercent.model_validate(same_context),
         "most_frequent_topk": [CommonLatent(latent=latent, questions=count) for latent, count in most],
     }
     return LatentStatistics.model_validate(fields)
@@ -207,7 +209,9 @@ def _share_on_one_context(ranked: Sequence[RankedLatents], contexts: Sequence[Ha
     return 100 * shared / possible if possible else None
 
 
-def ranking_overlap(ranked: Iterable[RankedQuestion], others: Iterable[RankedQuestion]) -> SharedPercent:
+def ranking_overlap(
+    ranked: Iterable[RankedQuestion | KeptRecord], others: Iterable[RankedQuestion | KeptRecord]
+) -> SharedPercent:
     """What TopK and BottomK of two rankings share at K = 50%, mean percent over the questions that both have."""
     by_id = {other.id: other for other in others}
     shared: dict[Side, list[float]] = {side: [] for side in SIDES}
@@ -230,5 +234,5 @@ def _at_half(question: RankedLatents, side: Side) -> list[int]:
     return question.latents(side)[: len(question.active) // 2]
 
 
-def _mean(values: ArrayLike) -> float | None:
+def _mean(values: Sequence[float] | np.ndarray) -> float | None:
     return float(np.mean(values)) if len(values) else None

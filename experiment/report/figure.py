@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiment.records.schema import Entry
 from experiment.report import cells, tables
@@ -15,7 +15,14 @@ if TYPE_CHECKING:
 
 PANELS = {"em": "EM (%)", "f1": "F1 (%)", "answer_log_prob_drop": "answer's log prob.,\ndrop (nats per token)"}
 MARKERS = "os^Dv*"  # of the figure: a marker for each line
-STYLE = {"font.size": 7, "legend.frameon": False, "lines.linewidth": 1, "lines.markersize": 4, "errorbar.capsize": 2}
+# Keys are Any: Matplotlib's own type spells out all its settings.
+STYLE: dict[Any, Any] = {
+    "font.size": 7,
+    "legend.frameon": False,
+    "lines.linewidth": 1,
+    "lines.markersize": 4,
+    "errorbar.capsize": 2,
+}
 # TrueType, for publishers refuse Matplotlib's Type 3 fonts; a salt in place of the random ids of an SVG.
 STYLE |= {"pdf.fonttype": 42, "svg.hashsalt": "results"}
 UNDATED = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}  # metadata without the time of drawing

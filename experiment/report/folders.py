@@ -123,6 +123,11 @@ def _read_journals(path: Path, entries: Iterable[Entry]) -> Journals:
     return journals
 
 
+def _find_journal(journals: Journals, entry: Entry) -> Journal | None:
+    """The journal that an entry names, where it names one that was read."""
+    return None if entry.journal is None else journals.get(entry.journal)
+
+
 def _read_ranked(path: Path, entries: Iterable[Entry]) -> Ranked:
     """The files of activations that the entries name: the folder's, or one that ships."""
     names = [entry.latents for entry in entries if isinstance(entry, MaskedEntry)]
@@ -134,13 +139,18 @@ def _read_ranked(path: Path, entries: Iterable[Entry]) -> Ranked:
         if not found:
             continue
         try:
-            made, of_file = files.read_activations(found[0])
+            read = files.read_activations(found[0])
         except UserError as error:
             say(f"{error}: it is left out")
             continue
-        if made is not None:  # the authors' questions have no ids
-            ranked[name] = {question.id: question for question in of_file}
+        if read[0] is not None:  # the authors' questions have no ids
+            ranked[name] = {question.id: question for question in read[1]}
     return ranked
+
+
+def _find_ranked(ranked: Ranked, entry: MaskedEntry) -> dict[str, RankedQuestion] | None:
+    """The file of activations that an entry names, where it names one that was read."""
+    return None if entry.latents is None else ranked.get(entry.latents)
 
 
 def _find_round_1(entries: Iterable[Entry], journals: Journals) -> Journal | None:
@@ -162,7 +172,7 @@ def _find_answers(round_1: Journal | None, ranked: Ranked) -> Mapping[str, Recor
 
 def _find_whole(journals: Journals, entry: Entry) -> Journal | None:
     """An entry's journal, if it has as many records as results.json counts: one that was begun again may not."""
-    journal = journals.get(entry.journal)
+    journal = _find_journal(journals, entry)
     if journal is None:
         return None
     number = entry.n
@@ -210,6 +220,7 @@ def _is_of(path: Path, entry: Entry, journals: Journals, ranked: Ranked) -> bool
         reason = _find_other_latents(entry, journals, ranked) or _find_other_means(path, entry)
     if reason:
         name = entry.provenance.ranking
+        assert name is not None  # without one no entry is read
         if isinstance(entry, MaskedEntry):
             name += f" {tables.name_mask(entry)} at K = {entry.k}"
         say(f"{path / 'results.json'}: {name} is left out: {reason}")
@@ -218,7 +229,7 @@ def _is_of(path: Path, entry: Entry, journals: Journals, ranked: Ranked) -> bool
 
 def _find_other_run(entry: Entry, journals: Journals) -> str:
     """Says in what the journal that an entry names is of another run; an empty text where it is of the same."""
-    journal = journals.get(entry.journal)
+    journal = _find_journal(journals, entry)
     if journal is None:
         return ""
     named = differences(entry.provenance, journal.provenance, ALL)
@@ -227,8 +238,8 @@ def _find_other_run(entry: Entry, journals: Journals) -> str:
 
 def _find_other_latents(entry: MaskedEntry, journals: Journals, ranked: Ranked) -> str:
     """Says where round 1 has other latents, or unmasked answers, than those that an entry is of."""
-    journal = journals.get(entry.journal)
-    of_file = ranked.get(entry.latents)
+    journal = _find_journal(journals, entry)
+    of_file = _find_ranked(ranked, entry)
     if journal is None or of_file is None or len(journal) != entry.n:
         return ""  # it cannot be told which questions they are of
     if digest_ranked(of_file, entry.masked, journal) == entry.provenance.activations:
@@ -289,8 +300,8 @@ def join_entries(folders: list[Folder]) -> list[Entry]:
 
 def find_masked_latents(folder: Folder, entry: MaskedEntry, question_id: str) -> list[int]:
     """The latents of a question that the entry's round masked, first those that are masked first; [] where unknown."""
-    question = folder.ranked.get(entry.latents, {}).get(question_id)
-    if question is None:
+    of_file = _find_ranked(folder.ranked, entry)
+    if of_file is None or question_id not in of_file:
         return []
-    latents, _ = find_latents_to_mask(question, entry.masked, entry.k)
+    latents, _ = find_latents_to_mask(of_file[question_id], entry.masked, entry.k)
     return latents

@@ -71,7 +71,7 @@ def write_page(file: IO[str], folders: list[Folder], entries: list[Entry], svg: 
         style=bundle.with_suffix(".css").read_text(encoding="utf-8"),
         library=base64.b64encode(bundle.read_bytes()).decode(),
     )
-    stream.dump(file)
+    file.writelines(stream)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def name_model(folder: Folder) -> str:
 def link_neuronpedia(folder: Folder) -> str | None:
     """The beginning of the addresses of a folder's latents."""
     made = folder.provenance
-    return catalogue.neuronpedia_page(bundled(made.sae_release or ""), made.sae_id, "")
+    return catalogue.neuronpedia_page(bundled(made.sae_release or ""), made.sae_id or "", "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,6 +242,7 @@ def describe_question(
 
 def show_answer(record: Record | RankedQuestion) -> ShownAnswer:
     """An answer as page.js takes it; of a file of activations, which has no text, the answer stands for it."""
+    assert record.em is not None and record.f1 is not None  # every version has written them
     text = record.text if isinstance(record, Record) else record.answer
     named = record.em if record.named is None else record.named
     return record.answer, text, int(record.em), round(record.f1, 3), int(named)

@@ -55,15 +55,15 @@ def build_table(entries: Sequence[Entry]) -> DataFrame:
         rows.append(row | {"left_out": len(entry.left_out)})
     for entry in unmasked:
         rows.append(_make_row(entry, entry, "kept", entry.population))
-    for entry in masked:
-        if entry.clean is not None:
-            rows.append(_make_row(entry, entry.clean, "kept", entry.population))
+    for of_mask in masked:
+        if of_mask.clean is not None:
+            rows.append(_make_row(of_mask, of_mask.clean, "kept", of_mask.population))
     # Round 1 did not ask all there is: the paper's figures do not stand beside these.
     partial = {entry.population for entry in unmasked if not _asks_all(entry.provenance)}
-    for entry in sorted(masked, key=lambda entry: entry.k != "0"):
-        row = _make_masked_row(entry)
-        if entry.population not in partial:
-            row |= dict(zip(("paper_em", "paper_f1"), find_published(entry) or ()))
+    for of_mask in sorted(masked, key=lambda entry: entry.k != "0"):
+        row = _make_masked_row(of_mask)
+        if of_mask.population not in partial:
+            row |= dict(zip(("paper_em", "paper_f1"), find_published(of_mask) or ()))
         rows.append(row)
     texts = find_differing(entries) + TEXTS
     types = dict.fromkeys(NUMBERS, "float") | dict.fromkeys(COUNTS, "Int64")
