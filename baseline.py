@@ -5,7 +5,11 @@
     python baseline.py --ranking baseline gradsae random     # the same answers, their latents ranked in three ways
 
 Every question is answered with the residual stream at one layer replaced by an SAE's reconstruction. For each question
-answered right, the TopK and BottomK latents by mean activation go to activations_baseline.json.
+answered right, the latents of highest and lowest mean activation go to activations_baseline.json, 100 of each at least.
+How many of them rounds 2 and 3 mask, their --k says: a number, or a share of the latents active at the last position
+that is ranked (half of them, as in the paper).
+
+A round works off a group of batches at a time. Killed, the same command goes on behind the last group.
 """
 
 from __future__ import annotations
@@ -55,7 +59,7 @@ def main() -> None:
             share = rounds.plan_work(round_, sizes, round_.asked, journals)
             with rounds.Bar(round_, "Round 1", share, journals) as bar:
                 for work in share:
-                    if not work.keys:
+                    if work.is_done:
                         continue
                     records = answer_and_rank(round_, model, sizes, work, bar)
                     for ranking in work.keys:
@@ -90,7 +94,9 @@ def answer_and_rank(
         contexts=[question.context for question in work.questions],
         batches=work.batches,
     )
-    opening = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]  # saves time where it is right
+    opening = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)[
+        "input_ids"
+    ]  # a guess that the model confirms or not: it changes no answer
     limits = Limits(round_.options.max_new_tokens, sizes.pool)
     answers, read = generate.answer(model, group, limits, opening, bar.move)
     records = []
@@ -108,7 +114,7 @@ def answer_and_rank(
                 latents = {
                     "tokens": sequences.generated[number],
                     "inside": sequences.insides[number],
-                    "active": sequences.active[number],
+                    "active": sequences.active[number],  # at the last position: what a K in percent is a share of
                 }
                 fields = records[row].fields() | latents | lists[number]
                 by_ranking[ranking][row] = KeptRecord.model_validate(fields)
@@ -126,7 +132,10 @@ def find_sequences(
     read: SequenceActivations,
     batch: list[int],
 ) -> Sequences:
-    """What is ranked of a batch: of each answer that is right, prompt and answer before the last token with a [."""
+    """What is ranked of a batch: of each answer that is right, prompt and answer before the last token with a [ in it.
+
+    The last, as in the paper; the parser of answers takes the first. `Sequences.ranked` cuts there.
+    """
     from experiment import prompts
     from experiment.intervention import rankings
 

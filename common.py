@@ -327,7 +327,10 @@ def choose_sizes(options: Options, model: SplicedModel, journals: Mapping[Any, J
 
 
 def masked_round(options: Options, side: Side) -> None:
-    """Rounds 2 and 3: the kept questions again, each with its own TopK (`side`: topk) or BottomK (bottomk) masked."""
+    """Rounds 2 and 3: the kept questions again, each with its own TopK (`side`: topk) or BottomK (bottomk) masked.
+
+    K, of --k, is a number, or a share of the latents active at the last position that round 1 ranked.
+    """
     # 1. The latents that round 1 ranked, and the questions they are of
     round_ = prepare(options)
     stored = activations.read_stored_means(round_) if options.ablation == "mean" else None
@@ -345,7 +348,7 @@ def masked_round(options: Options, side: Side) -> None:
             share = rounds.plan_work(round_, sizes, asked, journals, drafts)
             with rounds.Bar(round_, f"{estimates.MASKS[side]} masked", share, journals) as bar:
                 for work in share:
-                    if not work.keys:
+                    if work.is_done:
                         continue
                     answers = answer_masked(round_, model, sizes, work, ranked, drafts, means, bar)
                     for key in work.keys:

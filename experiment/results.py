@@ -13,6 +13,7 @@ from experiment.records import activations, files, lists
 from experiment.records.activations import RankedFile
 from experiment.records.journal import Journal
 from experiment.records.schema import (
+    SCORES,
     CommonLatent,
     Entry,
     Figures,
@@ -94,12 +95,16 @@ def finish_round_1(round_: Round, earlier: list[Entry], journals: dict[str, Jour
 
     Each ranking has figures of its own: where one was asked for later, on another device, its answers may differ.
     """
+    by_name = {}  # of a ranking of one's own, the function's
     kept = {}
-    for ranking, journal in journals.items():
-        kept[ranking] = find_kept(round_, journal)
+    for journal in journals.values():
+        name = journal.provenance.ranking
+        assert name is not None  # every round's has one
+        by_name[name] = journal
+        kept[name] = find_kept(round_, journal)
     fresh = []
     sentences = []
-    for ranking, journal in journals.items():
+    for ranking, journal in by_name.items():
         statistics = measure_latents(round_.options, ranking, kept)
         entry = make_unmasked_entry(round_, journal, kept[ranking], keep_f1, statistics)
         fresh.append(entry)
@@ -235,7 +240,7 @@ def make_masked_entry(
 
 def complete_scores(ranked: RankedQuestion, question: Question) -> RankedQuestion:
     """A ranked question with all scores of its unmasked answer: what older files lack is scored again."""
-    if ranked.named is not None:
+    if all(getattr(ranked, metric) is not None for metric in SCORES):
         return ranked
     return ranked.with_fields(**score(ranked.answer, ranked.answer, question.truths) | ranked.fields())
 

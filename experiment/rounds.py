@@ -172,6 +172,11 @@ class Work(Generic[Key]):
     keys: list[Key]
 
     @property
+    def is_done(self) -> bool:
+        """Whether no journal lacks any of the answers."""
+        return not self.keys
+
+    @property
     def missing(self) -> int:
         """How many answers are asked for."""
         return len(self.questions) * len(self.keys)

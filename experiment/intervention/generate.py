@@ -9,7 +9,7 @@ Keep: what the model itself says, up to and including its first token that diffe
 
 Rows that have not ended then wait in a pool, over batches and masks, each with its own mask and cache: on a GPU a step
 takes as long for one row as for many. Once the pool is full, or the group of batches ends, its rows are decoded
-together: a step is a run with nothing proposed, which keeps one token per row.
+together: a step reads the last token of each row, with nothing proposed behind it, and keeps one more.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -120,7 +120,7 @@ def answer_masked(
 
 
 def _run_unmasked(
-    model: SplicedModel, rows: list[Row], numbers: list[int], contexts: list[Hashable], pool: "Pool"
+    model: SplicedModel, rows: list[Row], numbers: list[int], contexts: list[Hashable], pool: Pool
 ) -> Seen:
     """A batch's prompts and what is proposed behind them, with nothing masked. Returns what the SAE read."""
     layout = build_layout(model, rows, contexts)
@@ -134,8 +134,8 @@ def _run_unmasked(
 
     logits = model.run_shared(layout, cache, run)[-1]
     read = join(activations)
-    kept = verify(rows, logits, layout.attention, cache, None, pool)
-    return Seen.of_batch(numbers, layout.places, kept, read)
+    attention = keep_agreed(rows, logits, layout.attention, cache, None, pool)
+    return Seen.of_batch(numbers, layout.places, attention, read)
 
 
 def _run_masked(
@@ -144,7 +144,7 @@ def _run_masked(
     batch: list[int],
     masks: list[int],
     means: Float[Tensor, "d_sae"] | None,
-    pool: "Pool",
+    pool: Pool,
 ) -> Iterator[tuple[int, list[Row]]]:
     """Yields the number of each of these masks and the batch's rows under it. Below the SAE the batch is run once."""
     prompts = [group.prompts[number] for number in batch]
@@ -158,7 +158,7 @@ def _run_masked(
         mask = model.splice.mask([group.masks[number][question] for question in batch], means)
         logits, cache = model.forward_above(below, mask, outputs)
         of_mask = [Row(prompt, proposal) for prompt, proposal in zip(prompts, proposals)]
-        verify(of_mask, logits, below.attention, cache, mask, pool)
+        keep_agreed(of_mask, logits, below.attention, cache, mask, pool)
         del logits, cache
         yield number, of_mask
 
@@ -195,13 +195,13 @@ def find_outputs(rows: list[Row]) -> tuple[Int[Tensor, "output"], Int[Tensor, "o
     return torch.tensor(numbers), torch.tensor(columns)
 
 
-def verify(
+def keep_agreed(
     rows: list[Row],
     logits: Float[Tensor, "output vocab"],
     attention: Int[Tensor, "row pos"],
     cache: DynamicCache,
     mask: Mask | None,
-    pool: "Pool",
+    pool: Pool,
 ) -> Int[Tensor, "row pos"]:
     """Keeps of each row's proposal what the model says itself; rows that have not ended go to the pool.
 

@@ -21,7 +21,11 @@ from experiment.intervention.splice import Mask, SparseActivations, join
 
 @dataclass(frozen=True)
 class Limits:
-    """max_new_tokens: the longest answer.  pool_tokens: how many tokens of caches may wait to be decoded together."""
+    """max_new_tokens: the longest answer.  pool_tokens: how many tokens of caches may wait to be decoded together.
+
+    A batch's rows wait as wide as the longest of them; decoded, they are as wide as the longest of all, and have room
+    for an answer besides.
+    """
 
     max_new_tokens: int
     pool_tokens: int
@@ -95,7 +99,7 @@ class Pool:
             self._start_again(rows, mask, numbers)
 
         half = len(rows) // 2
-        with memory_errors():  # a batch that is split because of this would leave these rows where they are
+        with memory_errors():  # not a batch's: to split that would leave these rows without an end
             for numbers in (range(half), range(half, len(rows))):
                 if numbers:
                     halve_on_oom(go_on, list(numbers))

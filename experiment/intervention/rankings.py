@@ -34,7 +34,7 @@ class Sequences:
 
     ids: the questions'.  prompts, generated: token ids.  brackets: the place in `generated` of the last token with a [
     in its text.  insides: the places there of the tokens inside the brackets.  rows: each one's in `trace`, which is
-    the Trace of the whole batch.  special_ids: of the tokenizer's special tokens, BOS among them.
+    what the SAE read in the whole group.  special_ids: of the tokenizer's special tokens, BOS among them.
     """
 
     ids: list[str]

@@ -16,7 +16,8 @@ from experiment.records.schema import JournalHead, Provenance, Record, parse_rec
 class Journal(dict[str, Record]):
     """A round's records, id -> record; on disk one JSON object a line, the first line {"run": ...}.
 
-    Written and synced a batch at a time. The file appears with its first batch: until then an older one stays.
+    Written and synced a group of batches at a time. The file appears with the first group: until then an older one
+    stays.
 
     Where several processes share a round, process 0 writes `path`, and each other one a part of its own beside it
     (predictions_true.part1.jsonl). All are read on opening, so any number of processes can go on where any number

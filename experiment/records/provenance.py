@@ -114,6 +114,7 @@ def digest_ranked(ranked: Mapping[str, RankedLatents], side: Side, ids: Iterable
     ranked: by question id.  ids: of the questions that are masked, in the data set's order; what the file lacks of
     them is none.
     """
+    # A metric that is added later follows from the answer: here it would make every older file another run's.
     unmasked = ("em", "f1", "accuracy", "named", "log_probs", *UNMASKED)
     fields = (*unmasked, "active", side, f"removed_{side}", f"target_{side}")
     sha = hashlib.sha256()

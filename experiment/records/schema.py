@@ -38,6 +38,10 @@ Positions = list[Number]
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
+SCORES = ("em", "f1", "accuracy", "named")  # of an answer; fields of Record, RankedQuestion and Figures
+LOG_PROBS = ("answer_log_prob", "format_log_prob")  # of the unmasked answer's tokens; fields of Figures
+
+
 class Stored(BaseModel):
     """What stands in a file. Fields that are None and were not given are absent there."""
 
@@ -249,7 +253,7 @@ class Figures(Stored):
 
     @model_validator(mode="after")
     def _check_intervals(self) -> Self:
-        for metric in ("em", "f1", "accuracy", "named", "answer_log_prob", "format_log_prob"):
+        for metric in (*SCORES, *LOG_PROBS):
             if self.mean_of(metric) is not None and metric not in self.intervals:
                 raise ValueError(f"intervals lacks {metric}")
         return self

@@ -12,9 +12,9 @@ from experiment.report.tables import BOUNDS
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-SCORES = {"EM": "em", "EM drop": "em_drop", "F1": "f1", "F1 drop": "f1_drop"}
-OTHERS = {"named": "named", "named drop": "named_drop"}
-OTHERS |= {"answer": "answer_log_prob_drop", "format": "format_log_prob_drop"}
+SCORE_COLUMNS = {"EM": "em", "EM drop": "em_drop", "F1": "f1", "F1 drop": "f1_drop"}
+OTHER_COLUMNS = {"named": "named", "named drop": "named_drop"}
+OTHER_COLUMNS |= {"answer": "answer_log_prob_drop", "format": "format_log_prob_drop"}
 PERCENT = "{:z6.2f} [{:z.1f}, {:z.1f}]"  # z: no -0.00
 NATS = "{:z6.3f} [{:z.3f}, {:z.3f}]"
 MISSED_SHARE = 0.1  # of the questions: from there on a matched mask is marked
@@ -57,9 +57,9 @@ def to_text(table: DataFrame) -> str:
     first_half = list(row)
     second_half = list(row)
     for name in names[len(row) :]:
-        if name == "n" or name in SCORES:
+        if name == "n" or name in SCORE_COLUMNS:
             first_half.append(name)
-        elif name != "named drop":
+        elif not name.endswith(" drop"):
             second_half.append(name)
     parts = [_align(cells[first_half]), _align(cells[second_half]), "\n".join(notes)]
     return re.sub(" +$", "", "\n\n".join(parts), flags=re.MULTILINE)
@@ -83,7 +83,7 @@ def write_cells(table: DataFrame) -> tuple[DataFrame, list[str]]:
 
     cells = write_settings(table) | _write_row_names(table)
     cells["n"] = _write("{:5}", table.n)
-    for name, column in (SCORES | OTHERS).items():
+    for name, column in (SCORE_COLUMNS | OTHER_COLUMNS).items():
         form = NATS if "log_prob" in column else PERCENT
         values = [table[f"{column}{bound}"] for bound in BOUNDS]
         cells[name] = _write(form, *values)

@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike
 
 from experiment.records.lists import SIDES
 from experiment.records.schema import (
+    LOG_PROBS,
+    SCORES,
     CommonLatent,
     Figures,
     KeptRecord,
@@ -25,10 +27,9 @@ from experiment.records.schema import (
 
 # What one question's score is multiplied by in results: shares of questions become percent, log probabilities stay in
 # nats per token.
-METRICS = {"em": 100, "f1": 100, "accuracy": 100, "named": 100, "answer_log_prob": 1, "format_log_prob": 1}
+METRICS = dict.fromkeys(SCORES, 100) | dict.fromkeys(LOG_PROBS, 1)
 # How likely the unmasked answer is differs from text to text: by itself it says little, only its drop is reported.
-DROP_ONLY = ("answer_log_prob", "format_log_prob")
-SCORES = tuple(metric for metric in METRICS if metric not in DROP_ONLY)
+DROP_ONLY = LOG_PROBS
 MASKS: dict[Side, str] = {"topk": "TopK", "bottomk": "BottomK"}
 RESAMPLES_AT_ONCE = 100  # [resamples, contexts] need not fit in memory
 
