@@ -94,9 +94,8 @@ def answer_and_rank(
         contexts=[question.context for question in work.questions],
         batches=work.batches,
     )
-    opening = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)[
-        "input_ids"
-    ]  # a guess that the model confirms or not: it changes no answer
+    # A guess that the model confirms or not: it changes no answer.
+    opening = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
     limits = Limits(round_.options.max_new_tokens, sizes.pool)
     answers, read = generate.answer(model, group, limits, opening, bar.move)
     records = []

@@ -244,6 +244,7 @@ def measure_rows(args, apart):
 
 def take_turns(args, apart, plain, pieces):
     """{row: Figures}: plain Transformers, then each of the pieces of work, and all of it again, --repeats times."""
+    release_memory()  # of the warm-up: both processes are on one device
     passes = apart.submit(load_plain, args).result()
     turns = []
     for _ in range(args.repeats):

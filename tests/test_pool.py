@@ -481,6 +481,6 @@ def test_tokens_that_fit():
     config = transformers.Gemma2Config(**gemma, hidden_size=3584, intermediate_size=14336)
     assert plan.cache_bytes_per_token(config, torch.float16) == 344_064
     shared = [plan.share_memory(size * 1e9, config, torch.float16, None, None) for size in (0.1, 15, 20, 52, 110)]
-    assert shared == [(1024, 1024), (8192, 24576), (16384, 16384), (32768, 65536), (65536, 196608)]
-    assert plan.share_memory(52e9, config, torch.float16, 16384, None) == (16384, 131072 - 16384)
+    assert shared == [(1024, 1024), (8192, 16384), (16384, 16384), (32768, 65536), (65536, 131072)]
+    assert plan.share_memory(52e9, config, torch.float16, 16384, None) == (16384, 81920)
     assert plan.share_memory(52e9, config, torch.float16, None, 7) == (32768, 7)

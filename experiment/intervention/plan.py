@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 ON_CPU = 4096  # tokens in a batch, where nobody says otherwise: some twenty questions, so that a kill loses little
 BATCHES_PER_GROUP = 8  # on a device that waits for its steps: how many batches' rows may go on together
 ROOM = 0.9  # of the memory that is free after loading: the rest is for fragments and workspaces
+WAITING = 1.25  # times the cache: room for the steps, and rows as wide as the longest
 LONG_PROMPT = 800  # tokens: as long as SQuAD's prompts get
 
 
@@ -55,11 +56,11 @@ def share_memory(
     in_a_layer = layer_bytes_per_token(config, dtype)
     if batch is None:
         batch = 1024
-        while 2 * batch * (2 * cache + in_a_layer) <= free:
+        while 2 * batch * ((1 + WAITING) * cache + in_a_layer) <= free:
             batch *= 2
     if pool is None:
         left = free - batch * (cache + in_a_layer)
-        pool = batch * max(1, int(left // (batch * cache)))
+        pool = batch * max(1, int(left // (batch * cache * WAITING)))
     return batch, pool
 
 
