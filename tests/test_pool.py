@@ -363,9 +363,11 @@ def test_steps_of_many_layers(monkeypatch, capsys):
     """As many as gemma-2-9b-it has, of little width: every masked answer differs, and all go on together."""
     chosen = options()
     prepare_libraries(chosen)
-    work = workloads.load_shape(workloads.SHAPES["narrow"], chosen, 30)
-    work = dataclasses.replace(work, pool_tokens=EVERYTHING)
-    batches = plan.plan_batches([len(prompt) + work.new_tokens for prompt in work.prompts], 4096, work.contexts)
+    work = workloads.load_shape(workloads.SHAPES["narrow"], chosen, 80)
+    # Steps do not depend on how long prompts are, and time does.
+    short = [[*prompt[:30], *prompt[-30:]] for prompt in work.prompts]
+    work = dataclasses.replace(work, prompts=short, pool_tokens=EVERYTHING)
+    batches = plan.plan_batches([len(prompt) + work.new_tokens for prompt in work.prompts], 2048, work.contexts)
     found = workloads.round_1(work, batches)
     for ks, most in ((("50%",), 14), (("1", "10", "20", "50%"), 20)):
         with monkeypatch.context() as patch:
