@@ -25,7 +25,7 @@ from conftest import ROOT, answer, run_script
 import baseline
 import common
 from experiment import guard, rounds
-from experiment.intervention import forward, generate, rankings
+from experiment.intervention import generate, modules, rankings
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.pool import Pool
 from experiment.report import figure
@@ -655,7 +655,7 @@ class Memory:
                 kind = "gradient"
             elif ids.shape[1] == 1:
                 kind = "step"
-            elif replace is forward._keep:
+            elif replace is modules.keep:
                 kind = "below"
             else:
                 kind = inside[-1] if inside else "prompt"
