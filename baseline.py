@@ -5,82 +5,158 @@
     python baseline.py --ranking baseline gradsae random     # the same answers, their latents ranked in three ways
 
 Every question is answered with the residual stream at one layer replaced by an SAE's reconstruction. For each question
-answered right, the TopK and BottomK latents by mean activation go to activations_baseline.json.
+answered right, the latents of highest and lowest mean activation go to activations_baseline.json, 100 of each at least.
+How many of them rounds 2 and 3 mask, their --k says: a number, or a share of the latents active at the last position
+that is ranked (half of them, as in the paper).
+
+A round works off a group of batches at a time. Killed, the same command goes on behind the last group.
 """
 
+from __future__ import annotations
+
 import sys
+from typing import TYPE_CHECKING
 
 from experiment import guard, options
+
+if TYPE_CHECKING:
+    from experiment.intervention.forward import SplicedModel
+    from experiment.intervention.generate import Group
+    from experiment.intervention.plan import Sizes
+    from experiment.intervention.rankings import Sequences
+    from experiment.intervention.rows import Answer
+    from experiment.intervention.sequences import SequenceActivations
+    from experiment.records.journal import Journal
+    from experiment.records.schema import Record
+    from experiment.rounds import Bar, Round, Work
 
 KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this F1, not only exact matches
 
 
-def main():
+def main() -> None:
     chosen = options.parse(None, __doc__, masks=False)
     import common  # brings in PyTorch: only once the options are known to be good
-    from experiment import activations, answers, rounds
+    from experiment import means, own_rankings, results, rounds
+    from experiment.intervention import rankings
+    from experiment.records import activations
 
     # 1. The questions
     round_ = common.prepare(chosen)
     with rounds.writing(round_) as entries:
         # 2. What an earlier run left: a journal for each ranking
         activations.refuse_others(round_)
-        journals = {name: round_.journal(name, round_.run_of(name)) for name in chosen.ranking}
+        journals: dict[str, Journal] = {}
+        for ranking in chosen.ranking:
+            made = round_.provenance_of(ranking)
+            journals[ranking] = round_.journal(own_rankings.name_of(ranking), made)
         model = None
         if not rounds.is_finished(round_.asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
-            model = common.load_for(round_, journals)
-            # 4. Answer, score, keep, rank
-            for batch, names, _ in rounds.share_batches(round_, model, round_.asked, journals, label="Round 1"):
-                answered = answers.in_halves(
-                    lambda part, names=names: answer_and_rank(round_, model, part, names), batch
-                )
-                for name in names:
-                    journals[name].append([records[name] for records in answered])
+            for ranking in chosen.ranking:
+                rankings.find_ranking(ranking)  # one's own that cannot be imported fails before weights are loaded
+            model, sizes = common.load_for(round_, journals)
+            # 4. Answer, score, keep, rank: a group of batches at a time
+            share = rounds.plan_work(round_, sizes, round_.asked, journals)
+            with rounds.Bar(round_, "Round 1", share, journals) as bar:
+                for work in share:
+                    if work.is_done:
+                        continue
+                    records = answer_and_rank(round_, model, sizes, work, bar)
+                    for ranking in work.keys:
+                        journals[ranking].append(records[ranking])
+                    bar.finish(work)
         # 5. Write the activations, compare, print
-        if rounds.is_last(round_):
-            kept = rounds.write_activations(round_, journals)
+        if rounds.wait_for_all(round_):
+            kept = results.store_activations(round_, journals)
             if chosen.ablation == "mean":
-                activations.store_means(round_, model or common.load_for(round_, {}), kept)
-            rounds.finish_round_1(round_, entries, journals, KEEP_F1)
+                if model is None:
+                    model, sizes = common.load_for(round_, journals)
+                means.store(round_, model, sizes, kept)
+            results.finish_round_1(round_, entries, journals, KEEP_F1)
 
 
-def answer_and_rank(round_, model, batch, names):
-    """{ranking: a journal's record} of each question of a batch: its answer, and where that is kept its latents.
+def answer_and_rank(
+    round_: Round, model: SplicedModel, sizes: Sizes, work: Work[str], bar: Bar
+) -> dict[str, list[Record]]:
+    """{ranking: a record of each question of a group of batches}: its answer, and where that is kept its latents.
 
-    Answers are greedy, with the SAE spliced in and nothing masked. What is ranked is the sequence of prompt and answer
-    before the last token with a [ in it.
+    Answers are greedy, with the SAE spliced in and nothing masked.
     """
     import common
-    from experiment import answers, prompts, rankings
+    from experiment.intervention import generate, rankings
+    from experiment.intervention.memory import halve_on_oom
+    from experiment.intervention.pool import Limits
+    from experiment.records.schema import KeptRecord
 
-    tokenizer, token_ids = round_.tokenizer, [round_.prompt_ids(question) for question in batch]
-    contexts = [question.context for question in batch]
-    guess = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]  # saves time where it is right
-    batch_answers, trace = answers.answer(model, token_ids, contexts, round_.options.max_new_tokens, guess)
-    records = [common.score(tokenizer, question, answer) for question, answer in zip(batch, batch_answers)]
-    brackets = [prompts.find_bracket(tokenizer, answer.tokens) for answer in batch_answers]
-    kept = [n for n, record in enumerate(records) if record["f1"] >= KEEP_F1 and brackets[n] is not None]
-    by_ranking = [dict.fromkeys(names, record) for record in records]
-    if not kept:
-        return by_ranking
-    sequences = rankings.Sequences(
-        ids=[batch[n].id for n in kept],
-        prompts=[token_ids[n] for n in kept],
-        generated=[batch_answers[n].tokens for n in kept],
-        brackets=[brackets[n] for n in kept],
-        insides=[prompts.find_answer(tokenizer, batch_answers[n].tokens) for n in kept],
-        rows=kept,
-        trace=trace,
+    tokenizer = round_.tokenizer
+    group = generate.Group(
+        prompts=[round_.prompt_ids(question) for question in work.questions],
+        contexts=[question.context for question in work.questions],
+        batches=work.batches,
+    )
+    # A guess that the model confirms or not: it changes no answer.
+    opening = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
+    limits = Limits(round_.options.max_new_tokens, sizes.pool)
+    answers, read = generate.answer(model, group, limits, opening, bar.move)
+    records = []
+    for question, answer in zip(work.questions, answers):
+        records.append(common.score(tokenizer, question, answer))
+    by_ranking = {ranking: list(records) for ranking in work.keys}
+
+    def rank(part: list[int]) -> None:
+        sequences = find_sequences(round_, group, answers, records, read, part)
+        if not sequences.rows:
+            return
+        for ranking in work.keys:
+            lists = rankings.rank(model, ranking, sequences, round_.options.seed)
+            for number, row in enumerate(sequences.rows):
+                latents = {
+                    "tokens": sequences.generated[number],
+                    "inside": sequences.insides[number],
+                    "active": sequences.active[number],  # at the last position: what a K in percent is a share of
+                }
+                fields = records[row].fields() | latents | lists[number]
+                by_ranking[ranking][row] = KeptRecord.model_validate(fields)
+
+    for batch in work.batches:
+        halve_on_oom(rank, batch)
+    return by_ranking
+
+
+def find_sequences(
+    round_: Round,
+    group: Group,
+    answers: list[Answer],
+    records: list[Record],
+    read: SequenceActivations,
+    batch: list[int],
+) -> Sequences:
+    """What is ranked of a batch: of each answer that is right, prompt and answer before the last token with a [ in it.
+
+    The last, as in the paper; the parser of answers takes the first. `Sequences.ranked` cuts there.
+    """
+    from experiment import prompts
+    from experiment.intervention import rankings
+
+    tokenizer = round_.tokenizer
+    rows = []
+    brackets = []
+    for row in batch:
+        bracket = prompts.find_bracket(tokenizer, answers[row].tokens)
+        if records[row].f1 >= KEEP_F1 and bracket is not None:
+            rows.append(row)
+            brackets.append(bracket)
+    generated = [answers[row].tokens for row in rows]
+    return rankings.Sequences(
+        ids=[records[row].id for row in rows],
+        prompts=[group.prompts[row] for row in rows],
+        generated=generated,
+        brackets=brackets,
+        insides=[prompts.find_answer(tokenizer, tokens) for tokens in generated],
+        rows=rows,
+        trace=read,
         special_ids=prompts.find_special_ids(tokenizer),
     )
-    for name in names:
-        of_kept = zip(kept, sequences.generated, sequences.insides, sequences.active)
-        for (n, tokens, inside, active), lists in zip(
-            of_kept, rankings.rank(model, name, sequences, round_.options.seed)
-        ):
-            by_ranking[n][name] = records[n] | {"tokens": tokens, "inside": inside, "active": active} | lists
-    return by_ranking
 
 
 if __name__ == "__main__":

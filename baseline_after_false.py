@@ -12,7 +12,7 @@ import sys
 from experiment import guard, options
 
 
-def main():
+def main() -> None:
     chosen = options.parse(None, __doc__, masks=True)
     import common  # brings in PyTorch: only once the options are known to be good
 

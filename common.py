@@ -9,33 +9,36 @@ import datetime
 import importlib.metadata
 import re
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-from unittest import mock
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
 from accelerate import PartialState
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment import (
-    UserError,
-    activations,
-    answers,
-    catalogue,
-    estimates,
-    passes,
-    provenance,
-    questions,
-    rankings,
-    rounds,
-    saes,
-    say,
-)
+from experiment import UserError, catalogue, patches, questions, results, rounds, saes, say
+from experiment import means as means_of_latents
 from experiment.hub import NO_TOKENIZER, check_fit, hub_errors, prepare_libraries
-from experiment.options import Options, bundled
-from experiment.prompts import BRACKETS, find_special_ids
-from experiment.rounds import Round
-from experiment.splice import Splice
+from experiment.intervention import generate, plan, rankings
+from experiment.intervention.forward import SplicedModel
+from experiment.intervention.generate import Group
+from experiment.intervention.plan import Sizes
+from experiment.intervention.pool import Limits
+from experiment.intervention.rows import Answer
+from experiment.intervention.splice import Splice
+from experiment.options import Options, bundled, parse
+from experiment.prompts import BRACKETS, build_prompt, decode, find_special_ids, tokenize
+from experiment.questions import Question
+from experiment.records import activations, lists, provenance
+from experiment.records.activations import RankedFile
+from experiment.records.journal import Journal
+from experiment.records.schema import Provenance, Record, Side
+from experiment.report import estimates
+from experiment.rounds import Bar, Round, Work
 
 if TYPE_CHECKING:  # importing these libraries takes seconds
     from sae_lens import SAE
@@ -58,6 +61,12 @@ TEMPLATES = {
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
+# The options that a run names as they are.
+RECORDED = (
+    *("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens"),
+    *("dataset", "dataset_config", "max_new_tokens", "limit", "sample"),
+)
+OF_ONE_QUESTION = Limits(Options.max_new_tokens, pool_tokens=2**20)  # a person's own question: nothing to share
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
 
@@ -65,7 +74,7 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 # Prompts and answers
 
 
-def choose_template(name, tokenizer):
+def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of a prompt template: a named one, a file's, or (auto) the one whose special token the tokenizer has."""
     vocabulary = tokenizer.get_vocab()
     if name == "auto":
@@ -81,6 +90,11 @@ def choose_template(name, tokenizer):
         if marker not in vocabulary:
             raise UserError(f"--prompt-template {name}: this model's tokenizer has no {marker}: leave it to auto")
         return text
+    return _read_template(name)
+
+
+def _read_template(name: str) -> str:
+    """A template from a text file, which holds each of the two fields once."""
     try:
         text = Path(name).read_text(encoding="utf-8-sig")  # a BOM, as Windows writes it, is no text
     except (OSError, UnicodeDecodeError) as error:
@@ -91,25 +105,31 @@ def choose_template(name, tokenizer):
     return text
 
 
-def parse_answer(text):
+def parse_answer(text: str) -> str:
     """The answer in a generated text: what the first [ ... ] on one line holds, or all of it; without [, ] and =."""
     match = BRACKETS.search(text)
-    return re.sub(r"[\[\]=]", "", match[1] if match else text).strip()
+    inside = match[1] if match else text
+    return re.sub(r"[\[\]=]", "", inside).strip()
 
 
-def score(tokenizer, question, answer):
+def score(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> Record:
     """A journal's record of an Answer: its text, the answer parsed from it, and its scores."""
-    text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-    record = {"id": question.id, "text": tokenizer.decode(answer.tokens), "answer": parse_answer(text)}
-    record |= questions.score(record["answer"], text, question.truths)
-    return record | {"log_probs": [round(p, 4) for p in answer.log_probs]}
+    text = decode(tokenizer, answer.tokens)
+    parsed = parse_answer(text)
+    return Record(
+        id=question.id,
+        text=cast(str, tokenizer.decode(answer.tokens)),  # a list is of several sequences
+        answer=parsed,
+        **questions.score(parsed, text, question.truths),
+        log_probs=[round(log_prob, 4) for log_prob in answer.log_probs],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model and SAE
 
 
-def load_tokenizer(options: Options) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
     """The model's tokenizer. No code that comes with a model is run."""
     name = catalogue.official_name(bundled(options.model))
     with hub_errors(options.model):
@@ -133,19 +153,11 @@ def load_sae(options: Options) -> "SAE":
     return saes.load(options).eval().requires_grad_(False)
 
 
-def load_model(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> "TransformerBridge":
+def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> "TransformerBridge":
     """The model: a TransformerBridge over Transformers' own weights, greedy and nothing else."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    # For a model that also reads pictures (Gemma 3 from 4b on) TransformerLens asks for its processor, and where that
-    # needs torchvision it has pip install it in the middle of the round, and another torch with it. Text needs neither.
-    no_processor = mock.patch("transformers.AutoProcessor.from_pretrained", lambda *_, **__: None)
-    # A mapped file stays in memory while its tensors are converted: twice the model's size, from bfloat16 to float16.
-    safe_open = transformers.modeling_utils.safe_open
-    unmapped = mock.patch(
-        "transformers.modeling_utils.safe_open", lambda file, **how: safe_open(file, **how | {"backend": "pread"})
-    )
-    with hub_errors(options.model), no_processor, unmapped:
+    with hub_errors(options.model), patches.no_processor(), patches.weights_read_in_parts():
         model = TransformerBridge.boot_transformers(
             catalogue.official_name(bundled(options.model)),
             dtype=getattr(torch, options.dtype),
@@ -153,45 +165,94 @@ def load_model(options: Options, tokenizer: transformers.PreTrainedTokenizerBase
             tokenizer=copy.deepcopy(tokenizer),  # one without BOS (Qwen's) may be given one, and padding
             device_map=options.device_map or {"": options.device},  # straight to where it belongs
         )
-    return settle_model(model, tokenizer)
-
-
-def settle_model(model: "TransformerBridge", tokenizer: transformers.PreTrainedTokenizerBase) -> "TransformerBridge":
-    """What rounds, tests and benchmarks need of a TransformerBridge, wherever its weights come from."""
-    lm = model.original_model.requires_grad_(False)
-    # TransformerLens asks for the attention matrices of all layers: 44 MB a token of width on gemma-2-9b-it.
-    for config in (lm.config, lm.config.get_text_config()):
-        config.output_attentions = False
-    # The ids that end an answer: the model's own, and its family's end of turn. Nothing else of a model's own
-    # generation config counts: it may hold sampling or a repetition penalty.
-    own, vocabulary = lm.generation_config.eos_token_id, tokenizer.get_vocab()
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *map(vocabulary.get, END_OF_TURN)}
-    ends = sorted(ends - {None})
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # Llama 3 has none; any id will do
-    lm.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
+    configure_generation(cast(PreTrainedModel, model.original_model), tokenizer)
     return model
 
 
-def load(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> passes.SplicedModel:
+def configure_generation(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What rounds, tests and benchmarks need of a Transformers model: no gradients, greedy answers that end.
+
+    Nothing of the model's own generation config counts but the ids that end an answer: it may hold sampling or a
+    repetition penalty.
+    """
+    lm.requires_grad_(False)
+    # TransformerLens asks for the attention matrices of all layers: 44 MB per token of width on gemma-2-9b-it.
+    for config in (lm.config, lm.config.get_text_config()):
+        config.output_attentions = False
+    ends = find_end_ids(lm, tokenizer)
+    pad = tokenizer.pad_token_id
+    if pad is None:  # Llama 3 has none; any id will do
+        pad = ends[0]
+    lm.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
+
+
+def find_end_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer, ascending: the model's own, the tokenizer's, and its family's end of turn."""
+    own = lm.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id}
+    ends.update(own if isinstance(own, list) else [own])
+    vocabulary = tokenizer.get_vocab()
+    for token in END_OF_TURN:
+        ends.add(vocabulary.get(token))
+    return sorted(ends - {None})
+
+
+def load(options: Options, tokenizer: PreTrainedTokenizerBase) -> SplicedModel:
     """The model with the SAE in it. Configurations come first, for a wrong name should cost no download of weights."""
     say(f"Loading {options.sae_release} and {options.model} ...")
     start = time.monotonic()
     check_fit(options, saes.read_config(options))
     sae = load_sae(options)
     model = load_model(options, tokenizer)
-    if sae.cfg.metadata.hook_name not in model.hook_dict:
-        place = sae.cfg.metadata.hook_name
+    place = sae.cfg.metadata.hook_name
+    if place not in model.hook_dict:
         raise UserError(f"{options.sae_release}: is for {place}, a place that {options.model} does not have")
     say(f"Loaded in {time.monotonic() - start:.0f} s.")
     bypass = find_special_ids(tokenizer) if options.exclude_special_tokens else ()
-    return passes.SplicedModel(model, Splice(sae, options.error_term, bypass))
+    return SplicedModel(model, Splice(sae, options.error_term, bypass))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From Python: examples/quickstart.py
+
+
+def open_model(*arguments: str) -> tuple[SplicedModel, PreTrainedTokenizerBase]:
+    """A model with the SAE in it, and its tokenizer. arguments: the scripts' options, as "--demo"."""
+    options = parse(list(arguments), __doc__, masks=True)
+    prepare_libraries(options)
+    tokenizer = load_tokenizer(options)
+    return load(options, tokenizer), tokenizer
+
+
+def ask(
+    model: SplicedModel, tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int] = ()
+) -> str:
+    """What the model answers with these latents masked at every position, as a round of a single question."""
+    group = _make_group_of_one(tokenizer, context, question, masked)
+    [[answer]] = generate.answer_masked(model, group, OF_ONE_QUESTION)
+    return decode(tokenizer, answer.tokens)
+
+
+def mean_activations(
+    model: SplicedModel, tokenizer: PreTrainedTokenizerBase, context: str, question: str
+) -> Float[Tensor, "d_sae"]:
+    """Each latent's mean activation over the prompt and the unmasked answer."""
+    group = _make_group_of_one(tokenizer, context, question, ())
+    _, read = generate.answer(model, group, OF_ONE_QUESTION)
+    return rankings.mean(model, read)[0]
+
+
+def _make_group_of_one(tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int]) -> Group:
+    template = choose_template("auto", tokenizer)
+    prompt = tokenize(tokenizer, build_prompt(template, context, question))
+    return Group([prompt], [context], batches=[[0]], drafts=[[]], masks=[[list(masked)]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rounds
 
 
-def prepare(options):
+def prepare(options: Options) -> Round:
     """The Round that these options ask for: libraries, tokenizer, template and questions."""
     state = PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(days=30))  # waiting may take hours
     device = options.device_map or options.device
@@ -211,9 +272,9 @@ def prepare(options):
     if unanswerable:
         say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
     asked = questions.select(all_questions, options.limit, options.sample, options.seed)
-    names = ("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens")
-    names += ("dataset", "dataset_config", "max_new_tokens", "limit", "sample", "batch_tokens")
-    run = {name: getattr(options, name) for name in names} | {
+    settings = {name: getattr(options, name) for name in RECORDED}
+    fields = {
+        **settings,
         "ranking": "baseline",
         "split": None if questions.is_local(options.dataset) else options.split,
         "questions": digest,
@@ -223,92 +284,141 @@ def prepare(options):
         "device": device,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    round_ = Round(options, state, tokenizer, all_questions, asked, run)
+    made = Provenance.model_validate(fields)
+    round_ = Round(options, state, tokenizer, all_questions, asked, made)
     return rounds.leave_out_long(round_, find_context_length(options))
 
 
-def load_for(round_, journals, ranked=None):
-    """The model with its SAE; what only the SAE says goes into the journals' runs, and is held against them."""
-    model = load(round_.options, round_.tokenizer)
-    for ranking in round_.options.ranking:
+def load_for(
+    round_: Round, journals: Mapping[Any, Journal], ranked: dict[str, RankedFile] | None = None
+) -> tuple[SplicedModel, Sizes]:
+    """The model with its SAE, and how many tokens are run at once.
+
+    What only these say goes into the journals' runs, and is held against them.
+    """
+    options = round_.options
+    model = load(options, round_.tokenizer)
+    for ranking in options.ranking:
         rankings.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
+    wanted = Provenance.model_validate(of_sae)
     for file in (ranked or {}).values():
-        provenance.refuse_other_run(file.path, file.run, of_sae, of_sae)
+        provenance.refuse_other_run(file.path, file.provenance, wanted, of_sae)
+    sizes = choose_sizes(options, model, journals)
     for journal in journals.values():
-        provenance.refuse_other_run(journal.path, journal.run, of_sae, of_sae)
-        journal.run |= of_sae
+        provenance.refuse_other_run(journal.path, journal.provenance, wanted, of_sae)
+        of_sizes = {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}
+        journal.provenance = journal.provenance.with_fields(**of_sae, **of_sizes)
     activations.check_latents(ranked or {}, model)
-    return model
+    return model, sizes
 
 
-def masked_round(options, which):
-    """Rounds 2 and 3: the kept questions again, each with its own TopK (`which`: topk) or BottomK (bottomk) masked."""
+def choose_sizes(options: Options, model: SplicedModel, journals: Mapping[Any, Journal]) -> Sizes:
+    """Tokens in a batch and in the pool: what is asked for, what a journal that goes on was made with, or what fits."""
+    batch = options.batch_tokens
+    pool = options.pool_tokens
+    for journal in journals.values():
+        if journal:  # it goes on: the same batches give the same last digits
+            batch = batch or journal.provenance.batch_tokens
+            pool = pool or journal.provenance.pool_tokens
+    sizes = plan.choose_sizes(model.device, model.lm.config, model.lm.dtype, batch, pool)
+    say(f"{sizes.batch} tokens in a batch, {sizes.pool} in answers that go on together.")
+    return sizes
+
+
+def masked_round(options: Options, side: Side) -> None:
+    """Rounds 2 and 3: the kept questions again, each with its own TopK (`side`: topk) or BottomK (bottomk) masked.
+
+    K, of --k, is a number, or a share of the latents active at the last position that round 1 ranked.
+    """
     # 1. The latents that round 1 ranked, and the questions they are of
     round_ = prepare(options)
-    stored = activations.read_means(round_) if options.ablation == "mean" else None
-    ranked = {ranking: activations.read_ranked(round_, ranking, which) for ranking in options.ranking}
+    stored = activations.read_stored_means(round_) if options.ablation == "mean" else None
+    ranked = {ranking: activations.read_ranked(round_, ranking, side) for ranking in options.ranking}
     asked = activations.find_asked(round_, ranked)
     with rounds.writing(round_) as entries:
         # 2. What an earlier run left: a journal for each ranking and K
-        journals = {}
-        for ranking, file in ranked.items():
-            for k in options.k:
-                run = file.run | {"k": k} | ({"means": provenance.digest_numbers(stored)} if stored else {})
-                name = rounds.name_journal(run, which, k)
-                journals[ranking, k] = round_.journal(name, run, file.describe)
+        journals = open_masked_journals(round_, ranked, side, stored)
         if not rounds.is_finished(asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
-            model = load_for(round_, journals, ranked)
-            means = activations.load_means(round_, stored, model) if stored else None
-            # 4. Answer with the latents masked, and score; below the SAE once for all rankings and K
-            unmasked = next(iter(ranked.values())).samples
-            drafts = {question.id: unmasked[question.id].get("tokens", []) for question in asked}
-            label = f"{estimates.MASKS[which]} masked"
-            for batch, keys, bar in rounds.share_batches(round_, model, asked, journals, label, drafts):
-
-                def answer(part, keys=keys, bar=bar):
-                    return answer_masked(round_, model, part, ranked, keys, means, drafts, bar)
-
-                for key, given in zip(keys, zip(*answers.in_halves(answer, batch))):
-                    journals[key].append([score(round_.tokenizer, q, a) for q, a in zip(batch, given)])
+            model, sizes = load_for(round_, journals, ranked)
+            means = means_of_latents.load(round_, stored, model) if stored else None
+            # 4. Answer with the latents masked, a group of batches at a time, and score
+            drafts = find_drafts(asked, ranked)
+            share = rounds.plan_work(round_, sizes, asked, journals, drafts)
+            with rounds.Bar(round_, f"{estimates.MASKS[side]} masked", share, journals) as bar:
+                for work in share:
+                    if work.is_done:
+                        continue
+                    answers = answer_masked(round_, model, sizes, work, ranked, drafts, means, bar)
+                    for key in work.keys:
+                        records = []
+                        for question, answer in zip(work.questions, answers[key]):
+                            records.append(score(round_.tokenizer, question, answer))
+                        journals[key].append(records)
+                    bar.finish(work)
         # 5. Compare with the unmasked answers to the same questions; write and print
-        if rounds.is_last(round_):
-            fresh = [
-                rounds.compare(ranked[name], k, journal, asked, round_.left_out)
-                for (name, k), journal in journals.items()
-            ]
-            rounds.write_results(round_, entries, fresh)
+        if rounds.wait_for_all(round_):
+            fresh = []
+            for (ranking, k), journal in journals.items():
+                fresh.append(results.make_masked_entry(ranked[ranking], k, journal, asked, round_.left_out))
+            results.report_results(round_, entries, fresh)
             folder = options.output_dir
             print(f"\nAll files: {folder}\nThe page: {folder / 'results.html'}")
 
 
-def answer_masked(round_, model, batch, ranked, keys, means, drafts, bar):
-    """The Answers [question][ranking and K] of a batch, under each question's own mask. Masks that are the same for all
-    questions of the batch, as those of K = 0 are, are run once."""
-    lists, numbers = [], []  # [mask][question][latent], each mask once; of each ranking and K its mask
-    for ranking, k in keys:
-        samples = [ranked[ranking].samples[question.id] for question in batch]
-        latents = [rankings.pick_latents(sample, ranked[ranking].which, k)[0] for sample in samples]
-        if latents not in lists:
-            lists.append(latents)
-        numbers.append(lists.index(latents))
+def open_masked_journals(
+    round_: Round, ranked: dict[str, RankedFile], side: Side, means: list[float] | None
+) -> dict[tuple[str, str], Journal]:
+    """{(ranking, K): its journal}."""
+    journals: dict[tuple[str, str], Journal] = {}
+    for ranking, file in ranked.items():
+        for k in round_.options.k:
+            made = file.provenance.with_fields(k=k)
+            if means:
+                made = made.with_fields(means=provenance.digest_numbers(means))
+            journals[ranking, k] = round_.journal(results.name_journal(made, side, k), made, file.digest_used)
+    return journals
 
-    def masks():
-        for number, latents in enumerate(lists):
-            bar.set_postfix_str("{}, K = {}".format(*keys[numbers.index(number)]))
-            yield model.splice.mask(latents, means)
 
-    prompts, contexts = [round_.prompt_ids(q) for q in batch], [q.context for q in batch]
-    known, longest = [drafts[question.id] for question in batch], round_.options.max_new_tokens
-    by_mask = []
-    shown_before = bar.n
-    masked_answers = answers.answer_masked(model, prompts, contexts, known, masks(), longest)
-    try:
-        for number, of_questions in enumerate(masked_answers):
-            by_mask.append(of_questions)
-            bar.update(len(batch) * numbers.count(number))  # for every ranking and K that has this mask
-    except Exception:
-        bar.update(shown_before - bar.n)  # a batch that did not fit is begun again, in halves
-        raise
-    return list(zip(*(by_mask[number] for number in numbers)))
+def find_drafts(asked: list[Question], ranked: dict[str, RankedFile]) -> dict[str, list[int]]:
+    """{id: the unmasked answer's tokens}, none where the file does not have them; the same for all rankings."""
+    first = next(iter(ranked.values()))
+    return {question.id: first.questions[question.id].tokens or [] for question in asked}
+
+
+def answer_masked(
+    round_: Round,
+    model: SplicedModel,
+    sizes: Sizes,
+    work: Work[tuple[str, str]],
+    ranked: dict[str, RankedFile],
+    drafts: dict[str, list[int]],
+    means: Float[Tensor, "d_sae"] | None,
+    bar: Bar,
+) -> dict[tuple[str, str], list[Answer]]:
+    """{(ranking, K): the answers} to the questions of a group of batches, each under its own mask.
+
+    Masks that are the same for all questions, as those of K = 0 are, are run once.
+    """
+    masks: list[list[list[int]]] = []  # [mask][question][latent]
+    mask_of = {}
+    for ranking, k in work.keys:
+        file = ranked[ranking]
+        latents = []
+        for question in work.questions:
+            of_question, _ = lists.find_latents_to_mask(file.questions[question.id], file.side, k)
+            latents.append(of_question)
+        if latents not in masks:
+            masks.append(latents)
+        mask_of[ranking, k] = masks.index(latents)
+    group = Group(
+        prompts=[round_.prompt_ids(question) for question in work.questions],
+        contexts=[question.context for question in work.questions],
+        batches=work.batches,
+        drafts=[drafts[question.id] for question in work.questions],
+        masks=masks,
+    )
+    limits = Limits(round_.options.max_new_tokens, sizes.pool)
+    answers = generate.answer_masked(model, group, limits, means, bar.move)
+    return {key: answers[number] for key, number in mask_of.items()}

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py --demo                                     # the bundled model, on the CPU
     python benchmarks/throughput.py --shape gemma-3-270m --width 65536         # a shape that a CPU can do
+    python benchmarks/throughput.py --shape narrow                             # many small layers: the host's own work
     python benchmarks/throughput.py --shape gemma-2-9b-it --device cuda        # the paper's shape, on a GPU
     python benchmarks/throughput.py --shape gemma-2-9b-it --device cuda --compare-sae-dtypes tf32 float16
 
@@ -10,11 +11,14 @@ SQuAD's lengths, 12 new tokens. The masked answers of random models differ from 
 worst case, for unmasked answers serve as drafts. All rows are of the same questions, one after the other, --repeats
 times after a warm-up: medians, also of the times over plain in each turn, so that a machine that is faster now and
 slower then does not show. Plain Transformers run in a process of their own, which has no TransformerLens in it: that
-changes Gemma 2's attention. Seconds in the SAE (encoding, decoding) are those of one more run.
+changes Gemma 2's attention. Seconds in the SAE (encoding, decoding) are those of one more run, in which forward passes
+are counted too: wide ones, over prompts and drafts (above or below the SAE alone, and those of gradients, are passes as
+well), and steps, in which each answer gets one token.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -25,8 +29,10 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import workloads  # first: it finds the project's modules, and readies PyTorch's memory
 
@@ -36,9 +42,11 @@ import transformers
 from accelerate.utils.memory import release_memory
 
 import common
-from experiment import answers, guard, options, passes
+from experiment import guard, options
 from experiment.hub import prepare_libraries
-from experiment.splice import Splice
+from experiment.intervention import plan
+from experiment.intervention.forward import SplicedModel
+from experiment.intervention.splice import Splice
 
 PLAIN = {}  # in the process of plain Transformers: what generates all answers
 SQUAD_QUESTIONS = 10_570
@@ -48,21 +56,43 @@ SIZES = {  # questions, those of the naive loop, and tokens in a batch, where no
     "gemma-2-9b-it": (640, 8, 32768),
     "gemma-3-270m": (32, 4, 4096),
     "tiny": (12, 2, 1024),
+    "narrow": (80, 4, 4096),
 }
+
+
+@dataclass
+class Passes:
+    """How many forward passes there were: wide ones, and steps, which run one token per row behind its cache."""
+
+    wide: float = 0
+    steps: float = 0
+
+    def count(self, module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Counts one more pass: a hook before a Transformers model."""
+        cache = named["past_key_values"]
+        goes_on = cache is not None and cache.get_seq_length() > 0
+        if goes_on and named["input_ids"].shape[1] == 1:
+            self.steps += 1
+        else:
+            self.wide += 1
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of all questions: seconds in each turn, seconds in the SAE's encode and reconstruct, and peak memory in GB."""
+    """Of all questions: seconds in each turn, forward passes, seconds in the SAE's encode and reconstruct, and peak
+    memory in GB."""
 
     seconds: list[float]
+    passes: Passes = field(default_factory=lambda: Passes(math.nan, math.nan))
     sae: float = math.nan
     peak: float = math.nan
 
-    def beyond(self, other, parts=1):
+    def beyond(self, other: "Figures", parts: int = 1) -> "Figures":
         """What was done more than `other`, one of so many parts of it."""
         seconds = [(ours - theirs) / parts for ours, theirs in zip(self.seconds, other.seconds)]
-        return Figures(seconds, (self.sae - other.sae) / parts, self.peak)
+        wide = (self.passes.wide - other.passes.wide) / parts
+        steps = (self.passes.steps - other.passes.steps) / parts
+        return Figures(seconds, Passes(wide, steps), (self.sae - other.sae) / parts, self.peak)
 
 
 class Stopwatch:
@@ -91,14 +121,24 @@ def measure(function, device):
     return watch.seconds, peak
 
 
-def time_splice(function, device, splice):
-    """Seconds in the SAE, in a run by itself: waiting for the device at every step costs time."""
+@contextlib.contextmanager
+def count_passes(lm: torch.nn.Module) -> Iterator[Passes]:
+    """Of a Transformers model, for as long as the block lasts."""
+    passes = Passes()
+    with lm.register_forward_pre_hook(passes.count, with_kwargs=True):
+        yield passes
+
+
+def look_inside(function: Callable[[], Any], device: str, model: SplicedModel) -> tuple[Passes, float]:
+    """Forward passes, and seconds in the SAE, in a run by itself: waiting for the device at every step costs time."""
     watch = Stopwatch(device)
+    splice = model.splice
     for name in ("encode", "reconstruct"):
         setattr(splice, name, functools.partial(watch.call, getattr(splice, name)))
-    function()
+    with count_passes(model.lm) as passes:
+        function()
     del splice.encode, splice.reconstruct
-    return watch.seconds
+    return passes, watch.seconds
 
 
 def on_cuda(device):
@@ -125,8 +165,9 @@ def read_options(args, sae_dtype=None):
     return options.parse(["--demo", *chosen, "--limit", str(args.questions)], "", masks=False)
 
 
-def load_plain(args):
-    """Makes plain Transformers ready in this process, which is theirs, and warm: `measure_plain` runs them."""
+def load_plain(args: argparse.Namespace) -> Passes:
+    """Makes plain Transformers ready in this process, which is theirs, and warm: `measure_plain` runs them. Their
+    forward passes."""
     chosen = read_options(args)
     prepare_libraries(chosen)
     tokenizer, dtype = common.load_tokenizer(chosen), getattr(torch, chosen.dtype)
@@ -137,12 +178,14 @@ def load_plain(args):
     else:
         lm = workloads.make_lm(workloads.SHAPES[args.shape], args.device, dtype)
         (prompts, _), new_tokens = workloads.make_prompts(args.questions, lm.config.vocab_size), workloads.NEW_TOKENS
-    common.settle_model(argparse.Namespace(original_model=lm), tokenizer)  # greedy, and what ends an answer
+    common.configure_generation(lm, tokenizer)
     if args.shape:
         lm.generation_config.eos_token_id = [lm.config.vocab_size]  # nothing, as for ours
-    batches = answers.plan_batches([len(prompt) for prompt in prompts], args.batch_tokens, range(len(prompts)))
+    batches = plan.plan_batches([len(prompt) for prompt in prompts], args.batch_tokens, range(len(prompts)))
     PLAIN["generate"] = functools.partial(workloads.plain_generate, lm, prompts, batches, new_tokens)
-    measure_plain(args)
+    with count_passes(lm) as passes:
+        measure_plain(args)
+    return passes
 
 
 def measure_plain(args):
@@ -162,10 +205,10 @@ def measure_rows(args, apart):
     """How many questions there are, {row: Figures}, and lines to print. apart: the process of plain Transformers."""
     work = load(args)
     lengths = [len(prompt) for prompt in work.prompts]
-    first = answers.plan_batches(lengths, args.batch_tokens, work.contexts)
+    first = plan.plan_batches(lengths, args.batch_tokens, work.contexts)
     found = workloads.round_1(work, first)
     with_drafts = [length + len(f.tokens) for length, f in zip(lengths, found)]
-    batches = answers.plan_batches(with_drafts, args.batch_tokens, work.contexts)
+    batches = plan.plan_batches(with_drafts, args.batch_tokens, work.contexts)
     names = ("plain generate, no SAE", "round 1, ranked", "TopK masked, K = 50%", "BottomK masked, K = 50%")
     plain, round_1, top, bottom = names
     further, by_gradient = f"each further K ({', '.join(FURTHER_K)})", "GradSAE's ranking"
@@ -180,7 +223,8 @@ def measure_rows(args, apart):
     results = {name: piece() for name, piece in pieces.items()}  # and a warm-up
     rows = take_turns(args, apart, plain, pieces)
     for name, piece in pieces.items():
-        rows[name] = dataclasses.replace(rows[name], sae=time_splice(piece, args.device, work.model.splice))
+        passes, sae = look_inside(piece, args.device, work.model)
+        rows[name] = dataclasses.replace(rows[name], passes=passes, sae=sae)
     rows[further] = rows[further].beyond(rows[top], len(FURTHER_K))
     rows[by_gradient] = rows[by_gradient].beyond(rows[round_1])
     (top_answers,), (bottom_answers,) = results[top], results[bottom]
@@ -200,13 +244,18 @@ def measure_rows(args, apart):
 
 def take_turns(args, apart, plain, pieces):
     """{row: Figures}: plain Transformers, then each of the pieces of work, and all of it again, --repeats times."""
-    apart.submit(load_plain, args).result()
+    release_memory()  # of the warm-up: both processes are on one device
+    passes = apart.submit(load_plain, args).result()
     turns = []
     for _ in range(args.repeats):
         turns.append({plain: apart.submit(measure_plain, args).result()})
         turns[-1] |= {name: measure(piece, args.device) for name, piece in pieces.items()}
-    seconds = {name: [turn[name][0] for turn in turns] for name in turns[0]}
-    return {name: Figures(seconds[name], peak=max(turn[name][1] for turn in turns)) for name in turns[0]}
+    rows = {}
+    for name in turns[0]:
+        seconds = [turn[name][0] for turn in turns]
+        rows[name] = Figures(seconds, peak=max(turn[name][1] for turn in turns))
+    rows[plain] = dataclasses.replace(rows[plain], passes=passes)
+    return rows
 
 
 def measure_naive(args, work, found, top):
@@ -225,7 +274,7 @@ def compare(args, sae_dtype, work, first, batches, found, top):
     """What changes with the SAE in another precision than float32, in a line. found, top: what float32 gives."""
     prepare_libraries(read_options(args, sae_dtype))
     sae = copy.deepcopy(work.model.splice.sae).to(dtype=getattr(torch, sae_dtype.replace("tf32", "float32")))
-    model = passes.SplicedModel(work.model.model, Splice(sae))
+    model = SplicedModel(work.model.model, Splice(sae))
     model.end_ids = work.model.end_ids
     other = dataclasses.replace(work, model=model)
     theirs, (their_top,) = workloads.round_1(other, first), workloads.masked_round(other, batches, found, "topk")
@@ -280,13 +329,14 @@ def parse_arguments():
 
 def print_table(args, n, rows, lines):
     naive, plain, *_ = rows.values()
-    print("\n".join(lines[:2]), f"\n\n{'':28}  questions/s   / naive  time / plain  seconds in SAE  peak GB")
+    head = "questions/s   / naive  time / plain  wide passes   steps  seconds in SAE  peak GB"
+    print("\n".join(lines[:2]), f"\n\n{'':28}  {head}")
     for name, found in rows.items():
         seconds = statistics.median(found.seconds)
         over_plain = statistics.median(ours / theirs for ours, theirs in zip(found.seconds, plain.seconds))
         print(
             f"{name:28}  {n / seconds:11.2f}  {naive.seconds[0] / seconds:8.1f}  {over_plain:12.2f}  "
-            f"{found.sae:14.2f}  {found.peak:7.2f}"
+            f"{found.passes.wide:11.1f}  {found.passes.steps:6.1f}  {found.sae:14.2f}  {found.peak:7.2f}"
         )
     print("\n" + "\n".join(lines[2:]))
     if args.shape:

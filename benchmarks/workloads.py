@@ -19,11 +19,17 @@ import torch  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM  # noqa: E402
 
 import common  # noqa: E402
-from experiment import answers, options, passes, questions, rankings  # noqa: E402
-from experiment.prompts import build_prompt, find_bracket, tokenize  # noqa: E402
-from experiment.splice import Splice  # noqa: E402
+from experiment import options, questions  # noqa: E402
+from experiment.intervention import forward, generate, layout, rankings  # noqa: E402
+from experiment.intervention.generate import Group  # noqa: E402
+from experiment.intervention.memory import halve_on_oom  # noqa: E402
+from experiment.intervention.pool import Limits  # noqa: E402
+from experiment.intervention.splice import Splice  # noqa: E402
+from experiment.prompts import build_prompt, find_bracket, find_special_ids, tokenize  # noqa: E402
+from experiment.records import lists  # noqa: E402
 
 QUESTIONS_A_CONTEXT = 5  # SQuAD's validation set has 10,570 questions on 2,067 contexts
+POOL_TOKENS = 32768  # as an 80 GB card has room for beside gemma-2-9b-it
 NEW_TOKENS = 12  # of a random model: "Result = [[ ... ]]" and the end of the turn, around a short answer
 SPECIAL_IDS = (2,)  # BOS, which begins every prompt
 BRACKET = 2  # the place of the [ in such an answer
@@ -60,20 +66,33 @@ SHAPES = {
              tie_word_embeddings=False, initializer_range=0.3),  # so that its answers are not one word again and again
         layer=1, d_sae=1024, active=30,
     ),
+    "narrow": Shape(  # as many layers as gemma-2-9b-it, of little work each: what the host does shows
+        dict(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=42,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=16,
+             tie_word_embeddings=False, initializer_range=0.3),
+        layer=9, d_sae=1024, active=30,
+    ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Workload:
     """bracket(tokens): the place of the last [ in an answer, up to which its latents are ranked, or None.
-    guess: tokens that answers are expected to begin with; those of a random model never do."""
+    guess: tokens that answers are expected to begin with; those of a random model never do.  special_ids: as of
+    Sequences.  pool_tokens: of answers that go on together."""
 
-    model: passes.SplicedModel
+    model: forward.SplicedModel
     prompts: list[list[int]]
     contexts: list
     new_tokens: int
     bracket: Callable
     guess: list[int]
+    special_ids: list[int]
+    pool_tokens: int
+
+    @property
+    def limits(self):
+        return Limits(self.new_tokens, self.pool_tokens)
 
 
 def load_demo(chosen):
@@ -82,7 +101,9 @@ def load_demo(chosen):
     bracket = functools.partial(find_bracket, tokenizer)
     guess = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
     prompts = demo_prompts(chosen, tokenizer)
-    return Workload(common.load(chosen, tokenizer), *prompts, chosen.max_new_tokens, bracket, guess)
+    special_ids = find_special_ids(tokenizer)
+    model = common.load(chosen, tokenizer)
+    return Workload(model, *prompts, chosen.max_new_tokens, bracket, guess, special_ids, chosen.pool_tokens)
 
 
 def demo_prompts(chosen, tokenizer):
@@ -114,10 +135,12 @@ def load_shape(shape, chosen, count):
 
         bridge = TransformerBridge.boot_transformers("google/gemma-2-9b-it", hf_model=lm, tokenizer=tokenizer)
         sae = sae.to(dtype=getattr(torch, chosen.sae_dtype.replace("tf32", "float32")))
-        model = passes.SplicedModel(common.settle_model(bridge, tokenizer), Splice(sae))
+        common.configure_generation(bridge.original_model, tokenizer)
+        model = forward.SplicedModel(bridge, Splice(sae))
     model.end_ids = {shape.config["vocab_size"]}  # no token ends an answer: the number of new tokens is fixed
     prompts, contexts = make_prompts(count, shape.config["vocab_size"])
-    return Workload(model, prompts, contexts, NEW_TOKENS, lambda tokens: BRACKET, guess=[3, 4, 5])
+    pool_tokens = chosen.pool_tokens or POOL_TOKENS
+    return Workload(model, prompts, contexts, NEW_TOKENS, lambda tokens: BRACKET, [3, 4, 5], [2], pool_tokens)
 
 
 def make_lm(shape, device, dtype):
@@ -195,7 +218,7 @@ def naive_loop(work, numbers, masked):
 def plain_generate(lm, prompts, batches, new_tokens):
     """Transformers alone: no SAE, no hooks, no shared prefixes."""
     for batch in batches:
-        ids, mask = passes.pad_left([prompts[i] for i in batch], lm.generation_config.pad_token_id, lm.device)
+        ids, mask = layout.pad([prompts[i] for i in batch], lm.generation_config.pad_token_id, lm.device, "left")
         lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens)
 
 
@@ -209,35 +232,40 @@ class Found:
 
     def latents(self, which, k):
         """Those that rounds 2 and 3 mask."""
-        return self.lists[which][: rankings.count_masked(k, self.active)]
+        return self.lists[which][: lists.count_masked(k, self.active)]
 
 
 def round_1(work, batches, names=("baseline",)):
     """[Found]. As baseline.py, but it ranks wrong answers' latents too. names: rankings, the baseline first."""
+    group = Group(work.prompts, work.contexts, batches)
+    given, read = generate.answer(work.model, group, work.limits, work.guess)
+    tokens = [one.tokens for one in given]
+    brackets = [min(work.bracket(ids) or BRACKET, len(ids) - 1) for ids in tokens]
+    found = {}
 
-    def answer(batch):
-        prompts, contexts = [work.prompts[i] for i in batch], [work.contexts[i] for i in batch]
-        given, trace = answers.answer(work.model, prompts, contexts, work.new_tokens, work.guess)
-        tokens = [one.tokens for one in given]
-        brackets = [min(work.bracket(ids) or BRACKET, len(ids) - 1) for ids in tokens]
-        insides = [[place] for place in brackets]
-        rows = range(len(batch))
-        sequences = rankings.Sequences(batch, prompts, tokens, brackets, insides, rows, trace, SPECIAL_IDS)
+    def rank(part):
+        of_part = [brackets[i] for i in part]
+        sequences = rankings.Sequences(
+            ids=part,
+            prompts=[work.prompts[i] for i in part],
+            generated=[tokens[i] for i in part],
+            brackets=of_part,
+            insides=[[place] for place in of_part],
+            rows=part,
+            trace=read,
+            special_ids=work.special_ids,
+        )
         lists, *_ = [rankings.rank(work.model, name, sequences, seed=0) for name in names]
-        return [Found(*of_row) for of_row in zip(tokens, map(len, sequences.active), lists)]
+        for i, active, of_question in zip(part, sequences.active, lists):
+            found[i] = Found(tokens[i], len(active), of_question)
 
-    found = {i: one for batch in batches for i, one in zip(batch, answers.in_halves(answer, batch))}
+    for batch in batches:
+        halve_on_oom(rank, batch)
     return [found[i] for i in range(len(found))]
 
 
 def masked_round(work, batches, found, which, ks=("50%",)):
     """[K][Answer]. As common.masked_round; found: what round_1 gave, whose answers are the drafts."""
-
-    def answer(batch):
-        prompts, contexts = [work.prompts[i] for i in batch], [work.contexts[i] for i in batch]
-        masks = (work.model.splice.mask([found[i].latents(which, k) for i in batch]) for k in ks)
-        drafts = [found[i].tokens for i in batch]
-        return list(zip(*answers.answer_masked(work.model, prompts, contexts, drafts, masks, work.new_tokens)))
-
-    given = {i: of_question for batch in batches for i, of_question in zip(batch, answers.in_halves(answer, batch))}
-    return list(zip(*(given[i] for i in range(len(given)))))
+    masks = [[one.latents(which, k) for one in found] for k in ks]
+    drafts = [one.tokens for one in found]
+    return generate.answer_masked(work.model, Group(work.prompts, work.contexts, batches, drafts, masks), work.limits)

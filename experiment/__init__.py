@@ -1,8 +1,10 @@
 """What the scripts and common.py stand on. Nothing in here imports them."""
 
 import contextlib
+import io
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -10,19 +12,19 @@ class UserError(Exception):
     """Something the person at the keyboard can mend: shown as one line on standard error, exit code 2."""
 
 
-def is_first_process():
+def is_first_process() -> bool:
     """Of those that a launcher (torchrun, accelerate launch) started: the one that speaks and writes the results."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text):
+def say(text: str) -> None:
     """News for the person who waits; results go to standard output, news to standard error."""
     if is_first_process():
         print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def os_errors(what):
+def os_errors(what: str) -> Iterator[None]:
     """Tells in one line why a file cannot be read or written."""
     try:
         yield
@@ -31,7 +33,7 @@ def os_errors(what):
 
 
 @contextlib.contextmanager
-def own_mistakes():
+def own_mistakes() -> Iterator[None]:
     """For work that processes share: a mistake shows in one of them alone, and that one has to tell it."""
     try:
         yield
@@ -41,19 +43,22 @@ def own_mistakes():
         raise
 
 
-def guard(main):
+def guard(main: Callable[[], None]) -> int:
     """Runs a script's main. A person's mistake is one line and exit code 2, Ctrl-C 130; only our bugs trace back."""
     # Memory that grows in place, for every batch has another width. PyTorch reads this as it is imported.
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # A path may hold characters that the terminal's encoding lacks: no reason to lose a table over them.
-    if sys.stdout.errors == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         return 0
     except UserError as error:
-        say(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+        script = Path(sys.argv[0])
+        name = script.parent.name if script.name == "__main__.py" else script.name  # of `python -m experiment.report`
+        one_line = " ".join(str(error).split())
+        say(f"{name}: {one_line}")
         return 2
     except KeyboardInterrupt:
         same = "the same command without --overwrite" if "--overwrite" in sys.argv else "the same command"

@@ -9,20 +9,26 @@ import functools
 import importlib.util
 import re
 import runpy
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from experiment import UserError
 
 INSTRUCTION_TUNED = re.compile(r"(?:^|[-_/.])(?:it|instruct|chat)(?:$|[-_/.])", re.IGNORECASE)  # in a model's name
 
 
-def _locate(package, name):
-    return Path(importlib.util.find_spec(package).submodule_search_locations[0]) / name
+def _locate(package: str, name: str) -> Path:
+    """The path of a file of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{package} is not installed", name=package)
+    return Path(spec.submodule_search_locations[0]) / name
 
 
-def nearest(word, names):
+def nearest(word: str, names: Iterable[str]) -> str:
     """A hint for an error message: the names most like `word`, or nothing where none is."""
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.5)
     return f" (nearest: {', '.join(close)})" if close else ""
 
 
@@ -31,14 +37,19 @@ def nearest(word, names):
 
 
 @functools.cache
-def aliases():
+def aliases() -> dict[str, str]:
     """The full Hub name of every name that TransformerLens knows a model by."""
     models = runpy.run_path(str(_locate("transformer_lens", "supported_models.py")))
-    short = {alias: name for name, others in models["MODEL_ALIASES"].items() for alias in others}
-    return short | {name: name for name in models["OFFICIAL_MODEL_NAMES"]}
+    full_names = {}
+    for name, short_names in models["MODEL_ALIASES"].items():
+        for short in short_names:
+            full_names[short] = name
+    for name in models["OFFICIAL_MODEL_NAMES"]:
+        full_names[name] = name
+    return full_names
 
 
-def official_name(model):
+def official_name(model: str) -> str:
     """A model's full Hub name, for the short ones that TransformerLens knows; a folder or another name as it is."""
     if Path(model).is_dir():
         return model
@@ -47,12 +58,18 @@ def official_name(model):
     return aliases().get(model, model)
 
 
-def same_model(name, other):
+def same_model(name: str, other: str) -> bool:
     """Whether two names mean the same model. True of a local folder: what it holds shows once it is loaded."""
     if Path(name).is_dir():
         return True
-    last, other_last = (full.split("/")[-1].lower() for full in (name, other))
-    return last == other_last or official_name(name) == official_name(other)
+    if _last_part(name) == _last_part(other):
+        return True
+    return official_name(name) == official_name(other)
+
+
+def _last_part(name: str) -> str:
+    """A model's name without its owner, in lower case."""
+    return name.split("/")[-1].lower()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,18 +77,21 @@ def same_model(name, other):
 
 
 @functools.cache
-def sae_table():
+def sae_table() -> dict[str, dict[str, Any]]:
     """SAELens' table: for each release its model, its SAEs, and more."""
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first one is faster, where there is one
     with open(_locate("sae_lens", "pretrained_saes.yaml"), encoding="utf-8") as file:
-        table = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        table: dict[str, dict[str, Any]] = yaml.load(file, Loader=loader)
     table["gemma-scope-9b-it-res"]["model"] = "gemma-2-9b-it"  # it says gemma-2-9b there; SAELens' own loader does not
     return table
 
 
-def is_transcoder(release):
-    return "transcoder" in release or "transcoder" in (sae_table()[release].get("conversion_func") or "")
+def is_transcoder(release: str) -> bool:
+    """Whether a release in the table reads one place and writes another."""
+    loader = sae_table()[release].get("conversion_func") or ""
+    return "transcoder" in release or "transcoder" in loader
 
 
 def find_sae(release: str, sae_id: str) -> tuple[str, str]:
@@ -85,45 +105,50 @@ def find_sae(release: str, sae_id: str) -> tuple[str, str]:
         raise UserError(f"--sae-release {release}: holds {len(ids)} SAEs: give --sae-id (--list-saes {release})")
     if sae_id and sae_id not in ids:
         raise UserError(f"--sae-id {sae_id}: not in release {release}{nearest(sae_id, ids)}")
-    return sae_table()[release]["model"], sae_id or ids[0]
+    model = sae_table()[release]["model"]
+    return model, sae_id or ids[0]
 
 
-def _ids_of(release):
+def _ids_of(release: str) -> list[str]:
     return [sae["id"] for sae in sae_table()[release]["saes"]]
 
 
 def releases_for(model: str) -> list[str]:
     """The releases in the table that are for a model; a local folder is taken for the model that it is named after."""
-    name = Path(model).resolve().name if Path(model).is_dir() else aliases().get(model, model)
-    wanted = name.split("/")[-1].lower()
-    found = []
+    if Path(model).is_dir():
+        name = Path(model).resolve().name
+    else:
+        name = aliases().get(model, model)
+    releases = []
     for release, entry in sae_table().items():
         its_model = aliases().get(entry["model"], entry["model"])
-        if its_model.split("/")[-1].lower() == wanted and not is_transcoder(release):
-            found.append(release)
-    return found
+        if _last_part(its_model) == _last_part(name) and not is_transcoder(release):
+            releases.append(release)
+    return releases
 
 
 def releases_of_repository(repository: str) -> list[str]:
     """The releases in the table whose files lie in a repository on the Hub."""
-    found = [release for release, entry in sae_table().items() if entry["repo_id"] == repository]
-    return [release for release in found if not is_transcoder(release)] or found
+    releases = [release for release, entry in sae_table().items() if entry["repo_id"] == repository]
+    of_saes = [release for release in releases if not is_transcoder(release)]
+    return of_saes or releases
 
 
 def names_of_files(folder: Path) -> list[tuple[str, str]]:
     """The (release, id) of what a folder holds, by its place in the repositories of the table: the folder's path ends
     in the path that one of them has there. Of several, those whose repository's name stands in the path too."""
     path = folder.resolve().as_posix()
-    found, of_repository = [], []
+    names = []
+    of_repository = []
     for release, entry in sae_table().items():
         repository = entry["repo_id"].split("/")[-1]
         for sae in entry["saes"]:
             if not path.endswith(f"/{sae['path']}") or is_transcoder(release):
                 continue
-            found.append((release, sae["id"]))
+            names.append((release, sae["id"]))
             if repository in path:
                 of_repository.append((release, sae["id"]))
-    return of_repository or found
+    return of_repository or names
 
 
 def enumerate_briefly(names: list[str], most: int = 4) -> str:
@@ -132,29 +157,33 @@ def enumerate_briefly(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def list_saes(word):
+def list_saes(word: str) -> str:
     """The instruction-tuned releases with `word` in their name or their model's, or all ids of the one of that name."""
-    models = {
-        release: entry["model"]
-        for release, entry in sae_table().items()
-        if INSTRUCTION_TUNED.search(entry["model"]) and not is_transcoder(release)
-    }
+    models = {}
+    for release, entry in sae_table().items():
+        if INSTRUCTION_TUNED.search(entry["model"]) and not is_transcoder(release):
+            models[release] = entry["model"]
     if word in models:
         return "\n".join(_ids_of(word))
-    lines = [
-        f"{release:<32} {model:<36} {len(_ids_of(release)):>4}  {_ids_of(release)[0]}"
-        for release, model in models.items()
-        if word.lower() in f"{release} {model}".lower()
-    ]
+    lines = []
+    for release, model in models.items():
+        if word.lower() in f"{release} {model}".lower():
+            ids = _ids_of(release)
+            lines.append(f"{release:<32} {model:<36} {len(ids):>4}  {ids[0]}")
     if not lines:
         return f"No instruction-tuned release in SAELens' table has {word!r} in its name."
     head = f"{'release':<32} {'model':<36} SAEs  the first one's id"
     return "\n".join([head, *lines, "", "--list-saes RELEASE prints a release's ids."])
 
 
-def neuronpedia_page(release, sae_id, latent):
-    """The address of a latent's page on Neuronpedia, where SAELens' table knows one for the SAE; or None."""
-    if Path(release).is_dir():
+def neuronpedia_page(release: str, sae_id: str, latent: int | str) -> str | None:
+    """The address of a latent's page on Neuronpedia, where SAELens' table knows one for the SAE; or None.
+
+    latent: "" for the beginning of the addresses of all of them.
+    """
+    if Path(release).is_dir() or release not in sae_table():
         return None
-    pages = [sae.get("neuronpedia") for sae in sae_table().get(release, {"saes": []})["saes"] if sae["id"] == sae_id]
-    return f"https://www.neuronpedia.org/{pages[0]}/{latent}" if pages and pages[0] else None
+    for sae in sae_table()[release]["saes"]:
+        if sae["id"] == sae_id and sae.get("neuronpedia"):
+            return f"https://www.neuronpedia.org/{sae['neuronpedia']}/{latent}"
+    return None

@@ -54,27 +54,40 @@ def hub_errors(name: str) -> Iterator[None]:
         # OSError: the Hub's own errors, ConnectionError, a file that is not there. RuntimeError: too little memory.
         # ImportError: a package that this model needs and no other one does.
         kinds = (OSError, ValueError, RuntimeError, SafetensorError, ImportError)
-        folders = {Path(frame.f_code.co_filename).parent for frame, _ in traceback.walk_tb(error.__traceback__)}
         # The HTTP library's own errors are of no common kind, and come through where they are not wrapped.
         expected = isinstance(error, kinds) or type(error).__module__.startswith(("datasets", "httpx"))
-        if not expected or folders <= {ROOT, ROOT / "experiment"}:  # no library has a part in it
+        if not expected or not _passed_a_library(error):
             raise  # a bug of ours
         raise UserError(f"{name}: {_advise(error)}") from error
+
+
+def _passed_a_library(error: BaseException) -> bool:
+    """Whether code that is not this project's had a part in an error."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        folder = Path(frame.f_code.co_filename).parent
+        if folder != ROOT and not folder.is_relative_to(ROOT / "experiment"):
+            return True
+    return False
 
 
 def _advise(error: BaseException) -> str:
     """What to do about an error of the Hub's libraries, in one line: advice of our own, or what they say themselves."""
     chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
         chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
     seen = " ".join(f"{link} {type(link).__mro__}" for link in chain)
     for sign, advice in ADVICE.items():
         if sign in seen:
             return advice
-    silent = type(error).__name__ == "DatasetGenerationError"  # says nothing itself
-    text = str(chain[1] if silent else error).strip()
+    is_silent = type(error).__name__ == "DatasetGenerationError"  # its cause says what is wrong
+    speaks = chain[1] if is_silent else error
+    text = str(speaks).strip()
     whole = " ".join(text.split())
-    return whole if len(whole) <= LONG or isinstance(error, ImportError) else text.split("\n")[0]
+    if len(whole) <= LONG or isinstance(error, ImportError):
+        return whole
+    return text.split("\n")[0]
 
 
 def prepare_libraries(options: Options) -> None:
@@ -89,24 +102,23 @@ def prepare_libraries(options: Options) -> None:
         raise UserError(f"--device {options.device}: PyTorch has no such device here") from None
     torch.backends.cuda.matmul.allow_tf32 = options.sae_dtype == "tf32"  # of float32 products: the SAE's
     if options.token_file:
-        _use_token(options)
+        _use_token(options.token_file, options.demo)
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # the line above hides downloads too: those a person waits for
 
 
-def _use_token(options: Options) -> None:
+def _use_token(file: Path, demo: bool) -> None:
     """Gives the Hub's libraries the token of --token-file, or of a token.txt that is there.
 
     The demo needs none: a token.txt that holds something else stops everything but the demo.
     """
-    file = options.token_file
     with os_errors(f"{file}: cannot be read"):
         token = file.read_text(encoding="utf-8", errors="replace").strip()
     if re.fullmatch(r"hf_[A-Za-z0-9]{8,}", token):
         os.environ["HF_TOKEN"] = token
-    elif not (options.demo and file == ROOT / TOKEN_FILE):
+    elif not (demo and file == ROOT / TOKEN_FILE):
         raise UserError(f"{file}: holds no Hugging Face token (hf_...): put yours in, or remove it")
 
 
@@ -143,7 +155,8 @@ def _find_obstacle(config: transformers.PretrainedConfig) -> str | None:
     text_config = config.get_text_config()
     quantization = getattr(config, "quantization_config", None) or getattr(text_config, "quantization_config", None)
     if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        fields = quantization if isinstance(quantization, dict) else vars(quantization)
+        method = fields.get("quant_method")
         return f"its weights are quantised ({method}): give them in float16, bfloat16 or float32"
     if config.is_encoder_decoder:
         return "it has an encoder beside its decoder"
@@ -174,20 +187,27 @@ def _find_obstacle_in_layers(model: transformers.PreTrainedModel) -> str | None:
     decoder = model.get_decoder()
     if not isinstance(getattr(decoder, "layers", None), torch.nn.ModuleList):
         return f"its {type(decoder).__name__} has no list of layers by that name, as Gemma's and Llama's have"
-    sizes = {module.head_dim for module in decoder.layers.modules() if hasattr(module, "head_dim")}
+    sizes = set()
+    for module in decoder.layers.modules():
+        if hasattr(module, "head_dim"):
+            sizes.add(module.head_dim)
     if len(sizes) > 1:
-        return f"its attention heads are of several sizes ({', '.join(map(str, sorted(sizes)))})"
+        named = ", ".join(str(size) for size in sorted(sizes))
+        return f"its attention heads are of several sizes ({named})"
     return None
 
 
 def _check_place(options: Options, sae: "SAEConfig", config: transformers.PretrainedConfig) -> None:
     """Raises UserError where the place that an SAE is for is not in the model, or of another width."""
     hook_name = sae.metadata.hook_name
-    if int(hook_name.split(".")[1]) >= config.num_hidden_layers:
-        layers = config.num_hidden_layers
+    layer = int(hook_name.split(".")[1])
+    layers = config.num_hidden_layers
+    if layer >= layers:
         raise UserError(f"{options.sae_release}: is for {hook_name}, but {options.model} has {layers} layers")
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_attention_heads * d_head if hook_name.endswith("attn.hook_z") else config.hidden_size
+    width = config.hidden_size
+    if hook_name.endswith("attn.hook_z"):
+        width = config.num_attention_heads * d_head
     if sae.d_in != width:
         raise UserError(
             f"{options.sae_release}: reads {sae.d_in} dimensions, but {options.model} has {width}: "

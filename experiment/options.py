@@ -6,14 +6,15 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
-from experiment import UserError, catalogue
-from experiment.rankings import RANKINGS
+from experiment import UserError, catalogue, own_rankings
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = {  # what --demo changes
+DEMO: dict[str, Any] = {  # what --demo changes
     "model": "demo/model",
     "sae_release": "demo/sae",
     "sae_id": "",
@@ -22,38 +23,58 @@ DEMO = {  # what --demo changes
     "device": "cpu",
     "dtype": "float32",
     "batch_tokens": 16384,
+    "pool_tokens": 32768,
 }
 TOKEN_FILE = "token.txt"  # at the top of the project: used where it exists
 PAPER_DATASET = "rajpurkar/squad"
+RANKINGS = ("baseline", "gradsae", "gradsae-answer", "matched", "random")  # of intervention.rankings
 FLOATS = ("float16", "bfloat16", "float32")
 
 
-def bundled(name):
+def bundled(name: str) -> str:
     """A path of the bundled demo as it is on this machine; any other name as it is."""
-    return str(ROOT / name) if name in (DEMO["model"], DEMO["sae_release"], DEMO["dataset"]) else name
+    if name in (DEMO["model"], DEMO["sae_release"], DEMO["dataset"]):
+        return str(ROOT / name)
+    return name
 
 
-def positive(text):
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
     if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
-def latents_to_mask(text):
-    match = re.fullmatch(r"([0-9]{1,18})(%?)", text)
-    if not match or (match[2] and not 1 <= int(match[1]) <= 50):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of latents nor a percentage from 1% to 50%")
-    return f"{int(match[1])}{match[2]}"
+def latents_to_mask(text: str) -> str:
+    """A K in its plain spelling: a number of latents, or a percentage."""
+    match = re.fullmatch(r"(?P<number>[0-9]{1,18})(?P<percent>%?)", text)
+    says = f"{text!r} is neither a number of latents nor a percentage from 1% to 50%"
+    if not match:
+        raise argparse.ArgumentTypeError(says)
+    number = int(match["number"])
+    if match["percent"] and not 1 <= number <= 50:
+        raise argparse.ArgumentTypeError(says)
+    return f"{number}{match['percent']}"
 
 
-def option(default, help, **settings):
+def ranking(text: str) -> str:
+    """A name of RANKINGS, or FILE.py:FUNCTION."""
+    if text in RANKINGS:
+        return text
+    if own_rankings.is_own(text):
+        own_rankings.check(text)
+        return text
+    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (give {', '.join(RANKINGS)} or FILE.py:FUNCTION)")
+
+
+def option(default: object, help: str, **settings: Any) -> Any:
     """A field of Options. A default of None is explained in `help`; `settings` go to argparse."""
     return dataclasses.field(default=default, metadata={"help": help} | settings)
 
 
-NUMBER = {"type": positive, "metavar": "N"}
-NAMES = {"choices": RANKINGS, "nargs": "+", "metavar": "NAME"}
-KS = {"type": latents_to_mask, "nargs": "+"}  # of rounds 2 and 3
+NUMBER: dict[str, Any] = {"type": positive, "metavar": "N"}
+NAMES: dict[str, Any] = {"type": ranking, "nargs": "+", "metavar": "NAME"}
+KS: dict[str, Any] = {"type": latents_to_mask, "nargs": "+"}  # of rounds 2 and 3
 
 
 @dataclass(frozen=True)
@@ -79,34 +100,41 @@ class Options:
     ablation: str = option(
         "zero", "mean: masked latents get their mean (give it in round 1 too)", choices=("zero", "mean")
     )
-    ranking: tuple[str, ...] = option(("baseline",), "what to rank latents by: %(choices)s", **NAMES)
+    ranking: tuple[str, ...] = option(
+        ("baseline",), f"what to rank latents by: {', '.join(RANKINGS)}, or FILE.py:FUNCTION", **NAMES
+    )
     activations: Path | None = option(None, "round 1's file (default: activations_RANKING.json)", type=Path)
     k: tuple[str, ...] = option(("50%",), "latents to mask: numbers, or percentages of the active ones; 0: none", **KS)
-    output_dir: Path | None = option(None, "for all files (default: runs/demo, or runs/MODEL/RELEASE/ID)", type=Path)
+    # Never None once parse() is done.
+    output_dir: Path = option(None, "for all files (default: runs/demo, or runs/MODEL/RELEASE/ID)", type=Path)
     device: str = option("cuda", "torch device")
     device_map: str | None = option(None, "auto: spread a model over all GPUs (default: off)", choices=("auto",))
     dtype: str = option("float16", "of the model", choices=FLOATS)
     sae_dtype: str = option("float32", "of the SAE; tf32: faster and coarser, on CUDA", choices=(*FLOATS, "tf32"))
-    # The KV cache takes 344 KB a token on gemma-2-9b-it: 11 GB, beside 18.5 GB of model and 3.8 GB of SAE.
-    batch_tokens: int = option(32768, "prompt tokens in one batch, padding included", **NUMBER)
+    batch_tokens: int | None = option(
+        None, "tokens in one batch, padding included (default: what fits; on the CPU 4096)", **NUMBER
+    )
+    pool_tokens: int | None = option(
+        None, "tokens of answers that go on together (default: as --batch-tokens)", **NUMBER
+    )
     max_new_tokens: int = option(50, "longest answer, in tokens", **NUMBER)
     overwrite: bool = option(False, "start this round again and replace its files")
     token_file: Path | None = option(None, "Hugging Face token (default: token.txt, where it exists)", type=Path)
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
 
 
-def parse(argv, doc, masks):
+def parse(argv: list[str] | None, doc: str | None, masks: bool) -> Options:
     """The Options of a round. Raises UserError for what cannot be meant.
 
     argv: its arguments; None: the command line's.  doc: the script's docstring, which --help shows.  masks: whether the
     round masks latents, as 2 and 3 do: only these have --k.
     """
     argv = sys.argv[1:] if argv is None else argv
-    defaults = {field.name: field.default for field in dataclasses.fields(Options)} | (DEMO if "--demo" in argv else {})
+    defaults = _find_defaults("--demo" in argv)
     given = vars(_build_parser(doc, masks, defaults).parse_args(argv))
     if "list_saes" in given:
         print(catalogue.list_saes(given["list_saes"]))
@@ -115,24 +143,30 @@ def parse(argv, doc, masks):
         defaults["token_file"] = ROOT / TOKEN_FILE
     for name in given.keys() & {"model", "sae_release", "sae_id", "dataset", "split"}:
         _check_text(name, given[name])  # these stand in the files of a round
+    if "batch_tokens" in given:
+        defaults["pool_tokens"] = None  # the demo's goes with its own batches
     chosen = defaults | given | _settle_names(given, defaults)
-    chosen |= {name: tuple(dict.fromkeys(chosen[name])) for name in ("ranking", "k")}  # each once
+    for name in ("ranking", "k"):
+        each_once = dict.fromkeys(chosen[name])
+        chosen[name] = tuple(each_once)
     options = Options(**chosen)
     _check(options)
-    return dataclasses.replace(options, output_dir=options.output_dir or _name_output_dir(options))
+    if options.output_dir is None:
+        options = dataclasses.replace(options, output_dir=_name_output_dir(options))
+    return options
 
 
-def write_command(options: Options, **changed: object) -> str:
+def write_command(options: Options, **changed: Any) -> str:
     """The command of round 1 with these options, to be pasted into a shell; `changed` take their place."""
     options = dataclasses.replace(options, **changed)
-    defaults = {field.name: field.default for field in dataclasses.fields(Options)} | (DEMO if options.demo else {})
-    defaults |= {"token_file": ROOT / "token.txt", "output_dir": _name_output_dir(options)}
+    defaults = _find_defaults(options.demo)
+    defaults |= {"token_file": ROOT / TOKEN_FILE, "output_dir": _name_output_dir(options)}
     words = ["python", "baseline.py"]
     for name, default in defaults.items():
         value = getattr(options, name)
         if name == "k" or value in (None, default):
             continue
-        words.append("--" + name.replace("_", "-"))
+        words.append(_write_flag(name))
         if isinstance(value, tuple):
             words += value
         elif value is not True:
@@ -140,28 +174,52 @@ def write_command(options: Options, **changed: object) -> str:
     return shlex.join(words)
 
 
-def _build_parser(doc, masks, defaults):
+def _find_defaults(demo: bool) -> dict[str, Any]:
+    """{field of Options: its default}, those of --demo or the paper's."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    return defaults | DEMO if demo else defaults
+
+
+def _build_parser(doc: str | None, masks: bool, defaults: Mapping[str, Any]) -> _Parser:
+    """The parser of all options; of --k only for a round that masks."""
     raw = argparse.RawDescriptionHelpFormatter
     # SUPPRESS: an option that is not given is absent, so that a release can say its model.
     parser = _Parser(description=doc, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Options):
-        default, settings = defaults[field.name], dict(field.metadata)
+        if field.name == "k" and not masks:
+            continue
+        default = defaults[field.name]
+        settings = dict(field.metadata)
         if default is False:
             settings["action"] = "store_true"
         elif default is not None:
-            shown = " ".join(default) if isinstance(default, tuple) else str(default) or "none"
-            settings["help"] += f" (default: {shown})".replace("%", "%%")
-        if field.name != "k" or masks:
-            parser.add_argument("--" + field.name.replace("_", "-"), **settings)
+            explained = re.sub(r" \(default: .*\)$", "", settings["help"])  # as it is without --demo
+            shown = _show_default(default).replace("%", "%%")
+            settings["help"] = f"{explained} (default: {shown})"
+        parser.add_argument(_write_flag(field.name), **settings)
     text = "print the instruction-tuned releases in SAELens' table (with WORD in their name), and stop"
     parser.add_argument("--list-saes", nargs="?", const="", metavar="WORD", help=text)
     return parser
 
 
+def _write_flag(name: str) -> str:
+    """--sae-id of sae_id."""
+    return "--" + name.replace("_", "-")
+
+
+def _show_default(default: object) -> str:
+    """A default as one would type it."""
+    if isinstance(default, tuple):
+        return " ".join(default)
+    return str(default) or "none"
+
+
 def _check(options: Options) -> None:
+    """Raises UserError for options that are empty, or do not go together."""
     for name in ("model", "sae_release", "dataset"):
         if not getattr(options, name):
-            raise UserError(f"--{name.replace('_', '-')}: is empty")
+            raise UserError(f"{_write_flag(name)}: is empty")
+    _check_names_of_rankings(options.ranking)
     if options.limit is not None and options.sample is not None:
         raise UserError("--limit and --sample cannot be combined: leave one out")
     if options.activations and len(options.ranking) > 1:
@@ -176,6 +234,18 @@ def _check(options: Options) -> None:
         raise UserError(f"--token-file {options.token_file}: there is no such file")
 
 
+def _check_names_of_rankings(given: tuple[str, ...]) -> None:
+    """Raises UserError for a ranking of one's own that is named as another one is: their files would be the same."""
+    taken = {name.lower(): name for name in RANKINGS}  # no file system has to tell capitals
+    for one in given:
+        if not own_rankings.is_own(one):
+            continue
+        name = own_rankings.name_of(one).lower()
+        if name in taken:
+            raise UserError(f"--ranking {one}: files are named after the function, as of {taken[name]}: rename it")
+        taken[name] = one
+
+
 def _check_text(name: str, text: str) -> None:
     """Raises UserError for what no file in UTF-8 can hold: bytes of a path that are no characters to this locale."""
     try:
@@ -183,26 +253,29 @@ def _check_text(name: str, text: str) -> None:
     except UnicodeEncodeError:
         shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
         raise UserError(
-            f"--{name.replace('_', '-')} {shown}: holds bytes that are no characters in this locale: use another name, "
+            f"{_write_flag(name)} {shown}: holds bytes that are no characters in this locale: use another name, "
             "or a UTF-8 locale"
         ) from None
 
 
-def _settle_names(given: dict[str, object], defaults: dict[str, object]) -> dict[str, str]:
+def _settle_names(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
     """Model and SAE id where the release says them. Refuses names that do not belong together. Downloads nothing."""
     if not given.keys() & {"model", "sae_release", "sae_id"}:
         return {}
-    release = given.get("sae_release", defaults["sae_release"])
-    if "sae_release" not in given and "model" in given and release in catalogue.sae_table():
+    release: str = given.get("sae_release", defaults["sae_release"])
+    in_table = release in catalogue.sae_table()
+    if "sae_release" not in given and "model" in given and in_table:
         _ask_for_release(given["model"], release)
-    sae_id = given.get("sae_id", defaults["sae_id"] if release == defaults["sae_release"] else "")
-    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", release) and release not in catalogue.sae_table()
-    if on_hub and not Path(release).is_dir():
+    usual_id = defaults["sae_id"] if release == defaults["sae_release"] else ""
+    sae_id: str = given.get("sae_id", usual_id)
+    is_repository = not in_table and re.fullmatch(r"\w[\w.-]*/[\w.-]+", release)
+    if is_repository and not Path(release).is_dir():
         _refuse_repository_of_table(release)
-    if on_hub or Path(bundled(release)).is_dir():
+    if is_repository or Path(bundled(release)).is_dir():
         return {"sae_id": sae_id}  # a folder, or a repository on the Hub, may hold one SAE that has no id
     its_model, sae_id = catalogue.find_sae(release, sae_id)
-    model = given.get("model", DEMO["model"] if "demo" in given else its_model)
+    usual_model = DEMO["model"] if "demo" in given else its_model
+    model: str = given.get("model", usual_model)
     if model == DEMO["model"] or not catalogue.same_model(model, its_model):
         raise UserError(f"--sae-release {release}: belongs to {its_model}, not to {model}")
     return {"model": model, "sae_id": sae_id}
@@ -239,19 +312,29 @@ def _refuse_repository_of_table(repository: str) -> None:
 
 def _name_output_dir(options: Options) -> Path:
     """A folder named after what is run, in the current one: other questions than the default ones are in its name."""
-    changes = []
-    if options.error_term == "keep":
-        changes.append("error_term_keep")
-    if options.dataset != (DEMO["dataset"] if options.demo else PAPER_DATASET):
-        changes.append(_name_dataset(options.dataset))
-    of_demo = all(getattr(options, name) == DEMO[name] for name in ("model", "sae_release", "sae_id"))
-    if options.demo and of_demo and options.error_term == "drop":
-        names = ["demo"]
+    folder = Path("runs")
+    if options.demo and _is_of_demo(options) and options.error_term == "drop":
+        folder = folder / "demo"
     else:
-        names = [bundled(options.model), bundled(options.sae_release)]
-        names = [Path(name).resolve().name if Path(name).is_dir() else name for name in names] + [options.sae_id]
-    folder = Path("runs", *(_name_folder(name) for name in names))
-    return folder.with_name("_".join([folder.name, *map(_name_folder, changes)]))
+        folder = folder / _name_model(options.model) / _name_model(options.sae_release) / _name_folder(options.sae_id)
+    name = folder.name
+    if options.error_term == "keep":
+        name += "_error_term_keep"
+    usual_dataset = DEMO["dataset"] if options.demo else PAPER_DATASET
+    if options.dataset != usual_dataset:
+        name += "_" + _name_folder(_name_dataset(options.dataset))
+    return folder.with_name(name)
+
+
+def _is_of_demo(options: Options) -> bool:
+    """Whether model and SAE are the bundled ones."""
+    return all(getattr(options, name) == DEMO[name] for name in ("model", "sae_release", "sae_id"))
+
+
+def _name_model(name: str) -> str:
+    """What a model or an SAE adds to the path of a folder: of a local folder its own name."""
+    path = Path(bundled(name))
+    return _name_folder(path.resolve().name if path.is_dir() else name)
 
 
 def _name_dataset(dataset: str) -> str:

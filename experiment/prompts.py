@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +12,8 @@ BRACKETS = re.compile(r"\[\s*(.*?)\s*\]")  # on one line
 def build_prompt(template: str, context: str, question: str) -> str:
     """The prompt's text, BOS not included. Only the two fields are filled in: other braces stay as they are."""
     fields = {"{context}": context, "{question}": question}
-    return re.sub(r"\{context\}|\{question\}", lambda match: fields[match[0]], template)
+    parts = re.split(r"(\{context\}|\{question\})", template)
+    return "".join(fields.get(part, part) for part in parts)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -31,8 +33,16 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def find_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of BOS, padding, turn markers and the like, ascending."""
-    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return sorted({*tokenizer.all_special_ids, *added})
+    ids = set(tokenizer.all_special_ids)
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            ids.add(token_id)
+    return sorted(ids)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """What tokens say to a reader: special ones are no text."""
+    return cast(str, tokenizer.decode(tokens, skip_special_tokens=True))  # a list is of several sequences
 
 
 def find_bracket(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> int | None:
@@ -41,7 +51,7 @@ def find_bracket(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> int |
     An end token such as [EOS] is no text.
     """
     for place in reversed(range(len(tokens))):
-        if "[" in tokenizer.decode([tokens[place]], skip_special_tokens=True):
+        if "[" in decode(tokenizer, [tokens[place]]):
             return place
     return None
 
@@ -51,7 +61,7 @@ def find_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[i
 
     A character may be written by several tokens: then all of them count.
     """
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    text = decode(tokenizer, tokens)
     match = BRACKETS.search(text)
     if not match:
         return []
@@ -64,8 +74,8 @@ def find_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[i
     # character, which is not in the text; their lengths would count it.
     written = []
     for n in range(len(tokens) + 1):
-        beginning = tokenizer.decode(tokens[:n], skip_special_tokens=True)
-        written.append(len(os.path.commonprefix([beginning, text])))
+        common = os.path.commonprefix([decode(tokenizer, tokens[:n]), text])
+        written.append(len(common))
     special = set(find_special_ids(tokenizer))
     places = []
     for place, token in enumerate(tokens):

@@ -14,15 +14,18 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experiment import UserError, os_errors
-from experiment.results import parse_json
+from experiment.records.files import parse_json
 
 if TYPE_CHECKING:
     import datasets
 
-SAVED_SPLIT, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk leaves in a folder
+# What save_to_disk leaves in a folder: of one split, and of several.
+SAVED_SPLIT = "state.json"
+SAVED_SPLITS = "dataset_dict.json"
+TRUTH_VALUES = {"true": True, "1": True, "false": False, "0": False, "": None}  # of is_impossible, in CSV
 CSV_COLUMNS = ("id", "context", "question", "answers", "is_impossible")
 # Scripts that are written without spaces between words: Thai to Myanmar, Khmer, Japanese and Chinese with all that
 # stands beside the characters themselves, halfwidth Katakana, and the supplementary ideographs.
@@ -61,7 +64,8 @@ def load(dataset: str, split: str | None, config: str | None = None) -> tuple[li
         ids.add(question.id)
         if question.truths:
             questions.append(question)
-            sha.update(json.dumps([question.id, question.context, question.question, question.truths]).encode())
+            fields = [question.id, question.context, question.question, question.truths]
+            sha.update(json.dumps(fields).encode())
     if not questions:
         raise UserError(f"{dataset}: no question with a ground truth in it")
     return questions, len(ids) - len(questions), sha.hexdigest()
@@ -69,8 +73,9 @@ def load(dataset: str, split: str | None, config: str | None = None) -> tuple[li
 
 def is_local(dataset: str) -> bool:
     """Whether a data set is one file, or what save_to_disk wrote of one split: of these --split says nothing."""
-    is_file = _is_plain(dataset) or os.path.isfile(dataset)
-    return is_file or os.path.isfile(os.path.join(dataset, SAVED_SPLIT))
+    if _is_plain(dataset) or os.path.isfile(dataset):
+        return True
+    return os.path.isfile(os.path.join(dataset, SAVED_SPLIT))
 
 
 def _is_plain(dataset: str) -> bool:
@@ -147,7 +152,7 @@ def _read_with_datasets(dataset: str, split: str | None, config: str | None) -> 
         rows = datasets.load_from_disk(dataset)
     elif os.path.isfile(os.path.join(dataset, SAVED_SPLITS)):
         saved = datasets.load_from_disk(dataset)
-        if split not in saved:
+        if split is None or split not in saved:
             raise UserError(_ask_for_split(dataset, saved))
         rows = saved[split]
     else:
@@ -166,17 +171,19 @@ def _read_with_datasets(dataset: str, split: str | None, config: str | None) -> 
 
 
 def _ask_for_split(dataset: str, splits: Iterable[str]) -> str:
-    return f"{dataset}: has the splits {', '.join(map(str, splits))}: give one as --split"
+    named = ", ".join(str(split) for split in splits)
+    return f"{dataset}: has the splits {named}: give one as --split"
 
 
 def _find_builder(dataset: str, config: str | None) -> tuple["datasets.DatasetBuilder", bool]:
     """What reads this data set, and whether it is CSV."""
     import datasets
 
-    path, which = dataset, {}
+    path = dataset
+    which = {}
     if os.path.isfile(dataset):
-        path, name = os.path.split(os.path.abspath(dataset))
-        which["data_files"] = glob.escape(name)
+        path = os.path.dirname(os.path.abspath(dataset))
+        which["data_files"] = glob.escape(os.path.basename(dataset))
     try:
         builder = datasets.load_dataset_builder(path, config, **which)
     except ValueError as error:
@@ -198,12 +205,10 @@ def _read_cells(row: dict[str, object], where: str) -> dict[str, object]:
     datasets or pandas: Python's; by others: JSON) are one again, and is_impossible is true or false."""
     row = dict(row)
     impossible = row.get("is_impossible")
-    if impossible is not None:
-        row["is_impossible"] = {"true": True, "1": True, "false": False, "0": False, "": None}.get(
-            impossible.lower(), impossible
-        )
+    if isinstance(impossible, str):
+        row["is_impossible"] = TRUTH_VALUES.get(impossible.lower(), impossible)
     answers = row.get("answers")
-    if answers is not None and answers.startswith(("{", "[")):
+    if isinstance(answers, str) and answers.startswith(("{", "[")):
         try:
             row["answers"] = json.loads(answers)
         except (ValueError, RecursionError):
@@ -224,13 +229,18 @@ class _Arrays(ast.NodeTransformer):
     """array([...], dtype=object) is [...]."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        is_array = isinstance(node.func, ast.Name) and node.func.id == "array" and len(node.args) == 1
-        return node.args[0] if is_array else node
+        is_array = isinstance(node.func, ast.Name) and node.func.id == "array"
+        if is_array and len(node.args) == 1:
+            return node.args[0]
+        return node
 
 
-def _make_question(row: object, where: str) -> Question:
+def _make_question(row: Any, where: str) -> Question:
+    """The Question in a row. Raises UserError where it is none."""
     try:
-        question_id, context, question = row["id"], row["context"], row["question"]
+        question_id = row["id"]
+        context = row["context"]
+        question = row["question"]
         truths = _find_truths(row["answers"])
         is_impossible = row.get("is_impossible") or False
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -254,7 +264,7 @@ def _make_question(row: object, where: str) -> Question:
     return Question(question_id, sys.intern(context), question, tuple(truths))
 
 
-def _find_truths(answers: object) -> list[object]:
+def _find_truths(answers: Any) -> list[Any]:
     """The texts of answers: of {"text": [...]}, as SQuAD's columns have them, or of [{"text": ...}, ...], as its nested
     form has them; or they are texts, or one text, themselves. None where they are null. What is none of these is given
     back as it is."""
@@ -264,27 +274,37 @@ def _find_truths(answers: object) -> list[object]:
         return []
     if not isinstance(answers, list):
         return [answers]
-    return [answer["text"] if isinstance(answer, dict) else answer for answer in answers]
+    truths = []
+    for answer in answers:
+        truths.append(answer["text"] if isinstance(answer, dict) else answer)
+    return truths
 
 
-def select(questions, limit=None, sample=None, seed=42):
+def select(
+    questions: list[Question], limit: int | None = None, sample: int | None = None, seed: int | None = 42
+) -> list[Question]:
     """The first `limit` questions, or `sample` drawn ones in the data set's order, or all."""
-    if sample is not None and sample < len(questions):
-        return [questions[number] for number in sorted(random.Random(seed).sample(range(len(questions)), sample))]
-    return questions[:limit]
+    if sample is None or sample >= len(questions):
+        return questions[:limit]
+    drawn = random.Random(seed).sample(range(len(questions)), sample)
+    return [questions[number] for number in sorted(drawn)]
 
 
-def normalize(text):
+def normalize(text: str) -> str:
     """SQuAD v1.1's normal form: lower case, no punctuation, no articles, single spaces."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    text = re.sub(r"\b(a|an|the)\b", " ", text)
+    return " ".join(text.split())
 
 
-def token_f1(answer, truth):
+def token_f1(answer: str, truth: str) -> float:
     """Harmonic mean of precision and recall over the normal forms' words, 0 to 1; 0 where they share none."""
-    answer_words, truth_words = normalize(answer).split(), normalize(truth).split()
+    answer_words = normalize(answer).split()
+    truth_words = normalize(truth).split()
     shared = (collections.Counter(answer_words) & collections.Counter(truth_words)).total()
-    return 2 * shared / (len(answer_words) + len(truth_words)) if shared else 0.0
+    if not shared:
+        return 0.0
+    return 2 * shared / (len(answer_words) + len(truth_words))
 
 
 def score(answer: str, text: str, truths: Sequence[str]) -> dict[str, float]:
@@ -294,18 +314,16 @@ def score(answer: str, text: str, truths: Sequence[str]) -> dict[str, float]:
     in the text, whatever the format around it: as whole words, but for scripts without spaces between words.
     """
     em = any(normalize(answer) == normalize(truth) for truth in truths)
-    return {
-        "em": float(em),
-        "f1": max(token_f1(answer, truth) for truth in truths),
-        "accuracy": float(any(answer.strip() == truth.strip() for truth in truths)),
-        "named": float(em or any(_names(text, truth) for truth in truths)),
-    }
+    f1 = max(token_f1(answer, truth) for truth in truths)
+    accuracy = any(answer.strip() == truth.strip() for truth in truths)
+    named = em or any(_names(text, truth) for truth in truths)
+    return {"em": float(em), "f1": f1, "accuracy": float(accuracy), "named": float(named)}
 
 
 def _names(text: str, truth: str) -> bool:
     """Whether a ground truth stands in a text, both in SQuAD's normal form."""
-    # Brackets are spaces here: without that, "[[Oslo]]<end_of_turn>" would be the one word "osloendofturn".
-    text, truth = (normalize(re.sub(r"[\[\]{}()<>=]", " ", words)) for words in (text, truth))
+    text = _normalize_apart(text)
+    truth = _normalize_apart(truth)
     if not truth:
         return False
     start = text.find(truth)
@@ -317,6 +335,11 @@ def _names(text: str, truth: str) -> bool:
             return True
         start = text.find(truth, start + 1)
     return False
+
+
+def _normalize_apart(text: str) -> str:
+    """SQuAD's normal form with brackets as spaces: else "[[Oslo]]<end_of_turn>" is the one word "osloendofturn"."""
+    return normalize(re.sub(r"[\[\]{}()<>=]", " ", text))
 
 
 def _is_boundary(before: str, after: str) -> bool:

@@ -1,168 +1,302 @@
-"""Activations and results on disk, with the run that made them: written whole, read strictly. Knows nothing of models.
+"""What a round ends with: its activations, its entries of results.json, and the table and files made of these."""
 
-A file that is damaged, or of another run, is a UserError that names it.
-"""
+from __future__ import annotations
 
-import contextlib
-import json
-import math
-import os
-import re
-from pathlib import Path
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import TypedDict
 
-import filelock
+from experiment import catalogue, say
+from experiment.options import Options
+from experiment.questions import Question, score
+from experiment.records import activations, files, lists
+from experiment.records.activations import RankedFile
+from experiment.records.journal import Journal
+from experiment.records.schema import (
+    SCORES,
+    CommonLatent,
+    Entry,
+    Figures,
+    KeptRecord,
+    LatentStatistics,
+    MaskedEntry,
+    Provenance,
+    RankedLatents,
+    RankedQuestion,
+    Record,
+    Side,
+    UnmaskedEntry,
+)
+from experiment.report import cells, estimates, folders, outputs, tables
+from experiment.rounds import Round
 
-from experiment import UserError, os_errors, provenance
+ROUND_NAMES: dict[Side, str] = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
 
 
-def lock(folder):
-    """Makes the folder, and refuses a second writer in it. Returns a context manager that releases the lock.
+def report_results(round_: Round, earlier: list[Entry], fresh: Sequence[Entry]) -> None:
+    """Puts fresh entries in the place of those of the same round, ranking and K, and writes and prints the table.
 
-    The kernel releases it too when this process ends, however it does.
+    Entries that are no longer of what lies in the folder are left out, with a line.
     """
-    with os_errors(f"--output-dir {folder}: cannot be written"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        try:
-            return filelock.FileLock(Path(folder) / ".lock").acquire(timeout=0)
-        except filelock.Timeout:
-            says = f"{folder}: another round is writing here: wait for it, or give another --output-dir"
-            raise UserError(says) from None
+    replaced = set(map(name_entry, fresh))
+    entries = [entry for entry in earlier if name_entry(entry) not in replaced]
+    entries += fresh
+    path = round_.options.output_dir
+    folder = folders.read_folder(path, entries, round_.questions)
+    files.write_results(path / "results.json", folder.entries)
+    outputs.write_report(path, [folder], folder.entries)
+    table = tables.build_table(folder.entries)
+    print(f"\n{cells.to_text(table)}", flush=True)
 
 
-@contextlib.contextmanager
-def write_whole(path, mode="w"):
-    """A file that appears at `path` whole when the block ends, or not at all: written beside, synced, moved."""
-    beside = path.with_name(path.name + ".part")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        with os_errors(f"{path}: cannot be written"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, mode, **text) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+def name_entry(entry: Entry) -> tuple[str | None, ...]:
+    """What tells the entries of one folder apart."""
+    made = entry.provenance
+    return entry.round, made.ranking, entry.k, made.ablation
 
 
-def load_json(path):
-    with os_errors(f"{path}: cannot be read"):
-        return parse_json(path.read_bytes(), path)
+def hash_population(asked: Iterable[Question]) -> str:
+    """A short hash of the questions that a figure is a mean over."""
+    ids = "\n".join(question.id for question in asked)
+    return hashlib.sha256(ids.encode()).hexdigest()[:16]
 
 
-def parse_json(text, where):
-    """The value in a JSON text, or in its bytes. where: what names it if it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is not JSON ({error})") from None
+# ---------------------------------------------------------------------------------------------------------------------
+# Round 1
 
 
-# What the files hold: {field: (a test of its value, what it is a test for)}. A field with a ? may be missing.
-TEXT = (lambda x: isinstance(x, str) and not re.search("[\ud800-\udfff]", x), "a text")  # nor half a character
-SCORE = (lambda x: type(x) is float and 0 <= x <= 1, "a number from 0.0 to 1.0")
-MEAN = (lambda x: x is None or type(x) in (int, float), "a number")  # None: no question counts
-OBJECT = (lambda x: isinstance(x, dict), "an object")
-LATENTS = (lambda x: isinstance(x, list) and all(type(i) is int and 0 <= i < 2**63 for i in x), "a list of latents")
-TOKENS = (LATENTS[0], "a list of tokens")
-PLACES = (LATENTS[0], "a list of places")
-NUMBERS = (lambda x: isinstance(x, list) and all(type(number) is float for number in x), "a list of numbers")
-SCORES = ("em", "f1", "accuracy", "named")
-
-LISTS = {"topk": LATENTS, "bottomk": LATENTS, "removed_topk?": NUMBERS, "removed_bottomk?": NUMBERS}
-LISTS |= {"target_topk?": NUMBERS, "target_bottomk?": NUMBERS}  # of the matched ranking
-SAMPLE = {"id": TEXT, "answer": TEXT, "active": LATENTS, "tokens?": TOKENS, "inside?": PLACES, "log_probs?": NUMBERS}
-SAMPLE |= LISTS
-SAMPLE |= {f"{name}?": SCORE for name in SCORES}
-PUBLISHED = {"prompt": TEXT, "active": LATENTS, "topk": LATENTS, "bottomk": LATENTS}  # a sample of the authors' file
-RECORD = dict.fromkeys(("id", "text", "answer"), TEXT) | dict.fromkeys(SCORES, SCORE) | {"log_probs?": NUMBERS}
-RECORD |= {f"{name.rstrip('?')}?": form for name, form in SAMPLE.items() if name not in RECORD}  # of kept questions
-COUNT = (lambda x: x is None or type(x) is int, "a whole number")
-SELECTION = dict.fromkeys(("limit?", "sample?", "seed?"), COUNT)
-MEANS = {  # of means.json
-    "run": (lambda x: not find_problem(x, SELECTION), "an object with a selection"),
-    "means": (lambda x: NUMBERS[0](x) and all(map(math.isfinite, x)), "a list of numbers"),
-}
-RUN = (lambda x: not find_problem(x, {"ranking": TEXT}), "an object with a ranking")
-ENTRY = {"round": TEXT, "run": RUN, "population": TEXT, "intervals": OBJECT}  # of results.json
-ENTRY |= {"journal?": TEXT, "latents?": TEXT}  # the names of the files that it is of
-ENTRY |= dict.fromkeys(("n", "em", "f1", "accuracy"), MEAN)
+def store_activations(round_: Round, journals: dict[str, Journal]) -> dict[Question, KeptRecord]:
+    """Makes each ranking's journal one file, and its file of activations of it. Returns {kept question: its record}."""
+    ids = [question.id for question in round_.asked]
+    for ranking, journal in journals.items():
+        ranked = []
+        for record in journal.finish(ids):
+            if isinstance(record, KeptRecord):
+                ranked.append(record.as_ranked())
+        made = journal.provenance.with_fields(asked=len(ids), kept=len(ranked))
+        path = activations.name_file(round_.options, ranking)
+        files.write_activations(path, made, ranked)
+    first = next(iter(journals.values()))
+    return find_kept(round_, first)
 
 
-def find_problem(value, form):
-    """Says what in a value is not of one of these forms; None if all is. Other fields may stand beside."""
-    if not isinstance(value, dict):
-        return "it is not an object"
-    for field, (is_right, kind) in form.items():
-        name = field.rstrip("?")
-        if (name in value or name == field) and not is_right(value.get(name, ...)):  # ...: none of JSON's values
-            return f"{name} is not {kind}"
-    return None
+def find_kept(round_: Round, journal: Journal) -> dict[Question, KeptRecord]:
+    """{question: its record} of those that a ranking's journal of round 1 keeps."""
+    kept = {}
+    for question in round_.asked:
+        record = journal[question.id]
+        if isinstance(record, KeptRecord):
+            kept[question] = record
+    return kept
 
 
-def write_activations(path, run, samples):
-    """One JSON object, a line a sample, so that it can be read by people and diffed; `samples` may be a generator."""
-    with write_whole(path) as file:
-        file.write('{"run": ' + json.dumps(run, ensure_ascii=False) + ',\n"samples": [\n')
-        file.write(",\n".join(json.dumps(sample, ensure_ascii=False) for sample in samples) + "\n]}\n")
+def finish_round_1(round_: Round, earlier: list[Entry], journals: dict[str, Journal], keep_f1: float) -> None:
+    """Writes and prints the results. keep_f1: from which F1 on an answer is right.
+
+    Each ranking has figures of its own: where one was asked for later, on another device, its answers may differ.
+    """
+    by_name = {}  # of a ranking of one's own, the function's
+    kept = {}
+    for journal in journals.values():
+        name = journal.provenance.ranking
+        assert name is not None  # every round's has one
+        by_name[name] = journal
+        kept[name] = find_kept(round_, journal)
+    fresh = []
+    sentences = []
+    for ranking, journal in by_name.items():
+        statistics = measure_latents(round_.options, ranking, kept)
+        entry = make_unmasked_entry(round_, journal, kept[ranking], keep_f1, statistics)
+        fresh.append(entry)
+        sentences.append(f"{ranking}: {cells.tell_statistics(statistics, ranking)}")
+    report_results(round_, earlier, fresh)
+    sentences.append(f"{tell_round_1(round_, fresh[0])} All files: {round_.options.output_dir}")
+    for sentence in sentences:
+        print(f"\n{sentence}")
 
 
-def read_activations(path):
-    """The run, None in the authors' published form, and the samples: each a SAMPLE, or (theirs) a PUBLISHED."""
-    content = load_json(path)
-    if isinstance(content, list):
-        content = {"run": None, "samples": _published_samples(path, content)}
-    elif find_problem(content, {"run": OBJECT}):
-        raise UserError(f"{path}: names no run: it is not round 1's file")
-    run, samples, ids = content["run"], content.get("samples"), set()
-    if problem := find_problem(run or {}, SELECTION):
-        raise UserError(f"{path}: its run is damaged ({problem})")
-    if not isinstance(samples, list) or not samples:
-        raise UserError(f"{path}: holds no sample: it is not round 1's file, or round 1 kept no question")
-    for number, sample in enumerate(samples, 1):
-        if problem := find_problem(sample, PUBLISHED if run is None else SAMPLE):
-            raise UserError(f"{path}, sample {number}: {problem}")
-        for which in ("topk", "bottomk"):
-            if len(sample.get(f"removed_{which}", sample[which])) != len(sample[which]):
-                raise UserError(f"{path}, sample {number}: removed_{which} is not as long as {which}")
-        if sample.get("id", number) in ids:
-            raise UserError(f"{path}, sample {number}: the id {sample['id']!r} stands twice")
-        ids.add(sample.get("id", number))
-    return run, samples
+def tell_round_1(round_: Round, entry: UnmaskedEntry) -> str:
+    """How many questions were asked, and what became of them, in a sentence."""
+    assert entry.asked is not None and entry.kept is not None  # the entries of this round have them
+    kept = f"{entry.kept} answered right and kept ({100 * entry.kept / entry.asked:.1f}%)"
+    too_long = f", {len(round_.left_out)} left out as too long" if round_.left_out else ""
+    return (
+        f"Round 1: {entry.asked} questions asked, {kept}, {entry.wrong} answered wrong, {entry.unranked} right but "
+        f"without any [ to rank at{too_long}."
+    )
 
 
-def _published_samples(path, content):
-    """Samples of the authors' form, a list of {prompt: {"original", "have_gradient", "no_gradient"}}."""
-    # "have_gradient" is what they call the TopK of the mean activation, "no_gradient" its BottomK.
-    names = {"active": "original", "topk": "have_gradient", "bottomk": "no_gradient"}
-    try:
-        pairs = [pair for entry in content for pair in entry.items()]
-        return [{"prompt": prompt} | {ours: latents.get(names[ours]) for ours in names} for prompt, latents in pairs]
-    except AttributeError:
-        raise UserError(f"{path}: is not of the authors' published form {{prompt: latents}}") from None
+def make_unmasked_entry(
+    round_: Round,
+    journal: Journal,
+    kept: dict[Question, KeptRecord],
+    keep_f1: float,
+    statistics: LatentStatistics,
+) -> UnmaskedEntry:
+    """The entry of a ranking's unmasked answers: of those kept, of all, and how many of which kind there are."""
+    asked = round_.asked
+    right = sum(record.f1 >= keep_f1 for record in journal.values())
+    of_kept = estimate_scores(kept.values(), kept)
+    of_all = estimate_scores(journal.values(), asked)
+    return UnmaskedEntry(
+        **of_kept.fields(),
+        all=of_all,
+        population=hash_population(kept),
+        population_all=hash_population(asked),
+        asked=len(asked),
+        kept=len(kept),
+        wrong=len(asked) - right,
+        unranked=right - len(kept),
+        left_out=round_.left_out,
+        journal=journal.path.name,
+        run=journal.provenance,
+        round="baseline",
+        k=None,
+        statistics=statistics,
+    )
 
 
-def name_mean_file(path: Path) -> Path:
-    """The file beside a ranking's activations, with the same lists and what mean ablation of them changes."""
-    return path.with_name(f"{path.stem}_mean{path.suffix}")
+def estimate_scores(records: Iterable[Record], asked: Iterable[Question]) -> Figures:
+    """Mean scores of answers, with intervals over the questions' contexts."""
+    columns = estimates.collect_scores(list(records))
+    return estimates.summarize(columns, [question.context for question in asked])
 
 
-def write_results(path, entries):
-    with write_whole(path) as file:
-        json.dump(entries, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+def measure_latents(options: Options, ranking: str, kept: dict[str, dict[Question, KeptRecord]]) -> LatentStatistics:
+    """Statistics of a ranking's lists, and what they share with the other rankings'. kept: of each ranking."""
+    own = list(kept[ranking].values())
+    contexts = [question.context for question in kept[ranking]]
+    statistics = estimates.latent_statistics(own, contexts)
+    overlap = {}
+    for other, records in kept.items():
+        if other != ranking:
+            overlap[other] = estimates.ranking_overlap(own, list(records.values()))
+    latents: list[CommonLatent] = []
+    for latent in statistics.most_frequent_topk:
+        page = catalogue.neuronpedia_page(options.sae_release, options.sae_id, latent.latent)
+        latents.append(latent.with_fields(neuronpedia=page))
+    return statistics.with_fields(most_frequent_topk=latents, overlap=overlap)
 
 
-def read_results(path: Path, run: dict, overwrite: bool) -> list[dict]:
-    """The entries of results.json, of any ranking. Those of another run are refused, or left out if `overwrite`."""
-    entries = load_json(path) if path.exists() else []
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: is not a file of results: move it away")
-    for entry in entries:
-        if problem := find_problem(entry, ENTRY):
-            raise UserError(f"{path}: holds an entry that is damaged ({problem}): move the file away")
-        if not overwrite:
-            provenance.refuse_other_run(path, entry["run"], run, provenance.SETTINGS)
-    return [entry for entry in entries if not provenance.differences(entry["run"], run, provenance.SETTINGS)]
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounds 2 and 3: what masking did
+
+
+def name_journal(provenance: Provenance, side: Side, k: str) -> str:
+    """What a masked round's journal is called: what is not the default is in its name."""
+    assert provenance.ranking is not None  # a masked round is of one
+    names = []
+    if provenance.ranking != "baseline":
+        names.append(provenance.ranking)
+    names.append(ROUND_NAMES[side])
+    if provenance.ablation != "zero":
+        names.append(provenance.ablation)
+    if k != "50%":
+        names.append(f"k{k.replace('%', 'pct')}")
+    return "_".join(names)
+
+
+def make_masked_entry(
+    file: RankedFile, k: str, journal: Journal, asked: list[Question], left_out: list[str]
+) -> MaskedEntry:
+    """The entry of one ranking and K: means, and drops from the unmasked answers to the same questions.
+
+    left_out: ids of selected questions that do not fit the model's context.
+    """
+    records = journal.finish(question.id for question in asked)
+    ranked = [file.questions[question.id] for question in asked]
+    contexts = [question.context for question in asked]
+    after = estimates.collect_columns(records, ranked)
+    if file.selection:
+        unmasked = []
+        for one, question in zip(ranked, asked):
+            assert isinstance(one, RankedQuestion)  # the authors' file has no selection
+            unmasked.append(complete_scores(one, question))
+        before = estimates.collect_columns(unmasked, ranked)
+        figures, clean, drop = estimates.compare(before, after, contexts)
+    else:
+        figures = estimates.summarize(after, contexts)
+        clean = None
+        drop = None
+    masks = measure_masks(file.side, k, ranked)
+    if masks["fewer_than_k"]:
+        say(tell_fewer(file, k, ranked))
+    return MaskedEntry(
+        **figures.fields(),
+        clean=clean,
+        drop=drop,
+        round=ROUND_NAMES[file.side],
+        masked=file.side,
+        k=k,
+        run=journal.provenance,
+        journal=journal.path.name,
+        latents=file.name,
+        **masks,
+        missing=file.missing,
+        left_out=[question_id for question_id in left_out if question_id in file.questions],
+        population=hash_population(asked),
+    )
+
+
+def complete_scores(ranked: RankedQuestion, question: Question) -> RankedQuestion:
+    """A ranked question with all scores of its unmasked answer: what older files lack is scored again."""
+    if all(getattr(ranked, metric) is not None for metric in SCORES):
+        return ranked
+    return ranked.with_fields(**score(ranked.answer, ranked.answer, question.truths) | ranked.fields())
+
+
+class Masks(TypedDict):
+    """Fields of a MaskedEntry that say what was masked; None for what is not known."""
+
+    mean_k: float
+    fewer_than_k: int
+    removed: float | None
+    missed_target: int | None
+
+
+def measure_masks(side: Side, k: str, ranked: list[RankedLatents]) -> Masks:
+    """What was masked at K."""
+    counts = []
+    removed: list[float] = []  # of the questions for which it is known
+    fewer = 0
+    missed = 0
+    for question in ranked:
+        latents, is_enough = lists.find_latents_to_mask(question, side, k)
+        counts.append(len(latents))
+        share = lists.find_removed(question, side, len(latents))
+        if share is not None:
+            removed.append(share)
+        fewer += not is_enough
+        missed += lists.misses_target(question, side, k)
+    return {
+        "mean_k": sum(counts) / len(counts),
+        "fewer_than_k": fewer,
+        "removed": 100 * sum(removed) / len(removed) if len(removed) == len(ranked) else None,
+        "missed_target": missed if is_matched(ranked, side) else None,
+    }
+
+
+def is_matched(ranked: list[RankedLatents], side: Side) -> bool:
+    """Whether a ranking's lists are matched to what the baseline's remove."""
+    return any(question.target(side) is not None for question in ranked)
+
+
+def tell_fewer(file: RankedFile, k: str, ranked: list[RankedLatents]) -> str:
+    """Says of which ranking a file holds too little for K, and how much it holds: that is not K latents."""
+    lengths = []
+    for question in ranked:
+        latents, is_enough = lists.find_latents_to_mask(question, file.side, k)
+        if not is_enough:
+            lengths.append(len(latents))
+    ranking = file.provenance.ranking
+    mask = estimates.MASKS[file.side]
+    name = file.path.name
+    some = f"{len(lengths)} of {len(ranked)} questions"
+    if is_matched(ranked, file.side):
+        held = f"for {some} the latents that {name} holds remove less than the baseline's: these are masked."
+    else:
+        shortest = min(lengths)
+        longest = max(lengths)
+        count = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
+        held = f"{name} holds fewer latents for {some} ({count}): these are masked, not K."
+    return f"{ranking}'s {mask}, K = {k}: {held}"

@@ -84,21 +84,26 @@ def _check_files(folder: Path, options: Options) -> None:
         return
     no_sae = f"{name_of(options)}: no SAE that SAELens can read"
     if any((folder / file).is_file() for file in GEMMA_SCOPE_WEIGHTS):
-        names = [f"--sae-release {name} --sae-id {sae_id}" for name, sae_id in catalogue.names_of_files(folder)]
-        instead = " or ".join(names[:4]) or "a release's name (--list-saes gemma-scope)"
+        advice = []
+        for name, sae_id in catalogue.names_of_files(folder):
+            advice.append(f"--sae-release {name} --sae-id {sae_id}")
+        instead = " or ".join(advice[:4]) or "a release's name (--list-saes gemma-scope)"
         raise UserError(f"{no_sae}, but Gemma Scope's own download: give {instead} instead of the folder")
-    missing = _weights_of(folder) if has_config else CONFIG
-    inside = "" if has_config else _name_folders(options)
-    raise UserError(f"{no_sae}, for it has no {missing}: {FORMATS}{inside}")
+    if has_config:
+        raise UserError(f"{no_sae}, for it has no {_weights_of(folder)}: {FORMATS}")
+    raise UserError(f"{no_sae}, for it has no {CONFIG}: {FORMATS}{_name_folders(options)}")
 
 
 def _name_folders(options: Options) -> str:
     """The end of a message: what --sae-id may be in a folder that holds SAEs in folders of their own, or nothing."""
     release = Path(bundled(options.sae_release))
-    found = []
+    ids = []
     for depth in ("*", "*/*", "*/*/*"):  # no further: the folder may be somebody's home
-        found += sorted(path.parent.relative_to(release).as_posix() for path in release.glob(f"{depth}/{CONFIG}"))
-    return f" (--sae-id may be {catalogue.enumerate_briefly(found)})" if found else ""
+        for config in sorted(release.glob(f"{depth}/{CONFIG}")):
+            ids.append(config.parent.relative_to(release).as_posix())
+    if not ids:
+        return ""
+    return f" (--sae-id may be {catalogue.enumerate_briefly(ids)})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +120,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _is_sparsify(folder: Path) -> bool:
     """Whether an SAE is in sparsify's format: it has a k, but neither says its size nor its architecture."""
     config = _read_json(folder / CONFIG)
-    return "k" in config and "d_in" in config and not config.keys() & {"d_sae", "architecture"}
+    is_saelens = "d_sae" in config or "architecture" in config
+    return "k" in config and "d_in" in config and not is_saelens
 
 
 def _weights_of(folder: Path) -> str:
@@ -204,7 +210,8 @@ def _read_settings(options: Options, folder: Path | None) -> dict[str, Any]:
 def _check_config(name: str, config: "SAEConfig") -> None:
     """Raises UserError for an SAE that cannot stand in any model here."""
     metadata = config.metadata
-    if "transcoder" in config.architecture() or (metadata.hook_name_out or metadata.hook_name) != metadata.hook_name:
+    writes = metadata.hook_name_out or metadata.hook_name
+    if "transcoder" in config.architecture() or writes != metadata.hook_name:
         raise UserError(f"{name}: a transcoder, which reconstructs another place than it reads: give an SAE")
     if not re.fullmatch(PLACES, metadata.hook_name or ""):
         raise UserError(

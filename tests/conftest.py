@@ -59,6 +59,9 @@ import common  # noqa: E402
 from experiment import guard, questions  # noqa: E402
 from experiment import options as command_line  # noqa: E402
 from experiment.hub import prepare_libraries  # noqa: E402
+from experiment.intervention import generate  # noqa: E402
+from experiment.intervention.generate import Group  # noqa: E402
+from experiment.intervention.pool import Limits  # noqa: E402
 
 LONGEST = ("rounds", "faults", "oracle", "families", "loading", "benchmarks", "readme")
 
@@ -102,6 +105,16 @@ def read_journal(path):
     return head["run"], {line["id"]: line for line in lines}
 
 
+def read_activations(path):
+    """The run and the samples of a file of activations, as they stand there."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["run"], content["samples"]
+
+
+def write_activations(path, run, samples):
+    path.write_text(json.dumps({"run": run, "samples": samples}), encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
 def demo():
     """The bundled model and SAE in float32, as the scripts load them: (SplicedModel, tokenizer).
@@ -115,3 +128,15 @@ def demo():
 def demo_questions():
     found, *_ = questions.load(command_line.bundled("demo/questions.jsonl"), "")
     return found
+
+
+def answer(model, prompts, contexts, longest, opening=(), pool_tokens=10**9):
+    """Unmasked answers to the prompts of one batch, and what the SAE read: as generate.answer gives them."""
+    group = Group(prompts, list(contexts), [list(range(len(prompts)))])
+    return generate.answer(model, group, Limits(longest, pool_tokens), opening)
+
+
+def answer_masked(model, prompts, contexts, drafts, masks, longest, means=None, pool_tokens=10**9):
+    """[mask][Answer] of one batch. masks: [mask][question], lists of latents."""
+    group = Group(prompts, list(contexts), [list(range(len(prompts)))], drafts, masks)
+    return generate.answer_masked(model, group, Limits(longest, pool_tokens), means)

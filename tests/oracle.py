@@ -25,14 +25,21 @@ def read(sae, residual):
     return residual if sae.cfg.reshape_activations == "hook_z" else residual.reshape(*residual.shape[:2], -1)
 
 
-def generate(model, sae, tokenizer, prompt, masked=(), max_new_tokens=50, end_of_turn="<end_of_turn>"):
-    """Token ids generated greedily after `prompt` (ids), with the latents in `masked` zeroed at every position."""
+def generate(
+    model, sae, tokenizer, prompt, masked=(), max_new_tokens=50, end_of_turn="<end_of_turn>", means=None, error=False
+):
+    """Token ids generated greedily after `prompt` (ids), with the latents in `masked` zeroed at every position, or set
+    to their means. error: what the SAE does not explain is added again."""
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end_of_turn)}
+    masked = list(masked)
 
     def replace_residual(residual, hook):
         acts = sae.encode(read(sae, residual)).clone()
-        acts[:, :, list(masked)] = 0
-        return sae.decode(acts).to(residual.dtype).reshape(residual.shape)
+        acts[:, :, masked] = 0 if means is None else means[masked]
+        decoded = sae.decode(acts)
+        if error:
+            decoded = decoded + read(sae, residual) - sae.decode(sae.encode(read(sae, residual)))
+        return decoded.to(residual.dtype).reshape(residual.shape)
 
     generated = []
     with torch.no_grad(), model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, replace_residual)]):

@@ -26,6 +26,12 @@ ROWS = [
     "each further K (20, 10)",
     "GradSAE's ranking",
 ]
+# Wide passes and steps of each row between the naive loop and GradSAE. Of random answers, as those of the shape are,
+# all take 11 steps, together; plain Transformers take as many in each of two batches.
+PASSES = {
+    "demo": [(1, 6), (2, 3), (3, 5), (3, 0), (1, 1.5)],
+    "shape": [(2, 22), (4, 11), (6, 11), (6, 11), (2, 0)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +67,19 @@ def test_table(printed, name):
     table = read_table(printed[name])
     assert list(table) == ROWS
     naive, plain, *ours = (table[row] for row in ROWS)
-    assert list(naive) == ["questions/s", "/ naive", "time / plain", "seconds in SAE", "peak GB"]
+    columns = ["questions/s", "/ naive", "time / plain", "wide passes", "steps", "seconds in SAE", "peak GB"]
+    assert list(naive) == columns
     assert naive["/ naive"] == plain["time / plain"] == 1
     for row, found in table.items():
         assert math.isnan(found["seconds in SAE"]) == (found in (naive, plain))
+        assert math.isnan(found["wide passes"]) == math.isnan(found["steps"]) == (found is naive)
         assert 0.1 < found["peak GB"] < 5
         if row not in ROWS[-2:]:  # those are differences: another process's work may be in them
             assert 0.1 < found["questions/s"] < 1000
             assert found["/ naive"] == pytest.approx(found["questions/s"] / naive["questions/s"], rel=0.1, abs=0.1)
             assert found["time / plain"] == pytest.approx(plain["questions/s"] / found["questions/s"], rel=0.1, abs=0.1)
+    assert [(table[row]["wide passes"], table[row]["steps"]) for row in ROWS[1:-1]] == PASSES[name]
+    assert ours[-1]["wide passes"] >= 1 and ours[-1]["steps"] == 0
     questions = {"demo": 16, "shape": 6}[name]
     for found in ours[:3]:
         assert 0 <= found["seconds in SAE"] < 2 * questions / found["questions/s"]

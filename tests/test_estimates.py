@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiment import estimates
+from experiment.records.schema import RankedQuestion
+from experiment.report import estimates
 
 NAN = math.nan
 
@@ -91,7 +92,7 @@ def test_one_context_has_no_interval():
     assert 0.5 <= low < high <= 1
     assert np.isnan(estimates.bootstrap(columns, ["x", "y", "y"])[:, 1]).all()  # of two, one counts
     found = estimates.summarize({"em": [1, 0], "f1": [1, 0.5]}, ["x", "x"])
-    assert (found["em"], found["f1"], found["intervals"]) == (50, 75, {"em": None, "f1": None})
+    assert (found.em, found.f1, found.intervals) == (50, 75, {"em": None, "f1": None})
 
 
 def test_intervals_cover_the_truth():
@@ -132,7 +133,7 @@ def test_intervals_of_the_other_columns_cover_the_truth():
 
 def test_summary_has_the_units_of_results():
     columns = {"em": [1, 0, 1, 1], "f1": [1, 0.5, 1, 1], "answer_log_prob": [-0.5, -1.5, -1, -1]}
-    found = estimates.summarize(columns, ["x", "x", "y", "z"])
+    found = estimates.summarize(columns, ["x", "x", "y", "z"]).fields()
     assert {name: found[name] for name in ("n", *columns)} == {"n": 4, "em": 75, "f1": 87.5, "answer_log_prob": -1}
     low, high = found["intervals"]["em"]
     assert low < 75 < high == 100
@@ -145,95 +146,104 @@ def test_summary_has_the_units_of_results():
 def test_summary_of_questions_that_do_not_count(missing):
     columns = {"em": [1, 0, 1, 1], "named": [1, missing, missing, 0], "accuracy": [missing] * 4}
     found = estimates.summarize(columns, ["x", "x", "y", "z"])
-    assert (found["n"], found["em"], found["named"], found["accuracy"]) == (4, 75, 50, None)
-    assert found["intervals"]["accuracy"] is None and found["counted"] == {"named": 2, "accuracy": 0}
+    assert (found.n, found.em, found.named, found.accuracy) == (4, 75, 50, None)
+    assert found.intervals["accuracy"] is None and found.counted == {"named": 2, "accuracy": 0}
 
 
 def test_summary_of_nothing():
     found = estimates.summarize({"em": [], "f1": []}, [])
-    assert found == {"n": 0, "em": None, "f1": None, "intervals": {"em": None, "f1": None}}
+    assert found.fields() == {"n": 0, "em": None, "f1": None, "intervals": {"em": None, "f1": None}}
 
 
 def test_paired_drops_are_narrower_than_their_parts():
     rng = np.random.default_rng(7)
     before, keys = draw_answers(rng, 200)
     after = before * (rng.random(len(before)) < 0.95)
-    found = estimates.compare({"em": before, "f1": before}, {"em": after, "f1": after}, keys)
+    found, clean, drop = estimates.compare({"em": before, "f1": before}, {"em": after, "f1": after}, keys)
 
-    def width(summary):
-        low, high = summary["intervals"]["em"]
+    def width(figures):
+        low, high = figures.intervals["em"]
         return high - low
 
-    assert found["drop"]["em"] == pytest.approx(found["clean"]["em"] - found["em"])
-    assert found["drop"]["em"] == pytest.approx(100 * (before - after).mean())
-    assert width(found["drop"]) < 0.5 * width(found)
-    assert found["n"] == found["clean"]["n"] == found["drop"]["n"] == len(keys)
+    assert drop.em == pytest.approx(clean.em - found.em)
+    assert drop.em == pytest.approx(100 * (before - after).mean())
+    assert width(drop) < 0.5 * width(found)
+    assert found.n == clean.n == drop.n == len(keys)
 
 
 def test_log_probabilities_are_compared_and_not_reported_by_themselves():
     unmasked = {"em": [1, 1], "answer_log_prob": [-0.1, -0.3], "format_log_prob": [-0.2, NAN]}
     masked = {"em": [1, 0], "answer_log_prob": [-0.6, -0.3], "format_log_prob": [-0.2, -0.4]}
-    found = estimates.compare(unmasked, masked, ["x", "y"])
-    assert "answer_log_prob" not in found and "answer_log_prob" not in found["clean"]
-    assert found["drop"]["answer_log_prob"] == pytest.approx(0.25)  # less likely by so much: a positive drop
-    assert found["drop"]["format_log_prob"] == 0 and found["drop"]["counted"] == {"format_log_prob": 1}
-    assert (found["em"], found["clean"]["em"], found["drop"]["em"]) == (50, 100, 50)
+    found, clean, drop = estimates.compare(unmasked, masked, ["x", "y"])
+    assert "answer_log_prob" not in found.fields() and "answer_log_prob" not in clean.fields()
+    assert drop.answer_log_prob == pytest.approx(0.25)  # less likely by so much: a positive drop
+    assert drop.format_log_prob == 0 and drop.counted == {"format_log_prob": 1}
+    assert (found.em, clean.em, drop.em) == (50, 100, 50)
 
 
 def test_metrics_that_round_1_has_not_are_not_compared():
-    found = estimates.compare({"em": [1, 1]}, {"em": [1, 0], "named": [1, 1]}, ["x", "y"])
-    assert found["named"] == 100 and "named" not in found["drop"] and "named" not in found["clean"]
+    found, clean, drop = estimates.compare({"em": [1, 1]}, {"em": [1, 0], "named": [1, 1]}, ["x", "y"])
+    assert found.named == 100 and drop.named is None and clean.named is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rankings
 
-SAMPLES = [
-    {"id": "a", "active": [1, 2, 3, 4], "topk": [1, 2], "bottomk": [9, 8]},
-    {"id": "b", "active": [1, 2, 3, 4, 5], "topk": [2, 3], "bottomk": [9, 8]},
-    {"id": "c", "active": [1, 7], "topk": [7], "bottomk": [1]},
+RANKED = [
+    RankedQuestion(id="a", answer="", active=[1, 2, 3, 4], topk=[1, 2], bottomk=[9, 8]),
+    RankedQuestion(id="b", answer="", active=[1, 2, 3, 4, 5], topk=[2, 3], bottomk=[9, 8]),
+    RankedQuestion(id="c", answer="", active=[1, 7], topk=[7], bottomk=[1]),
 ]
 
 
+def on_one_context(ranked, contexts):
+    return estimates.latent_statistics(ranked, contexts).fields()["same_context_percent"].fields()
+
+
+def overlap(ranked, others):
+    return estimates.ranking_overlap(ranked, others).fields()
+
+
 def test_latent_statistics():
-    found = estimates.latent_statistics(SAMPLES, ["x", "x", "y"])
-    assert found["n"] == 3
-    assert found["active"] == pytest.approx(11 / 3) and found["k_at_50%"] == pytest.approx(5 / 3)
-    assert found["same_context_percent"] == {"topk": 50, "bottomk": 100}
-    assert estimates.latent_statistics(SAMPLES, ["x", "y", "z"])["same_context_percent"]["topk"] is None
+    found = estimates.latent_statistics(RANKED, ["x", "x", "y"])
+    assert found.n == 3
+    assert found.active == pytest.approx(11 / 3) and found.k_at_half == pytest.approx(5 / 3)
+    assert on_one_context(RANKED, ["x", "x", "y"]) == {"topk": 50, "bottomk": 100}
+    assert on_one_context(RANKED, ["x", "y", "z"])["topk"] is None
     # What questions on different contexts share does not count.
-    wider = estimates.latent_statistics([*SAMPLES, SAMPLES[0], SAMPLES[0]], ["x", "x", "y", "y", "z"])
-    assert wider["same_context_percent"] == {
+    wider = on_one_context([*RANKED, RANKED[0], RANKED[0]], ["x", "x", "y", "y", "z"])
+    assert wider == {
         "topk": pytest.approx(100 * 1 / (2 + 1.5)),
         "bottomk": pytest.approx(100 * 2 / (2 + 1.5)),
     }
     # Three on one context: each pair's shared latents over each pair's mean length, pooled.
-    pooled = estimates.latent_statistics(SAMPLES, ["x"] * 3)["same_context_percent"]
+    pooled = on_one_context(RANKED, ["x"] * 3)
     assert pooled == {"topk": pytest.approx(100 * (1 + 0 + 0) / (2 + 1.5 + 1.5)), "bottomk": pytest.approx(40)}
-    assert found["most_frequent_topk"][:2] == [{"latent": 2, "questions": 2}, {"latent": 1, "questions": 1}]
+    most = [latent.fields() for latent in found.most_frequent_topk]
+    assert most[:2] == [{"latent": 2, "questions": 2}, {"latent": 1, "questions": 1}]
 
 
 def test_latent_statistics_do_not_depend_on_the_order_of_questions():
-    shuffled = estimates.latent_statistics([SAMPLES[i] for i in (0, 2, 1)], ["x", "y", "x"])
-    assert shuffled == estimates.latent_statistics(SAMPLES, ["x", "x", "y"])
+    shuffled = estimates.latent_statistics([RANKED[i] for i in (0, 2, 1)], ["x", "y", "x"])
+    assert shuffled == estimates.latent_statistics(RANKED, ["x", "x", "y"])
 
 
 def test_statistics_are_of_half_the_active_latents_however_long_the_lists_are():
-    longer = [s | {"topk": s["topk"] + [50, 51], "bottomk": s["bottomk"] + [60]} for s in SAMPLES]
+    longer = [q.with_fields(topk=[*q.topk, 50, 51], bottomk=[*q.bottomk, 60]) for q in RANKED]
     contexts = ["x", "x", "y"]
-    assert estimates.latent_statistics(longer, contexts) == estimates.latent_statistics(SAMPLES, contexts)
-    assert estimates.ranking_overlap(longer, SAMPLES) == {"n": 3, "topk": 100, "bottomk": 100}
+    assert estimates.latent_statistics(longer, contexts) == estimates.latent_statistics(RANKED, contexts)
+    assert overlap(longer, RANKED) == {"n": 3, "topk": 100, "bottomk": 100}
 
 
 def test_statistics_of_nothing():
     found = estimates.latent_statistics([], [])
-    assert (found["n"], found["active"], found["most_frequent_topk"]) == (0, None, [])
-    assert estimates.ranking_overlap(SAMPLES, []) == {"n": 0, "topk": None, "bottomk": None}
+    assert (found.n, found.active, found.most_frequent_topk) == (0, None, [])
+    assert overlap(RANKED, []) == {"n": 0, "topk": None, "bottomk": None}
 
 
 def test_ranking_overlap():
-    others = [SAMPLES[0] | {"topk": [5, 1]}, SAMPLES[2] | {"bottomk": [3]}]
-    assert estimates.ranking_overlap(SAMPLES, others) == {"n": 2, "topk": 75, "bottomk": 50}
+    others = [RANKED[0].with_fields(topk=[5, 1]), RANKED[2].with_fields(bottomk=[3])]
+    assert overlap(RANKED, others) == {"n": 2, "topk": 75, "bottomk": 50}
 
 
 @pytest.mark.parametrize(

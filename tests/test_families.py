@@ -3,10 +3,12 @@ every place an SAE may stand at against hooks on Transformers' own modules, mask
 
 import collections
 import json
+import os
 import random
 import subprocess
 import types
 
+import conftest
 import oracle
 import pytest
 import sae_lens
@@ -17,7 +19,9 @@ from conftest import load, options, read_journal, run_script
 from sae_lens.saes.sae import SAEMetadata
 
 import common
-from experiment import UserError, answers, figure, passes, rankings, splice
+from experiment import UserError
+from experiment.intervention import forward, modules, rankings, splice
+from experiment.report import figure
 
 TOKENS = 8
 HEAD = "Answer the following question based on the context.\nContext:\n{context}\n\nQuestion:\n{question}\n\n"
@@ -194,7 +198,7 @@ def test_three_rounds(name, tmp_path, monkeypatch, capsys):
     ids = torch.tensor([expected["0-0"][0]])
     with torch.no_grad():
         through_bridge = model.lm(ids).logits
-        with passes.hooked(bridge, hook_name, lambda residual: residual) as lm:
+        with modules.hooked(bridge, hook_name, lambda residual: residual) as lm:
             torch.testing.assert_close(lm(ids).logits, through_bridge)
     assert not installed
 
@@ -275,14 +279,14 @@ def test_places(name, tmp_path):
         for error_term, masked, set_to in [
             (error_term, *mask) for error_term in ("drop", "keep") for mask in (([], None), (half, None), (half, means))
         ]:
-            model = passes.SplicedModel(bridge, splice.Splice(sae, error_term))
+            model = forward.SplicedModel(bridge, splice.Splice(sae, error_term))
             mask = model.splice.mask([masked] * 2, set_to)
             handle = splice_by_hand(layers[1], place, name.startswith("gemma"), sae, masked, error_term, set_to)
             with torch.no_grad(), model.ready():
                 expected = plain(ids).logits
-                found = model.run(ids, torch.ones_like(ids), mask=mask, outputs=everywhere)
+                found = model.forward(ids, torch.ones_like(ids), mask=mask, outputs=everywhere)
                 if not masked:
-                    unmasked = model.run(ids, torch.ones_like(ids), outputs=everywhere)
+                    unmasked = model.forward(ids, torch.ones_like(ids), outputs=everywhere)
                     torch.testing.assert_close(found, unmasked, rtol=1e-4, atol=1e-4)
             handle.remove()
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # logits of 1 to 10
@@ -319,7 +323,7 @@ def splice_into(windowed, hook_name, error_term="drop", kind=0, bypass=()):
     """The windowed model with a random SAE at a place: a SplicedModel."""
     torch.manual_seed(5)
     sae = make_sae(*SAES[kind], 32, hook_name)
-    return passes.SplicedModel(windowed.bridge, splice.Splice(sae, error_term, bypass))
+    return forward.SplicedModel(windowed.bridge, splice.Splice(sae, error_term, bypass))
 
 
 def draw_masks(d_sae):
@@ -330,31 +334,49 @@ def draw_masks(d_sae):
 
 
 def answer_masked(model, windowed, drafts, masks, means=None):
-    made = (model.splice.mask(lists, means) for lists in masks)
-    found = answers.answer_masked(model, windowed.prompts, windowed.contexts, drafts, made, STEPS)
+    found = conftest.answer_masked(model, windowed.prompts, windowed.contexts, drafts, masks, STEPS, means)
     return [[answer.tokens for answer in of_mask] for of_mask in found]
+
+
+def count_left(tokens, draft):
+    """How many tokens there are after the first one that differs from the draft."""
+    agreed = len(os.path.commonprefix([tokens, draft]))
+    return max(0, len(tokens) - agreed - 1)
 
 
 def record_passes(model, monkeypatch):
     """(what it is, shape of its token ids) of each forward pass from here on, and how often each layer is run."""
-    seen, layers, run = [], collections.Counter(), model.run
+    seen = []
+    layers = collections.Counter()
+    parts = []  # of the model, those that are run where not all of it is
+    run = model._run
 
-    def record(ids, attention, cache=None, mask=None, outputs=None, start=None, replacement=None):
-        if replacement is passes._Reached:
-            kind = "below"
-        else:
-            kind = "above" if start is not None else "step" if ids.shape[1] == 1 else "whole"
+    def record(ids, *arguments, **more):
+        kind = parts[-1] if parts else "step" if ids.shape[1] == 1 else "whole"
         seen.append((kind, tuple(ids.shape)))
-        return run(ids, attention, cache, mask, outputs, start, replacement)
+        return run(ids, *arguments, **more)
 
-    monkeypatch.setattr(model, "run", record)
+    def name(part, of_part):
+        def named(*arguments, **more):
+            parts.append(part)
+            try:
+                return of_part(*arguments, **more)
+            finally:
+                parts.pop()
+
+        return named
+
+    monkeypatch.setattr(model, "_run", record)
+    if model.boundary is not None:
+        monkeypatch.setattr(model, "forward_below", name("below", model.forward_below))
+        monkeypatch.setattr(model, "forward_above", name("above", model.forward_above))
     layer_class = transformers.models.gemma2.modeling_gemma2.Gemma2DecoderLayer
-    forward = layer_class.forward
+    run_layer = layer_class.forward
     of_transformers = [getattr(layer, "original_component", layer) for layer in get_layers(model.lm)]
 
     def count(self, *arguments, **more):
         layers[next(number for number, layer in enumerate(of_transformers) if layer is self)] += 1
-        return forward(self, *arguments, **more)
+        return run_layer(self, *arguments, **more)
 
     monkeypatch.setattr(layer_class, "forward", count)
     return seen, layers
@@ -374,7 +396,8 @@ def record_passes(model, monkeypatch):
 )
 def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
     """Two masks at once, with the unmasked answers as drafts, with none, and with wrong ones: always the oracle's. The
-    layers below the SAE run once for both masks; what prompts share, once, unless a window would count the padding."""
+    layers below the SAE run once for both masks; what prompts share, once, unless a window would count the padding.
+    What differs from its draft goes on from what was run, also where a window has left that behind."""
     model, prompts = splice_into(windowed, hook_name), windowed.prompts
     assert (model.boundary, model.window) == (boundary, windowed.window)
     masks = draw_masks(model.splice.d_sae)
@@ -387,19 +410,16 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
     same = [mine == theirs for of_mask in expected for mine, theirs in zip(of_mask, drafts)]
     assert any(same) and not all(same)
 
-    def differs_early(tokens, draft):
-        """So that there is more to say after the first token that differs."""
-        at = next((i for i, pair in enumerate(zip(tokens, draft)) if pair[0] != pair[1]), STEPS)
-        return at < STEPS - 1 and tokens[at] not in model.end_ids
+    assert any(any(map(count_left, of_mask, drafts)) for of_mask in expected)
 
     seen, layers = record_passes(model, monkeypatch)
-    found, _ = answers.answer(model, prompts, windowed.contexts, STEPS)
+    found, _ = conftest.answer(model, prompts, windowed.contexts, STEPS)
     assert [answer.tokens for answer in found] == drafts
     shares = windowed.window == 512
     assert [kind for kind, _ in seen[:3]] == (["whole", "whole", "step"] if shares else ["whole", "step", "step"])
 
     for guess in (drafts[0][:2], drafts[1][:4], [7, *drafts[2][:1]]):  # what answers begin with: right for some
-        found, trace = answers.answer(model, prompts, windowed.contexts, STEPS, guess)
+        found, trace = conftest.answer(model, prompts, windowed.contexts, STEPS, guess)
         assert [answer.tokens for answer in found] == drafts
         sequences = [prompt + draft[:-1] for prompt, draft in zip(prompts, drafts)]
         lengths = list(map(len, sequences))
@@ -415,9 +435,8 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
         assert answer_masked(model, windowed, of_rows, masks) == expected
         kinds = collections.Counter(kind for kind, _ in seen)
         width = max(len(prompt) + max(0, len(draft) - 1) for prompt, draft in zip(prompts, of_rows))
-        again = kinds["whole"] - (0 if boundary else len(masks))  # answers that go on with a window start afresh
-        if of_rows is drafts:
-            assert again == (0 if shares else sum(any(map(differs_early, of_mask, drafts)) for of_mask in expected))
+        assert kinds["whole"] == (0 if boundary else len(masks))
+        assert kinds["step"] == max(max(map(count_left, of_mask, of_rows)) for of_mask in expected)  # all together
         if boundary is None:
             assert not kinds["below"] and not kinds["above"] and seen[0] == ("whole", (len(prompts), width))
         elif shares:
@@ -430,6 +449,30 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
         whole = kinds["whole"] + kinds["step"]
         for number in range(3):
             assert layers[number] == whole + kinds["below" if boundary and number < boundary else "above"]
+
+
+@pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"])
+@pytest.mark.parametrize("windowed", [64], indirect=True)
+def test_a_batch_that_is_wider_than_the_window(hook_name, windowed):
+    """Each sequence fits into the window, and yet the longest prefix and the longest rest side by side do not: a window
+    counts the padding between them."""
+    model = splice_into(windowed, hook_name)
+    rng = random.Random(6)
+
+    def draw(length):
+        return [rng.randrange(10, len(windowed.tokenizer)) for _ in range(length)]
+
+    shared = draw(50)
+    prompts = [[*shared, *draw(4)], [*shared, *draw(3)], draw(6)]
+    drafts = [draw(2), [], draw(30)]
+    masks = [[sorted(rng.sample(range(96), 12)) for _ in prompts]]
+    assert max(len(prompt) + len(draft) for prompt, draft in zip(prompts, drafts)) < windowed.window < 50 + 30
+    expected = []
+    for prompt, latents in zip(prompts, masks[0]):
+        sae = model.splice.sae
+        expected.append(oracle.generate(windowed.bridge, sae, windowed.tokenizer, prompt, latents, STEPS))
+    (found,) = conftest.answer_masked(model, prompts, "aab", drafts, masks, STEPS)
+    assert [answer.tokens for answer in found] == expected
 
 
 @pytest.mark.parametrize("hook_name", ["blocks.1.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.attn.hook_z"])
@@ -452,7 +495,7 @@ def test_masked_answers_of_other_kinds(hook_name, error_term, ablation, windowed
 
     drafts = [generate(prompt, []) for prompt in windowed.prompts]
     expected = [[generate(*pair) for pair in zip(windowed.prompts, masked)] for masked in masks]
-    found, _ = answers.answer(model, windowed.prompts, windowed.contexts, STEPS)
+    found, _ = conftest.answer(model, windowed.prompts, windowed.contexts, STEPS)
     assert [answer.tokens for answer in found] == drafts
     assert expected[0] != expected[1] != drafts
     assert answer_masked(model, windowed, drafts, masks, means) == expected
@@ -472,7 +515,7 @@ def test_where_nothing_is_sparse(hook_name, error_term, windowed, monkeypatch):
 
     def answer_all():
         del used[:]
-        found, trace = answers.answer(model, windowed.prompts, windowed.contexts, STEPS)
+        found, trace = conftest.answer(model, windowed.prompts, windowed.contexts, STEPS)
         masked = answer_masked(model, windowed, [answer.tokens for answer in found], masks)
         latents = trace.select(range(len(found)), [10**6] * len(found)).latents
         return found, latents, masked, set(used)
@@ -504,7 +547,7 @@ def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
     def generate(prompt, masked=()):
         return oracle.generate(windowed.bridge, sae, windowed.tokenizer, prompt, masked, STEPS)
 
-    found, trace = answers.answer(model, prompts, windowed.contexts, STEPS)
+    found, trace = conftest.answer(model, prompts, windowed.contexts, STEPS)
     drafts = [generate(prompt) for prompt in prompts]
     assert [answer.tokens for answer in found] == drafts
     expected = [[generate(*pair) for pair in zip(prompts, masked)] for masked in masks]

@@ -4,6 +4,7 @@ The default run kills each round at one of 20 moments; `python -m pytest -m kill
 """
 
 import gc
+import itertools
 import json
 import os
 import pathlib
@@ -19,13 +20,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, answer, run_script
 
+import baseline
 import common
-from experiment import answers, figure, guard, passes, rounds
+from experiment import guard, rounds
+from experiment.intervention import generate, modules, rankings
+from experiment.intervention.forward import SplicedModel
+from experiment.intervention.pool import Pool
+from experiment.report import figure
 
-ARGUMENTS = ["--demo", "--limit", "30", "--batch-tokens", "500"]  # six batches
+ARGUMENTS = ["--demo", "--limit", "30", "--batch-tokens", "500"]  # six batches, each a group of its own
 TWO = ["--ranking", "baseline", "gradsae"]
+POOL = ["--pool-tokens", "1000"]  # three groups of two batches each
 CASES = {  # script, more arguments, the case whose files it finds in its folder
     "round 1": ("baseline", [], None),
     "round 2": ("baseline_after_false", [], "round 1"),
@@ -33,12 +40,15 @@ CASES = {  # script, more arguments, the case whose files it finds in its folder
     "round 1, two rankings": ("baseline", TWO, None),
     "round 2, four masks": ("baseline_after_false", [*TWO, "--k", "10", "50%"], "round 1, two rankings"),
     "round 1, means": ("baseline", ["--ablation", "mean"], None),
+    "round 1, a pool": ("baseline", [*TWO, *POOL], None),
+    "round 2, a pool": ("baseline_after_false", [*TWO, "--k", "10", "50%", *POOL], "round 1, a pool"),
 }
 SEVERAL = ["round 1, two rankings", "round 2, four masks"]
+POOLED = ["round 1, a pool", "round 2, a pool"]
 MOMENTS = range(20)
-USUAL = 5  # the moment of the default run: in the middle of a batch's lines
+USUAL = dict.fromkeys(CASES, 5) | {"round 2, a pool": 8}  # of the default run: in the middle of a group's lines
 KILLS = [
-    pytest.param(case, moment, marks=() if moment == USUAL and case != "round 1, means" else pytest.mark.kills)
+    pytest.param(case, moment, marks=() if moment == USUAL[case] and case != "round 1, means" else pytest.mark.kills)
     for case in CASES
     for moment in MOMENTS
 ]
@@ -215,12 +225,14 @@ def sizes_after(before, events):
     return sizes
 
 
-def count_passes(events):
-    return sum(event["kind"] == "pass" for event in events)
+def count_passes(events, only_wide=False):
+    """How many forward passes there are among events. only_wide: over more than one position of each row."""
+    passes = [event for event in events if event["kind"] == "pass"]
+    return sum(event["size"][1] > 1 or not only_wide for event in passes)
 
 
-def find_batch(events, finished):
-    """The first event of the batch that a round is in after so many events: a forward pass that follows a write."""
+def find_group(events, finished):
+    """The first event of the group of batches that a round is in after so many events: a pass that follows a write."""
     begins = (n for n in range(finished + 1) if [e["kind"] == "pass" for e in events[max(0, n - 1) : n + 1]] == [0, 1])
     return max(begins, default=0)
 
@@ -236,14 +248,99 @@ def test_killed_and_resumed(scripts, whole, tmp_path, case, moment):
     assert killed.code == -signal.SIGKILL, killed.err
     left = contents(folder)
     assert {name: len(content) for name, content in left.items()} == sizes_after(expected.before, done_by_then)
-    if moment == USUAL:  # in the middle of the round, and of a line
+    if moment == USUAL[case]:  # in the middle of the round, and of a line
         (name,) = [name for name, content in left.items() if not content.endswith(b"\n") and name.endswith(".jsonl")]
         assert 4 < left[name].count(b"\n") < expected.after[name].count(b"\n") - 4
     resumed = scripts.run(script, arguments)
     assert (resumed.code, resumed.out) == (0, expected.out), resumed.err
     assert contents(folder) == expected.after
     finished = len(done_by_then) - bool(where["cut"])
-    assert count_passes(resumed.events) <= count_passes(expected.events[find_batch(expected.events, finished) :])
+    assert count_passes(resumed.events) <= count_passes(expected.events[find_group(expected.events, finished) :])
+
+
+@pytest.mark.parametrize("when", ["in the middle", pytest.param("at the end", marks=pytest.mark.kills)])
+@pytest.mark.parametrize("case", POOLED)
+def test_killed_in_the_pool(scripts, whole, tmp_path, case, when):
+    """At a step of rows of several batches, and masks, that go on together: what earlier groups have is there, and the
+    group is begun again, to the same bytes."""
+    script, more, _ = CASES[case]
+    expected = whole(case)
+    events = expected.events
+    wide = max(event["size"][0] for event in events if event["kind"] == "pass" and event["size"][1] > 1)
+    second = find_group(events, next(n for n, event in enumerate(events) if event["kind"] == "move") + 20)
+    steps = [
+        place
+        for place in range(second, len(events))
+        if events[place]["kind"] == "pass" and events[place]["size"][1] == 1 and events[place]["size"][0] > wide
+    ]
+    place = steps[len(steps) // 2 if when == "in the middle" else -1]
+    folder = lay_out(tmp_path / "out", expected.before)
+    arguments = [*ARGUMENTS, *more, "--output-dir", folder]
+    killed = scripts.run(script, arguments, stops={0: stop("pass", count_passes(events[:place]), "before")})
+    assert killed.code == -signal.SIGKILL, killed.err
+    left = contents(folder)
+    assert {name: len(content) for name, content in left.items()} == sizes_after(expected.before, events[:place])
+    fresh = [name for name in left.keys() - expected.before.keys() if name.endswith(".jsonl")]
+    assert len(fresh) == (2 if case == POOLED[0] else 4)
+    for name in fresh:
+        lines = left[name].splitlines()
+        assert 5 < len(lines) < len(expected.after[name].splitlines())
+        assert {*lines} <= {*expected.after[name].splitlines()}  # whole ones, of groups that were done
+    resumed = scripts.run(script, arguments)
+    assert (resumed.code, resumed.out) == (0, expected.out), resumed.err
+    assert contents(folder) == expected.after
+    assert count_passes(resumed.events) == count_passes(events[find_group(events, place) :])
+
+
+# The demo without --demo, which says how large batches are.
+AUTO = ["--model", "demo/model", "--sae-release", "demo/sae", "--dataset", "demo/questions.jsonl", "--device", "cpu"]
+AUTO += ["--dtype", "float32", "--limit", "30", "--ablation", "mean"]
+SIZES = ["--batch-tokens", "500", "--pool-tokens", "1000"]
+TOLD = "500 tokens in a batch, 1000 in answers that go on together."
+
+
+def test_sizes_are_taken_from_the_journal(scripts, tmp_path):
+    """A round that is begun with sizes, and goes on without, keeps to them: killed in its second group of batches, and
+    before the means are read. It ends in the same bytes."""
+    folder = tmp_path / "out"
+    arguments = [*AUTO, "--output-dir", folder]
+    before = {}
+    for script, name in (("baseline", "baseline"), ("baseline_after_false", "false_mean")):
+        lay_out(folder, before)
+        done = scripts.run(script, [*arguments, *SIZES])
+        assert done.code == 0 and TOLD in done.err, done.err
+        expected = contents(folder)
+        head = json.loads(expected[f"predictions_{name}.jsonl"].splitlines()[0])
+        assert (head["run"]["batch_tokens"], head["run"]["pool_tokens"]) == (500, 1000)
+        stops = [stop("sync", 1)]
+        moved = [event["name"] for event in done.events if event["kind"] == "move"]
+        if script == "baseline":
+            stops.append(stop("move", moved.index("activations_baseline.json")))
+        for where in stops:
+            lay_out(folder, before)
+            killed = scripts.run(script, [*arguments, *SIZES], stops={0: where})
+            assert killed.code == -signal.SIGKILL, killed.err
+            resumed = scripts.run(script, arguments)
+            assert (resumed.code, resumed.out) == (0, done.out) and TOLD in resumed.err, resumed.err
+            assert contents(folder) == expected
+        before = expected
+
+
+def test_sizes_that_are_given_count(scripts, tmp_path):
+    """Also where a round goes on: what is finished stays, and the journal says what the rest was made with."""
+    folder = lay_out(tmp_path / "out", {})
+    arguments = [*AUTO, "--output-dir", folder]
+    assert scripts.run("baseline", [*arguments, *SIZES], stops={0: stop("sync", 1)}).code == -signal.SIGKILL
+    _, *lines = (folder / "predictions_baseline.jsonl").read_bytes().splitlines()
+    assert len(lines) == 20  # of two groups
+    done = scripts.run("baseline", [*arguments, "--batch-tokens", "700", "--pool-tokens", "800"])
+    assert done.code == 0 and "700 tokens in a batch, 800 in answers that go on together." in done.err, done.err
+    head, *after = (folder / "predictions_baseline.jsonl").read_bytes().splitlines()
+    run = json.loads(head)["run"]
+    assert (run["batch_tokens"], run["pool_tokens"]) == (700, 800)
+    assert len(after) == 30 and {*lines} < {*after}
+    (entry,) = json.loads((folder / "results.json").read_text())
+    assert (entry["run"]["batch_tokens"], entry["run"]["pool_tokens"]) == (700, 800)
 
 
 def test_another_ranking_later(scripts, whole, tmp_path):
@@ -324,17 +421,20 @@ def test_interrupted_overwrite(scripts, whole, tmp_path):
 # Several processes
 
 
-@pytest.mark.parametrize("case", SEVERAL)
+@pytest.mark.parametrize("case", SEVERAL + POOLED)
 def test_two_processes(scripts, whole, tmp_path, case):
-    """The files of one process. test_processes.py: under real launchers."""
+    """The files of one process, also where they share each group. test_processes.py: under real launchers."""
     script, more, _ = CASES[case]
     expected = whole(case)
     folder = lay_out(tmp_path / "out", expected.before)
     done = scripts.run(script, [*ARGUMENTS, *more, "--output-dir", folder], processes=2)
     assert (done.code, done.out) == (0, expected.out) and "process 1 of 2" in done.err, done.err
     assert contents(folder) == expected.after
-    shares = [count_passes(event for event in done.events if event["process"] == process) for process in range(2)]
-    assert sum(shares) == count_passes(expected.events) and min(shares) > 0.3 * sum(shares)
+    is_shared = case in POOLED  # of each group's rows those of one process go on together
+    shares = []
+    for process in range(2):
+        shares.append(count_passes((e for e in done.events if e["process"] == process), only_wide=is_shared))
+    assert sum(shares) == count_passes(expected.events, only_wide=is_shared) and min(shares) > 0.3 * sum(shares)
 
 
 @pytest.mark.parametrize(
@@ -344,15 +444,17 @@ def test_two_processes(scripts, whole, tmp_path, case):
         pytest.param(SEVERAL[0], 3, marks=pytest.mark.kills),
         pytest.param(SEVERAL[1], 1, marks=pytest.mark.kills),
         pytest.param(SEVERAL[1], 3, marks=pytest.mark.kills),
+        (POOLED[1], 1),
+        pytest.param(POOLED[0], 3, marks=pytest.mark.kills),
     ],
 )
 def test_two_processes_killed(scripts, whole, tmp_path, case, processes):
     """Gone on with by one, and by three, from a part of each, a line of both torn."""
     script, more, _ = CASES[case]
-    expected, journals = whole(case), 2 if case == SEVERAL[0] else 4
+    expected, journals = whole(case), 2 if case in (SEVERAL[0], POOLED[0]) else 4
     folder = lay_out(tmp_path / "out", expected.before)
     arguments = [*ARGUMENTS, *more, "--output-dir", folder]
-    # Of the second batch's journals the first one is torn; of the third's, the last.
+    # Of the second group's journals the first one is torn; of the third's, the last.
     stops = {0: stop("sync", journals, "before", cut=20), 1: stop("sync", 3 * journals - 1, "before", cut=20)}
     killed = scripts.run(script, arguments, processes=2, stops=stops)
     assert killed.code == -signal.SIGKILL, killed.err
@@ -419,11 +521,12 @@ def test_full_disk_in_one_of_two_processes(scripts, whole, tmp_path):
 def test_a_mistake_of_one_process_alone(demo, monkeypatch, capsys):
     """It is told where it is made, and not a second time by the script."""
     model, _ = demo
-    monkeypatch.setattr(model.lm, "forward", lambda **_: SimpleNamespace(logits=torch.tensor([[float("inf")]])))
-    ids = torch.ones(1, 1, dtype=torch.long)
+    run = model.lm.forward
+    overflow = float("inf")
+    monkeypatch.setattr(model.lm, "forward", lambda **given: SimpleNamespace(logits=run(**given).logits + overflow))
     for process, says in (("0", ""), ("1", "process 2: ")):
         monkeypatch.setenv("RANK", process)
-        assert guard(lambda: model.run(ids, ids)) == 2
+        assert guard(lambda: answer(model, [[1]], [""], 5)) == 2
         err = capsys.readouterr().err
         assert len(err.splitlines()) == 1 and err.count("not finite") == 1 and err.startswith(says)
 
@@ -513,65 +616,125 @@ ERRORS = {
     "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 }
 WIDE = ["--demo", "--limit", "45", "--batch-tokens", "2000", "--max-new-tokens", "12"]  # batches of 20, 20 and 5
+# gradsae would have two latents whose scores differ by a millionth: in batches of another width they change places.
+WIDE += ["--ranking", "baseline", "gradsae-answer"]
 
 
 class Memory:
     """A device on which passes of one kind with more than `most` rows do not fit.
 
-    kinds: "prompt" and "step" of unmasked answers, "gradient", and of masked answers "below", "above" and "step".
-    Keeps every pass as (kind, rows), and all that was answered, masked or ranked, as (what, prompts, whether it fit).
+    kinds: "prompt" of unmasked answers, "below" and "above" of masked ones, "step" of both, "again" of rows that a pool
+    goes on with in halves, "gradient".
+    Keeps every pass as (kind, rows), and in `work` all that was begun as [what, prompts, whether it fit, whether rows
+    of other batches or masks were waiting when it began]: "answer" and "answer_masked", the wide passes of a batch,
+    "decode", the steps of rows that go on together, and "gradients".
     """
 
     def __init__(self, monkeypatch, kind=None, most=0, error=None):
         self.kind, self.most, self.error = kind, most, error
         self.passed, self.work = [], []
-        run = passes.SplicedModel.run
+        self.watch_passes(monkeypatch)
+        self.watch_work(monkeypatch)
 
-        def watched(model, ids, attention, cache=None, mask=None, outputs=None, start=None, replacement=None):
-            kind = "below" if replacement is passes._Reached else "step" if ids.shape[1] == 1 else "prompt"
-            if start is not None:
-                kind = "gradient" if torch.is_grad_enabled() else "above"
+    def watch_passes(self, monkeypatch):
+        run, start_again, forward_above = SplicedModel._run, Pool._start_again, SplicedModel.forward_above
+        inside = []  # which of these is under way
+
+        def within(name, function):
+            def watched(*arguments):
+                inside.append(name)
+                try:
+                    return function(*arguments)
+                finally:
+                    inside.pop()
+
+            return watched
+
+        def watched(model, ids, attention, cache, replace, outputs=None):
+            if torch.is_grad_enabled():
+                kind = "gradient"
+            elif ids.shape[1] == 1:
+                kind = "step"
+            elif replace is modules.keep:
+                kind = "below"
+            else:
+                kind = inside[-1] if inside else "prompt"
             self.passed.append((kind, len(ids)))
-            arguments = model, ids, attention, cache, mask, outputs, start, replacement
             if kind != self.kind or len(ids) <= self.most:
-                return run(*arguments)
+                return run(model, ids, attention, cache, replace, outputs)
             # In the middle of the pass: hooks are in place, a part of the cache is written.
             layer = model.lm.get_decoder().layers[0 if kind == "below" else -1]
             with layer.register_forward_pre_hook(self.fail):
-                return run(*arguments)
+                return run(model, ids, attention, cache, replace, outputs)
 
-        monkeypatch.setattr(passes.SplicedModel, "run", watched)
-        for what in ("answer", "answer_masked", "gradients"):
-            self.watch(monkeypatch, what)
+        monkeypatch.setattr(SplicedModel, "_run", watched)
+        monkeypatch.setattr(SplicedModel, "forward_above", within("above", forward_above))
+        monkeypatch.setattr(Pool, "_start_again", within("again", start_again))
 
     def fail(self, module, arguments):
         raise self.error
 
-    def watch(self, monkeypatch, what):
-        original = getattr(answers, what)
+    def watch_work(self, monkeypatch):
+        run_unmasked, run_masked = generate._run_unmasked, generate._run_masked
+        decode, gradients = Pool._decode_greedily, rankings.gradients
 
-        def watched(model, prompts, *arguments):
-            keys = [tuple(prompt) for prompt in prompts]
-            entry = [what, keys, False]
-            self.work.append(entry)
-            found = original(model, prompts, *arguments)
-            found = list(found) if what == "answer_masked" else found
+        def answer(model, rows, numbers, contexts, pool):
+            entry = self.begin("answer", [row.prompt for row in rows], pool)
+            found = run_unmasked(model, rows, numbers, contexts, pool)
             entry[2] = True
             return found
 
-        monkeypatch.setattr(answers, what, watched)
+        def answer_masked(model, group, batch, masks, means, pool):
+            entry = self.begin("answer_masked", [group.prompts[number] for number in batch], pool)
+            yield from run_masked(model, group, batch, masks, means, pool)
+            entry[2] = True
+
+        def decode_together(pool, rows, *arguments):
+            entry = self.begin("decode", [row.prompt for row in rows], pool)
+            decode(pool, rows, *arguments)
+            entry[2] = True
+
+        def find_gradients(model, sequences, *arguments):
+            entry = self.begin("gradients", sequences)
+            found = gradients(model, sequences, *arguments)
+            entry[2] = True
+            return found
+
+        monkeypatch.setattr(generate, "_run_unmasked", answer)
+        monkeypatch.setattr(generate, "_run_masked", answer_masked)
+        monkeypatch.setattr(Pool, "_decode_greedily", decode_together)
+        monkeypatch.setattr(rankings, "gradients", find_gradients)
+
+    def begin(self, what, prompts, pool=None):
+        self.work.append([what, list(map(tuple, prompts)), False, bool(pool and pool.waiting)])
+        return self.work[-1]
 
     def sizes(self, what):
-        return [(len(prompts), fits) for name, prompts, fits in self.work if name == what]
+        return [(len(prompts), fits) for name, prompts, fits, _ in self.work if name == what]
 
     def answered(self, what):
         """All that fit, one after the other."""
-        return [prompt for name, prompts, fits in self.work if fits and name == what for prompt in prompts]
+        return [prompt for name, prompts, fits, _ in self.work if fits and name == what for prompt in prompts]
+
+
+WORK = ("answer", "answer_masked", "decode", "gradients")
 
 
 def halve(size, fits):
     """The sizes that a batch is tried in, and whether each fits."""
     return [(size, True)] if fits(size) else [(size, False), *halve(size // 2, fits), *halve(size - size // 2, fits)]
+
+
+def check_halves(size, entries):
+    """Takes from `entries` of a Memory's work those of a batch of this size: it is tried whole, where rows are waiting
+    again when these have ended, and then in halves."""
+    _, prompts, fits, waits = next(entries)
+    assert len(prompts) == size
+    if fits:
+        return
+    parts = [size] if waits else [size // 2, size - size // 2]
+    for part in parts:
+        check_halves(part, entries)
 
 
 def hasten(patch, model):
@@ -589,7 +752,7 @@ def roomy(demo, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             memory, before = Memory(patch), contents(folder)
             hasten(patch, demo[0])
-            patch.setattr(sys, "argv", [script, *WIDE, *TWO, "--output-dir", str(folder)])
+            patch.setattr(sys, "argv", [script, *WIDE, "--output-dir", str(folder)])
             __import__(script).main()
             found[script] = before, contents(folder), memory
     yield found
@@ -600,35 +763,43 @@ def roomy(demo, tmp_path_factory):
     "script, kind, most, what, error",
     [
         ("baseline", "prompt", 7, "answer", "PyTorch"),
-        ("baseline", "step", 7, "answer", "cuBLAS"),
+        ("baseline", "step", 7, "decode", "cuBLAS"),
         ("baseline", "gradient", 1, "gradients", "PyTorch"),
         ("baseline_after_false", "below", 7, "answer_masked", "cuBLAS"),
         ("baseline_after_false", "above", 7, "answer_masked", "PyTorch"),
-        ("baseline_after_false", "step", 4, "answer_masked", "PyTorch"),
+        ("baseline_after_false", "step", 4, "decode", "PyTorch"),
     ],
 )
 def test_out_of_memory(roomy, demo, tmp_path, monkeypatch, capsys, script, kind, most, what, error):
-    """A batch that does not fit is split in two, and again; the next one begins whole; nothing else is run twice."""
+    """A batch that does not fit is split in two, and again; the next one begins whole; nothing else is run twice. Nor
+    are the prompts of rows that go on together: these are split among themselves."""
     before, after, enough = roomy[script]
     folder = lay_out(tmp_path / "out", before)
     hasten(monkeypatch, demo[0])
     memory = Memory(monkeypatch, kind, most, ERRORS[error])
-    code, _, err = run_script(script, [*WIDE, *TWO, "--output-dir", folder], monkeypatch, capsys)
+    code, _, err = run_script(script, [*WIDE, "--output-dir", folder], monkeypatch, capsys)
     assert code == 0, err
     assert_same(folder, after)
     failed = [entry for entry in memory.work if not entry[2]]
-    assert len(failed) >= 3 and err.count("this one is split in two") == len(failed)
-    for other in ("answer", "answer_masked", "gradients"):
+    told = err.count("this one is split in two") + err.count("they are split in two")
+    assert len(failed) >= 3 and told == sum(not waits for *_, waits in failed)
+    for other in WORK:
+        if other == "decode":  # each once, in another order: half a batch's rows go on before the other half is there
+            assert sorted(memory.answered(other)) == sorted(enough.answered(other))
+            continue
         assert memory.answered(other) == enough.answered(other)  # each once, in the same order
-        if other != what and not (script == "baseline" and other == "gradients"):  # which follow a batch's halves
+        if other != what:
             assert memory.sizes(other) == enough.sizes(other)
     # Each batch is tried whole, and then in halves.
-    outcome = iter(memory.sizes(what))
-    for size, _ in enough.sizes(what):
-        expected = halve(size, lambda n: next(outcome) == (n, True))
-        assert expected[0][0] == size
-    assert next(outcome, None) is None
-    if kind in ("prompt", "below", "above", "gradient"):
+    entries = iter([entry for entry in memory.work if entry[0] == what])
+    if what == "decode":
+        for entry in entries:
+            check_halves(len(entry[1]), itertools.chain([entry], entries))
+    else:
+        for size, _ in enough.sizes(what):
+            check_halves(size, entries)
+    assert next(entries, None) is None
+    if what != "decode":
         assert all(fits == (size <= most) for size, fits in memory.sizes(what))
     limits = [rows for name, rows in memory.passed if name == kind]
     assert sum(rows > most for rows in limits) == len(failed)  # a batch ends where it fails
@@ -642,14 +813,14 @@ def test_what_no_split_helps_ends_the_round(roomy, demo, tmp_path, monkeypatch, 
     folder = lay_out(tmp_path / "out", before)
     hasten(monkeypatch, demo[0])
     memory = Memory(monkeypatch)
-    command = "baseline_after_false", [*WIDE, *TWO, "--output-dir", folder], monkeypatch, capsys
+    command = "baseline_after_false", [*WIDE, "--output-dir", folder], monkeypatch, capsys
 
-    def fail_from_the_second_batch(model, prompts, *arguments, then=answers.answer_masked):
+    def fail_from_the_second_batch(*arguments, then=generate._run_masked):
         if memory.work:
             memory.kind, memory.most, memory.error = "above", most, error
-        return then(model, prompts, *arguments)
+        return then(*arguments)
 
-    monkeypatch.setattr(answers, "answer_masked", fail_from_the_second_batch)
+    monkeypatch.setattr(generate, "_run_masked", fail_from_the_second_batch)
     if most == 0:
         code, out, err = run_script(*command)
         assert (code, out) == (2, "")
@@ -665,7 +836,7 @@ def test_what_no_split_helps_ends_the_round(roomy, demo, tmp_path, monkeypatch, 
     while most == 0 and tried[-1] > 1:
         tried.append(tried[-1] // 2)
     assert first == (enough.sizes("answer_masked")[0][0], True) and rest == [(size, False) for size in tried]
-    lines = (folder / "predictions_gradsae_false.jsonl").read_bytes().splitlines()
+    lines = (folder / "predictions_gradsae-answer_false.jsonl").read_bytes().splitlines()
     assert len(lines) == 1 + first[0]
     monkeypatch.undo()
     hasten(monkeypatch, demo[0])
@@ -674,23 +845,28 @@ def test_what_no_split_helps_ends_the_round(roomy, demo, tmp_path, monkeypatch, 
 
 
 def test_a_gradient_that_does_not_fit_splits_the_batch_around_it(roomy, demo, tmp_path, monkeypatch, capsys):
-    """One question's gradient, while what the whole batch has seen is in memory: with half of that it may fit."""
+    """One question's gradient, while all that the whole batch is ranked by is in memory: with half of that it may fit.
+    Nothing is answered again."""
     _, after, enough = roomy["baseline"]
     hasten(monkeypatch, demo[0])
     memory = Memory(monkeypatch, "gradient", 0, ERRORS["PyTorch"])
+    ranked = []
 
-    def fit_in_half_a_batch(model, prompts, *arguments, then=answers.answer):
-        memory.most = 0 if len(prompts) > 10 else 100
-        return then(model, prompts, *arguments)
+    def fit_in_half_a_batch(round_, group, answers, records, read, batch, then=baseline.find_sequences):
+        ranked.append(len(batch))
+        memory.most = 0 if len(batch) > 10 else 100
+        return then(round_, group, answers, records, read, batch)
 
-    monkeypatch.setattr(answers, "answer", fit_in_half_a_batch)
-    code, _, err = run_script("baseline", [*WIDE, *TWO, "--output-dir", tmp_path], monkeypatch, capsys)
+    monkeypatch.setattr(baseline, "find_sequences", fit_in_half_a_batch)
+    code, _, err = run_script("baseline", [*WIDE, "--output-dir", tmp_path], monkeypatch, capsys)
     assert code == 0, err
     assert_same(tmp_path, after)
     expected = []
     for size, _ in enough.sizes("answer"):
         expected += halve(size, lambda n: n <= 10)
-    assert [size for size, _ in memory.sizes("answer")] == [size for size, _ in expected]
+    assert ranked == [size for size, _ in expected] and len(ranked) > len(enough.sizes("answer"))
+    for what in ("answer", "decode"):
+        assert memory.sizes(what) == enough.sizes(what)
 
 
 def test_no_memory_for_the_model(tmp_path, monkeypatch, capsys):
@@ -705,35 +881,38 @@ def test_no_memory_for_the_model(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_bar_moves_with_every_mask(roomy, demo, tmp_path, monkeypatch, capsys, fails):
-    """By the answers under it; what a batch that is split has to begin again is taken back."""
+def test_the_bar_moves_with_every_answer(roomy, demo, tmp_path, monkeypatch, capsys, fails):
+    """By the answers that have ended, each once, also of a batch that is split; a mask that rankings share counts for
+    all of them once its group is done."""
     before, _, enough = roomy["baseline_after_false"]
     folder = lay_out(tmp_path / "out", before)
     hasten(monkeypatch, demo[0])
-    moves, above = [], []
+    moves, above = [], 0
 
     class Bar(rounds.tqdm):
         def update(self, n=1):
             moves.append(n)
             return super().update(n)
 
-    def run(model, ids, *arguments, then=passes.SplicedModel.run, **named):
-        is_above = len(arguments) > 4  # what the layer at the boundary reads is given
-        above.extend([len(ids)] * is_above)
-        if fails and is_above and len(above) == 2:
+    def forward_above(*arguments, then=SplicedModel.forward_above):
+        nonlocal above
+        above += 1
+        if fails and above == 2:
             raise ERRORS["PyTorch"]
-        return then(model, ids, *arguments, **named)
+        return then(*arguments)
 
     monkeypatch.setattr(rounds, "tqdm", Bar)
-    monkeypatch.setattr(passes.SplicedModel, "run", run)
-    arguments = [*WIDE, *TWO, "--k", "0", "1", "--output-dir", folder]  # K = 0 is one mask for both rankings
+    monkeypatch.setattr(SplicedModel, "forward_above", forward_above)
+    arguments = [*WIDE, "--k", "0", "50%", "--output-dir", folder]  # K = 0 is one mask for both rankings
     code, _, err = run_script("baseline_after_false", arguments, monkeypatch, capsys)
     assert code == 0, err
     sizes = [size for size, _ in enough.sizes("answer_masked")]
-    expected = []
-    if fails:
-        expected += [2 * sizes[0], -2 * sizes[0]]
-        sizes[:1] = [sizes[0] // 2, sizes[0] - sizes[0] // 2]
-    for size in sizes:
-        expected += [2 * size, size, size]
-    assert [n for n in moves if n] == expected
+    assert (above > 3 * len(sizes)) == fails
+    moves = [n for n in moves if n]
+    assert min(moves) > 0 and len(moves) > 4 * len(sizes)
+    shown = list(itertools.accumulate(moves))
+    for number, size in enumerate(sizes):
+        done = 4 * sum(sizes[:number])
+        place = shown.index(done + 3 * size)  # all that is run of this batch
+        assert shown[place + 1] == done + 4 * size
+    assert shown[-1] == 4 * sum(sizes)

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiment import UserError, journal, provenance, questions, results
+from experiment import UserError, questions
+from experiment.records import files, journal, provenance, schema
+from experiment.records.schema import Provenance
 
 SHIPPED = Path(__file__).resolve().parent.parent / "activations_baseline.json"
 RUN = json.loads(SHIPPED.read_text())["run"]
@@ -31,7 +33,7 @@ ACTIVATIONS = {  # name: (content, what the line says)
     "no json": ("{", "is not JSON"),
     "not utf-8": (b"\xff\xfe", "is not JSON"),
     "deep": ("[" * 100_000, "is not JSON"),
-    "half a character": (with_sample(id="\ud800"), "sample 1: id is not a text"),
+    "half a character": (with_sample(id="\ud800"), "sample 1: id: 'utf-8' codec can't encode"),
     "a number": ("3", "it is not round 1's file"),
     "an empty object": ("{}", "it is not round 1's file"),
     "no run": (json.dumps({"samples": [SAMPLE]}), "names no run"),
@@ -39,27 +41,27 @@ ACTIVATIONS = {  # name: (content, what the line says)
     "no samples": (json.dumps({"run": RUN, "samples": []}), "holds no sample"),
     "samples missing": (json.dumps({"run": RUN}), "holds no sample"),
     "samples an object": (json.dumps({"run": RUN, "samples": SAMPLE}), "holds no sample"),
-    "sample a number": (json.dumps({"run": RUN, "samples": [1]}), "sample 1: it is not an object"),
-    "no answer": (json.dumps({"run": RUN, "samples": [{"id": "x"}]}), "sample 1: answer is not a text"),
-    "topk a text": (with_sample(topk="12"), "topk is not a list of latents"),
-    "topk with a float": (with_sample(topk=[1.5]), "topk is not a list of latents"),
-    "topk negative": (with_sample(topk=[-1]), "topk is not a list of latents"),
-    "topk beyond 64 bits": (with_sample(topk=[2**63]), "topk is not a list of latents"),
-    "bottomk missing": (with_sample(bottomk=None), "bottomk is not a list of latents"),
-    "active with true": (with_sample(active=[True]), "active is not a list of latents"),
-    "em of 7": (with_sample(em=7.0), "em is not a number from 0.0 to 1.0"),
-    "f1 not a number": (with_sample(f1=float("nan")), "f1 is not a number from 0.0 to 1.0"),
-    "tokens a text": (with_sample(tokens="12"), "tokens is not a list of tokens"),
-    "log_probs a number": (with_sample(log_probs=-0.5), "log_probs is not a list of numbers"),
-    "removed_topk with a text": (with_sample(removed_topk=["1"]), "removed_topk is not a list of numbers"),
-    "removed_bottomk null": (with_sample(removed_bottomk=None), "removed_bottomk is not a list of numbers"),
+    "sample a number": (json.dumps({"run": RUN, "samples": [1]}), "sample 1: Input should be an object"),
+    "no answer": (json.dumps({"run": RUN, "samples": [{"id": "x"}]}), "sample 1: active: Field required"),
+    "topk a text": (with_sample(topk="12"), "sample 1: topk: Input should be a valid list"),
+    "topk with a float": (with_sample(topk=[1, 1.5]), "topk.1: Input should be a valid integer"),
+    "topk negative": (with_sample(topk=[-1]), "topk.0: Input should be greater than or equal to 0"),
+    "topk beyond 64 bits": (with_sample(topk=[2**63]), "topk.0: Input should be less than 9223372036854775808"),
+    "bottomk missing": (with_sample(bottomk=None), "bottomk: Input should be a valid list"),
+    "active with true": (with_sample(active=[True]), "active.0: Input should be a valid integer"),
+    "em of 7": (with_sample(em=7.0), "em: Input should be less than or equal to 1"),
+    "f1 not a number": (with_sample(f1=float("nan")), "f1: Input should be less than or equal to 1"),
+    "tokens a text": (with_sample(tokens="12"), "tokens: Input should be a valid list"),
+    "log_probs a number": (with_sample(log_probs=-0.5), "log_probs: Input should be a valid list"),
+    "removed_topk with a text": (with_sample(removed_topk=["1"]), "removed_topk.0: Input should be a valid number"),
+    "removed_bottomk too short": (with_sample(removed_bottomk=[]), "removed_bottomk is not as long as bottomk"),
     "id twice": (json.dumps({"run": RUN, "samples": [SAMPLE, SAMPLE]}), "sample 2: the id 'questions-000-0' stands"),
     "theirs: a list of numbers": ("[1]", "is not of the authors'"),
     "theirs: a list of lists": ('[{"prompt": [1]}]', "is not of the authors'"),
-    "theirs: no lists": ('[{"prompt": {}}]', "sample 1: active is not a list of latents"),
+    "theirs: no lists": ('[{"prompt": {}}]', "sample 1: active: Field required"),
     "theirs: a second one without TopK": (
         json.dumps([{"p": THEIRS}, {}, {"q": THEIRS | {"have_gradient": 1}}]),
-        "sample 2: topk is not a list of latents",
+        "sample 2: topk: Input should be a valid list",
     ),
     "theirs: empty": ("[]", "holds no sample"),
     "theirs: all empty": ("[{}, {}]", "holds no sample"),
@@ -80,8 +82,8 @@ def with_latents(**changed):
 
 
 JOURNALS = {
-    "empty": ("", "line 1: is damaged (run is not an object): remove the file"),
-    "a torn first line": ('{"run": {}}', "line 1: is damaged (run is not an object): remove the file"),
+    "empty": ("", "line 1: is damaged (run: Field required): remove the file"),
+    "a torn first line": ('{"run": {}}', "line 1: is damaged (run: Field required): remove the file"),
     "no run": ("{}\n", "line 1: is damaged"),
     "run a number": ('{"run": 3}\n', "line 1: is damaged"),
     "damaged in the middle": ('{"run": {}}\nnonsense\n' + json.dumps(RECORD) + "\n", "line 2: is damaged"),
@@ -89,21 +91,33 @@ JOURNALS = {
     "a list": ('{"run": {}}\n[]\n', "line 2: is damaged"),
     "not utf-8": (b'{"run": {}}\n\xff\n', "line 2: is damaged"),
     "half a character": (with_record(text="\ud800"), "line 2: is damaged"),
-    "no id": (with_record(id=None), "line 2: is damaged (id is not a text)"),
-    "id a number": (with_record(id=1), "line 2: is damaged (id is not a text)"),
+    "no id": (with_record(id=None), "line 2: is damaged (id: Field required)"),
+    "id a number": (with_record(id=1), "line 2: is damaged (id: Input should be a valid string)"),
     "id twice": (with_record() + json.dumps(RECORD) + "\n", "line 3: is damaged (its id stands twice)"),
-    "no text": (with_record(text=None), "line 2: is damaged (text is not a text)"),
-    "no scores": ('{"run": {}}\n{"id": "1", "text": "", "answer": ""}\n', "line 2: is damaged (em is not a number"),
-    "score of 7": (with_record(em=7.0), "line 2: is damaged (em is not a number from 0.0 to 1.0)"),
-    "score a text": (with_record(f1="1.0"), "line 2: is damaged (f1 is not"),
-    "score not a number": (with_record(accuracy=float("nan")), "line 2: is damaged (accuracy is not"),
-    "named a truth value": (with_record(named=True), "line 2: is damaged (named is not"),
-    "named missing": (with_record(named=None), "line 2: is damaged (named is not"),
-    "log_probs a number": (with_record(log_probs=-0.5), "line 2: is damaged (log_probs is not"),
-    "inside texts": (with_latents(inside=["a"]), "line 2: is damaged (inside is not a list of places)"),
-    "active with true": (with_record(**LATENTS | {"active": [True]}), "line 2: is damaged (active is not"),
-    "bottomk negative": (with_latents(bottomk=[-1]), "line 2: is damaged (bottomk is not"),
-    "removed_topk whole": (with_latents(removed_topk=[1]), "line 2: is damaged (removed_topk is not"),
+    "no text": (with_record(text=None), "line 2: is damaged (text: Field required)"),
+    "no scores": ('{"run": {}}\n{"id": "1", "text": "", "answer": ""}\n', "line 2: is damaged (em: Field required)"),
+    "score of 7": (with_record(em=7.0), "line 2: is damaged (em: Input should be less than or equal to 1)"),
+    "score a text": (with_record(f1="1.0"), "line 2: is damaged (f1: Input should be a valid number)"),
+    "score not a number": (
+        with_record(accuracy=float("nan")),
+        "line 2: is damaged (accuracy: Input should be less than or equal to 1)",
+    ),
+    "named a truth value": (with_record(named=True), "line 2: is damaged (named: Input should be a valid number)"),
+    "named missing": (with_record(named=None), "line 2: is damaged (named: Field required)"),
+    "log_probs a number": (with_record(log_probs=-0.5), "line 2: is damaged (log_probs: Input should be a valid list)"),
+    "inside texts": (with_latents(inside=["a"]), "line 2: is damaged (inside.0: Input should be a valid integer)"),
+    "active with true": (
+        with_record(**LATENTS | {"active": [True]}),
+        "line 2: is damaged (active.0: Input should be a valid integer)",
+    ),
+    "bottomk negative": (
+        with_latents(bottomk=[-1]),
+        "line 2: is damaged (bottomk.0: Input should be greater than or equal to 0)",
+    ),
+    "removed_topk a text": (with_latents(removed_topk=["1"]), "line 2: is damaged (removed_topk.0: Input should be"),
+    "removed_topk too long": (with_latents(removed_topk=[0.1, 0.2]), "line 2: is damaged (removed_topk is not as long"),
+    "latents without lists": (with_record(active=[1]), "line 2: is damaged (topk: Field required)"),
+    "half a run": ('{"run": {"limit": "5"}}\n', "line 1: is damaged (run.limit: Input should be a valid integer)"),
 }
 
 ESTIMATES = {"n": 5, "em": 50.0, "f1": 60.0, "accuracy": None}
@@ -111,6 +125,7 @@ ESTIMATES |= {"intervals": {"em": [40.0, 60.0], "f1": [50, 70.0], "accuracy": No
 MASKED = {"run": RUN, "round": "false", "k": "50%", "masked": "topk", "mean_k": 6.4, "population": "0f"} | ESTIMATES
 MASKED |= {"clean": ESTIMATES, "drop": ESTIMATES}
 UNMASKED = {"run": RUN, "round": "baseline", "k": None, "all": ESTIMATES, "population": "0f"} | ESTIMATES
+UNMASKED |= {"population_all": "1f"}
 
 
 def with_entry(**changed):
@@ -128,23 +143,51 @@ RESULTS = {
     "not utf-8": (b"\xff", "is not JSON"),
     "deep": ("[" * 100_000, "is not JSON"),
     "an object": ("{}", "is not a file of results"),
-    "a list of numbers": ("[1]", "holds an entry that is damaged (it is not an object)"),
-    "no run": (json.dumps([without("run")]), "holds an entry that is damaged (run is not"),
-    "run a number": (with_entry(run=3), "holds an entry that is damaged (run is not"),
-    "no ranking": (with_entry(run=without("ranking", RUN)), "holds an entry that is damaged (run is not"),
-    "no round": (json.dumps([without("round")]), "holds an entry that is damaged (round is not"),
-    "round a number": (with_entry(round=2), "holds an entry that is damaged (round is not a text)"),
-    "half a character": (with_entry(round="\ud800"), "holds an entry that is damaged (round is not a text)"),
-    "no population": (json.dumps([without("population")]), "holds an entry that is damaged (population is not"),
-    "no n": (json.dumps([without("n")]), "holds an entry that is damaged (n is not"),
-    "n a text": (with_entry(n="5"), "holds an entry that is damaged (n is not a number)"),
-    "no em": (json.dumps([without("em")]), "holds an entry that is damaged (em is not"),
-    "em a text": (with_entry(em="50"), "holds an entry that is damaged (em is not a number)"),
-    "f1 a list": (with_entry(f1=[60.0]), "holds an entry that is damaged (f1 is not a number)"),
-    "accuracy true": (with_entry(accuracy=True), "holds an entry that is damaged (accuracy is not a number)"),
-    "no intervals": (json.dumps([without("intervals")]), "holds an entry that is damaged (intervals is not"),
+    "a list of numbers": ("[1]", "entry 1 is damaged, or of another version (Input should be an object)"),
+    "no run": (json.dumps([without("run")]), "entry 1 is damaged, or of another version (run: Field required)"),
+    "run a number": (with_entry(run=3), "entry 2 is damaged, or of another version (run: Input should be an object)"),
+    "no ranking": (with_entry(run=without("ranking", RUN)), "entry 2 is damaged, or of another version (run: names no"),
+    "no round": (json.dumps([without("round")]), "version (round: Field required)"),
+    "round a number": (with_entry(round=2), "version (round: Input should be a valid string)"),
+    "half a character": (with_entry(round="\ud800"), "version (round: 'utf-8' codec can't encode"),
+    "no population": (json.dumps([without("population")]), "version (population: Field required)"),
+    "no n": (json.dumps([without("n")]), "version (n: Field required)"),
+    "n a text": (with_entry(n="5"), "version (n: Input should be a valid integer)"),
+    "no em": (json.dumps([without("em")]), "version (em: Field required)"),
+    "em a text": (with_entry(em="50"), "version (em: Input should be a valid number)"),
+    "f1 a list": (with_entry(f1=[60.0]), "version (f1: Input should be a valid number)"),
+    "accuracy true": (with_entry(accuracy=True), "version (accuracy: Input should be a valid number)"),
+    "no intervals": (json.dumps([without("intervals")]), "version (intervals: Field required)"),
+    "half an interval": (with_entry(intervals={"em": [1.0]}), "version (intervals.em: List should have at least 2"),
+    "a side that is none": (with_entry(masked="top"), "version (masked: Input should be 'topk' or 'bottomk')"),
+    "no drop": (json.dumps([without("drop")]), "version (drop: Field required)"),
     "another run's": (with_entry(run=RUN | {"model_digest": "0" * 64}), 'model "demo/model" (content 00000000)'),
 }
+
+
+def made(run=RUN, **changed):
+    return Provenance(**run | changed)
+
+
+def differ(run, wanted, fields=provenance.ALL):
+    return provenance.differences(made(run), made(wanted), fields)
+
+
+def depends_on(run):
+    return provenance.depends_on(made(run))
+
+
+def write_results(path, entries):
+    files.write_results(path, [schema.parse_entry(entry) for entry in entries])
+
+
+def read_results(path, run, overwrite):
+    return as_json(files.read_results_of(path, made(run), overwrite))
+
+
+def as_json(stored):
+    """What stands in a file, as json reads it."""
+    return json.loads(schema.to_json(stored))
 
 
 def write(path, content):
@@ -164,13 +207,13 @@ def assert_refused(read, path, says):
 @pytest.mark.parametrize("case", ACTIVATIONS)
 def test_bad_activations(case, tmp_path):
     content, says = ACTIVATIONS[case]
-    assert_refused(results.read_activations, write(tmp_path / "activations.json", content), says)
+    assert_refused(files.read_activations, write(tmp_path / "activations.json", content), says)
 
 
 @pytest.mark.parametrize("case", JOURNALS)
 def test_bad_journals(case, tmp_path):
     content, says = JOURNALS[case]
-    assert_refused(lambda path: journal.Journal(path, {}), write(tmp_path / "journal.jsonl", content), says)
+    assert_refused(lambda path: journal.Journal(path, Provenance()), write(tmp_path / "journal.jsonl", content), says)
 
 
 @pytest.mark.parametrize("case", RESULTS)
@@ -179,9 +222,9 @@ def test_bad_results(case, overwrite, tmp_path):
     content, says = RESULTS[case]
     path = write(tmp_path / "results.json", content)
     if case == "another run's" and overwrite:
-        assert results.read_results(path, RUN, overwrite) == [UNMASKED]
+        assert read_results(path, RUN, overwrite) == [UNMASKED]
     else:
-        assert_refused(lambda path: results.read_results(path, RUN, overwrite), path, says)
+        assert_refused(lambda path: read_results(path, RUN, overwrite), path, says)
 
 
 @pytest.mark.parametrize(
@@ -204,14 +247,14 @@ def test_bad_results(case, overwrite, tmp_path):
 def test_another_run(field, value, says, tmp_path):
     """Each setting makes another run, of activations as of results.json's entries."""
     assert field in provenance.SETTINGS
-    assert provenance.differences(HUB | {field: value}, HUB, provenance.SETTINGS).startswith(says)
+    assert differ(HUB | {field: value}, HUB, provenance.SETTINGS).startswith(says)
     path = tmp_path / "results.json"
     of_hub, other = MASKED | {"run": HUB}, MASKED | {"run": HUB | {field: value}}
-    results.write_results(path, [of_hub, other])
+    write_results(path, [of_hub, other])
     line = f"{path}: is of another run ({says}"
     with pytest.raises(UserError, match=re.escape(line) + ".*repeat its options, or give --output-dir or --over"):
-        results.read_results(path, HUB, False)
-    assert results.read_results(path, HUB, True) == [of_hub]
+        read_results(path, HUB, False)
+    assert read_results(path, HUB, True) == [of_hub]
 
 
 def test_every_setting_is_tested():
@@ -221,10 +264,6 @@ def test_every_setting_is_tested():
 
 def test_same_run(tmp_path):
     """What is only for readers, what older files lack, and what the SAE has yet to say make no other run."""
-
-    def differ(made, wanted):
-        return provenance.differences(made, wanted, provenance.ALL)
-
     assert not differ(RUN | {"device": "cuda", "batch_tokens": 1, "versions": {}}, RUN)
     older = without("error_term", RUN)
     assert not differ(older, RUN)
@@ -236,25 +275,23 @@ def test_same_run(tmp_path):
     assert differ(RUN | {"limit": 7}, RUN) == "limit 7, now none"
     # Other rankings stand in the same results.json.
     entries = [UNMASKED, MASKED | {"run": RUN | {"ranking": "gradsae"}}]
-    results.write_results(tmp_path / "results.json", entries)
-    assert results.read_results(tmp_path / "results.json", RUN, False) == entries
+    write_results(tmp_path / "results.json", entries)
+    assert read_results(tmp_path / "results.json", RUN, False) == entries
 
 
 def test_a_run_goes_by_content_and_not_by_spelling():
     """Of folders, of models' names on the Hub, and of data sets; zero ablation and mean ablation are two runs."""
     spelled = RUN | {"model": "./demo/model/", "sae_release": "demo", "sae_id": "sae", "dataset": "d.jsonl"}
     spelled |= {"split": "train"}
-    assert provenance.depends_on(spelled) == provenance.depends_on(RUN)
-    official = provenance.depends_on(HUB | {"model": "google/gemma-2-9b-it"})
-    assert official == provenance.depends_on(HUB) != provenance.depends_on(RUN)
+    assert depends_on(spelled) == depends_on(RUN)
+    assert depends_on(HUB | {"model": "google/gemma-2-9b-it"}) == depends_on(HUB) != depends_on(RUN)
     for digest, name in (("model_digest", "model"), ("sae_digest", "sae_release")):
         other = RUN | {digest: "0" * 64}
         says = f'{name} "{RUN[name]}" (content 00000000), now "{RUN[name]}" (content {RUN[digest][:8]})'
-        assert provenance.differences(other, RUN, provenance.ALL) == says
+        assert differ(other, RUN) == says
     older = RUN | {"masked": "topk"}
-    assert provenance.differences(older, older | {"ablation": "zero"}, provenance.ALL) == ""
-    says = provenance.differences(older, older | {"ablation": "mean"}, provenance.ALL)
-    assert says == 'ablation "zero", now "mean"'
+    assert differ(older, older | {"ablation": "zero"}) == ""
+    assert differ(older, older | {"ablation": "mean"}) == 'ablation "zero", now "mean"'
 
 
 def test_digest_of_a_folder(tmp_path):
@@ -281,39 +318,40 @@ def test_digest_of_a_folder(tmp_path):
 
 @pytest.mark.parametrize("field, value", [("limit", 5), ("sample", 5), ("seed", 7), ("ranking_seed", 7)])
 def test_results_of_other_selections_stand_side_by_side(field, value, tmp_path):
-    results.write_results(tmp_path / "results.json", [MASKED | {"run": RUN | {field: value}}])
-    (entry,) = results.read_results(tmp_path / "results.json", RUN | {"ranking_seed": 42}, False)
+    write_results(tmp_path / "results.json", [MASKED | {"run": RUN | {field: value}}])
+    (entry,) = read_results(tmp_path / "results.json", RUN | {"ranking_seed": 42}, False)
     assert entry["run"][field] == value
 
 
 def test_activations_come_back(tmp_path):
-    """All fields, numbers and order; a generator will do; a line a sample."""
+    """All fields, numbers and order, unknown fields too; a generator will do; a line for each question."""
     full = SAMPLE | {"id": "字 2", "tokens": [3, 4], "log_probs": [-0.1, float("-inf")], "removed_topk": [0.1 + 0.2]}
     full |= {"removed_bottomk": [0.0]}
-    samples, run, path = (
-        [full | {"unknown": 1}, SAMPLE],
-        RUN | {"ranking_seed": 7},
-        tmp_path / "new" / "activations.json",
-    )
-    results.write_activations(path, run, iter(samples))
-    assert results.read_activations(path) == (run, samples)
+    unknown = {"fields": 1, "_names": 2, "model_extra": 3, "provenance": 4, "run": {"x": 5}}
+    samples, run = [unknown | full, SAMPLE], unknown | RUN | {"ranking_seed": 7}
+    stored = Provenance.model_validate(run), [schema.RankedQuestion.model_validate(sample) for sample in samples]
+    path = tmp_path / "new" / "activations.json"
+    files.write_activations(path, stored[0], iter(stored[1]))
+    assert files.read_activations(path) == stored
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert list(written["run"].items()) == list(run.items())
+    assert [list(sample.items()) for sample in written["samples"]] == [list(sample.items()) for sample in samples]
     assert path.read_text(encoding="utf-8").count("\n") == 2 + len(samples) + 1 and "字" in path.read_text()
-    results.write_activations(path, run, samples)
     first = path.read_bytes()
-    results.write_activations(path, *results.read_activations(path))
+    files.write_activations(path, *files.read_activations(path))
     assert path.read_bytes() == first
 
 
 def test_shipped_activations(tmp_path):
     """The file reads, and is written again to the same bytes."""
-    run, samples = results.read_activations(SHIPPED)
-    assert run == RUN and len(samples) == run["kept"] == 595
-    first = samples[0]
-    assert (first["id"], first["answer"], first["em"]) == ("questions-000-0", "Voham", 1.0)
-    assert first["active"] == [4, 8, 42, 83, 125, 147, 195, 206, 209, 347, 400, 469, 503]
-    assert first["topk"][:6] == [492, 358, 310, 4, 117, 312]
-    assert first["bottomk"][:6] == [259, 224, 60, 172, 288, 130]
-    results.write_activations(tmp_path / "again.json", run, samples)
+    run, ranked = files.read_activations(SHIPPED)
+    assert run == made() and len(ranked) == run.kept == 595
+    first = ranked[0]
+    assert (first.id, first.answer, first.em) == ("questions-000-0", "Voham", 1.0)
+    assert first.active == [4, 8, 42, 83, 125, 147, 195, 206, 209, 347, 400, 469, 503]
+    assert first.topk[:6] == [492, 358, 310, 4, 117, 312]
+    assert first.bottomk[:6] == [259, 224, 60, 172, 288, 130]
+    files.write_activations(tmp_path / "again.json", run, ranked)
     assert (tmp_path / "again.json").read_bytes() == SHIPPED.read_bytes()
 
 
@@ -322,39 +360,44 @@ def test_the_authors_file(tmp_path):
     path = write(
         tmp_path / "theirs.json", json.dumps([{}, {"p": THEIRS}, {}, {"q": THEIRS, "r": THEIRS}, {"p": THEIRS}])
     )
-    run, samples = results.read_activations(path)
+    run, ranked = files.read_activations(path)
     assert run is None
-    assert samples == [{"prompt": p, "active": [1, 2], "topk": [1], "bottomk": [2]} for p in "pqrp"]
+    assert as_json(ranked) == [{"prompt": p, "active": [1, 2], "topk": [1], "bottomk": [2]} for p in "pqrp"]
 
 
 def test_no_activations(tmp_path):
     with pytest.raises(UserError, match="none.json: cannot be read .No such file"):
-        results.read_activations(tmp_path / "none.json")
+        files.read_activations(tmp_path / "none.json")
     with pytest.raises(UserError, match=f"{tmp_path}: cannot be read"):
-        results.read_activations(tmp_path)
+        files.read_activations(tmp_path)
 
 
 def test_digest():
     """It hangs on all that a masked round uses, on the order of latents, and on which questions; on nothing else."""
-    samples = {"1": FULL, "2": FULL | {"id": "2", "topk": [3, 4]}}
-    digest = provenance.digest_samples(samples, "topk", ["1", "2"])
+
+    def find_digest(samples, side, ids):
+        ranked = {name: schema.RankedQuestion(**sample) for name, sample in samples.items()}
+        return provenance.digest_ranked(ranked, side, ids)
+
+    samples = {"1": FULL, "2": FULL | {"id": "2", "topk": [3, 4], "removed_topk": [0.1, 0.2]}}
+    digest = find_digest(samples, "topk", ["1", "2"])
     assert re.fullmatch("[0-9a-f]{64}", digest)
     same = {name: sample | {"bottomk": [9], "removed_bottomk": [0.5], "x": 1} for name, sample in samples.items()}
-    assert digest == provenance.digest_samples(same | {"3": FULL}, "topk", ["1", "2", "4"])
-    others = [FULL | {"topk": [4, 3]}, FULL | {"active": [1]}, FULL | {"tokens": [7]}, FULL | {"inside": [1]}]
+    assert digest == find_digest(same | {"3": FULL}, "topk", ["1", "2", "4"])
+    others = [samples["2"] | {"topk": [4, 3]}, FULL | {"active": [1]}, FULL | {"tokens": [7]}, FULL | {"inside": [1]}]
     others += [FULL | {"removed_topk": [0.5]}, FULL | {"target_topk": [0.5]}, FULL | {"log_probs": [-1.0]}]
-    others = [provenance.digest_samples(samples | {"2": other}, "topk", ["1", "2"]) for other in others]
-    others += [provenance.digest_samples(samples, "topk", ids) for ids in (["1"], ["2", "1"])]
-    others += [provenance.digest_samples(samples, "bottomk", ["1", "2"])]
+    others = [find_digest(samples | {"2": other}, "topk", ["1", "2"]) for other in others]
+    others += [find_digest(samples, "topk", ids) for ids in (["1"], ["2", "1"])]
+    others += [find_digest(samples, "bottomk", ["1", "2"])]
     assert len({digest, *others}) == 1 + len(others)
 
 
 def test_results_come_back(tmp_path):
     path = tmp_path / "new" / "results.json"
-    assert results.read_results(path, RUN, False) == []
+    assert read_results(path, RUN, False) == []
     entries = [UNMASKED, MASKED, MASKED | {"k": "0", "clean": None, "drop": None, "missing": ["字"]}]
-    results.write_results(path, entries)
-    assert results.read_results(path, RUN, False) == results.read_results(path, RUN, True) == entries
+    write_results(path, entries)
+    assert read_results(path, RUN, False) == read_results(path, RUN, True) == entries
     assert "字" in path.read_text(encoding="utf-8")
 
 
@@ -367,31 +410,31 @@ def test_whole_or_absent(tmp_path, monkeypatch):
 
     for error in (KeyboardInterrupt, ValueError):
         with pytest.raises(error):
-            with results.write_whole(path) as file:
+            with files.write_whole(path) as file:
                 file.write("half")
                 raise error
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, lambda *_: full(0))
             with pytest.raises(UserError, match=f"{path}: cannot be written .No space left on device"):
-                with results.write_whole(path, "wb") as file:
+                with files.write_whole(path, "wb") as file:
                     file.write(b"half")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with results.write_whole(path) as file:
+    with files.write_whole(path) as file:
         file.write("new\n")
         assert path.read_text() == "old"
     assert path.read_bytes() == b"new\n" and list(tmp_path.iterdir()) == [path]
 
 
 def test_folder(tmp_path):
-    with results.lock(tmp_path / "a" / "b"):
+    with files.lock(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").is_dir()
     write(tmp_path / "file", "")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="cannot be written"):
-            results.write_results(path / "results.json", [])
+            files.write_results(path / "results.json", [])
         with pytest.raises(UserError, match=f"{path}: cannot be written"):
-            results.lock(path)
+            files.lock(path)
 
 
 # --- any file at all --------------------------------------------------------------------------------------------------
@@ -429,9 +472,9 @@ CONTENT = (
 READERS = {
     "d.json": lambda path: questions.load(str(path), ""),
     "d.jsonl": lambda path: questions.load(str(path), ""),
-    "activations.json": results.read_activations,
-    "journal.jsonl": lambda path: journal.Journal(path, {}).finish([]),
-    "results.json": lambda path: results.read_results(path, RUN, True),
+    "activations.json": files.read_activations,
+    "journal.jsonl": lambda path: journal.Journal(path, Provenance()).finish([]),
+    "results.json": lambda path: read_results(path, RUN, True),
 }
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from experiment import UserError, journal, results
+from experiment import UserError
+from experiment.records import files, journal, schema
+from experiment.records.schema import Provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "predictions_baseline.jsonl"
@@ -26,12 +28,13 @@ def make_record(number):
     return record
 
 
-RECORDS = [make_record(number) for number in range(6)]
-IDS = [record["id"] for record in RECORDS]
+LINES = [make_record(number) for number in range(6)]
+RECORDS = [schema.parse_record(line) for line in LINES]
+IDS = [record.id for record in RECORDS]
 
 
 def open_journal(folder, process=0, run=RUN, **options):
-    return journal.Journal(folder / NAME, run, process, **options)
+    return journal.Journal(folder / NAME, Provenance(**run), process, **options)
 
 
 def write_uninterrupted(folder, run=RUN):
@@ -46,7 +49,7 @@ def write_uninterrupted(folder, run=RUN):
 def go_on(folder, processes=1, **options):
     """Appends what is missing, every n-th record by each of `processes` processes, and finishes."""
     opened = [open_journal(folder, process, **options) for process in range(processes)]
-    missing = [record for record in RECORDS if record["id"] not in opened[0]]
+    missing = [record for record in RECORDS if record.id not in opened[0]]
     for process in range(processes):
         opened[process].append(missing[process::processes])
     opened[0].finish(IDS)
@@ -86,13 +89,13 @@ def full_disk(monkeypatch):
 def test_file(tmp_path, whole):
     """What is in the file, and what a journal knows of it."""
     lines = whole.decode().splitlines()
-    assert [json.loads(line) for line in lines] == [{"run": RUN}, *RECORDS]
+    assert [json.loads(line) for line in lines] == [{"run": RUN}, *LINES]
     assert "Über" in lines[1]
     (tmp_path / NAME).write_bytes(whole)
     opened = open_journal(tmp_path)
     assert len(opened) == 6 and "q3" in opened and "q6" not in opened
     assert opened["q3"] == RECORDS[3] and opened == dict(zip(IDS, RECORDS))
-    assert opened.run == RUN
+    assert opened.provenance == Provenance(**RUN)
 
 
 def test_every_cut(tmp_path, whole, capsys, fast_disk):
@@ -137,7 +140,7 @@ def test_several_processes(tmp_path, whole, processes):
     """The file of one; process 0 then knows what all wrote. Twelve: most have nothing to do."""
     opened = go_on(tmp_path, processes)
     assert contents(tmp_path) == {NAME: whole}
-    assert list(opened[0]) == IDS and list(opened[0].values()) == RECORDS and opened[0].run == RUN
+    assert list(opened[0]) == IDS and list(opened[0].values()) == RECORDS and opened[0].provenance == Provenance(**RUN)
 
 
 def test_other_number_of_processes(tmp_path, whole):
@@ -158,11 +161,11 @@ def test_other_number_of_processes(tmp_path, whole):
 def test_only_parts(tmp_path, done):
     """Process 0 was killed before its first batch: it goes on with what the others wrote, their run included."""
     part = open_journal(tmp_path, 1)
-    part.run |= LATE  # known once the SAE is loaded
+    part.provenance = part.provenance.with_fields(**LATE)  # known once the SAE is loaded
     assert not RUN.keys() & LATE.keys()
     part.append(RECORDS[:done])
     opened = open_journal(tmp_path)
-    assert opened.run == RUN | LATE and len(opened) == done
+    assert opened.provenance == Provenance(**RUN | LATE) and len(opened) == done
     opened.append(RECORDS[done:])
     opened.finish(IDS)
     found = contents(tmp_path)
@@ -173,13 +176,13 @@ def test_once_each(tmp_path, whole):
     """A record that is there is not written again, in whatever file it is; one in two files counts once."""
     opened = open_journal(tmp_path)
     opened.append(RECORDS[:2])
-    opened.append([RECORDS[1] | {"answer": "other"}, RECORDS[2], RECORDS[2]])
+    opened.append([RECORDS[1].with_fields(answer="other"), RECORDS[2], RECORDS[2]])
     assert (tmp_path / NAME).read_bytes().count(b"\n") == 4 and opened["q1"] == RECORDS[1]
     part = open_journal(tmp_path, 1)
     part.append(RECORDS[:2])
     assert list(contents(tmp_path)) == [NAME]
     part.clear()
-    part.append([RECORDS[0] | {"answer": "other"}])
+    part.append([RECORDS[0].with_fields(answer="other")])
     opened = open_journal(tmp_path)
     assert len(opened) == 3 and opened["q0"] == RECORDS[0]
     go_on(tmp_path)
@@ -216,7 +219,7 @@ def test_finished_file_is_left_alone(tmp_path, whole):
 
 def test_parts_of_another_journal(tmp_path):
     """A name that begins with the name of another journal is not a part of it."""
-    other = journal.Journal(tmp_path / "predictions_baseline_k10.jsonl", RUN | {"k": "10"}, process=1)
+    other = journal.Journal(tmp_path / "predictions_baseline_k10.jsonl", Provenance(**RUN, k="10"), process=1)
     other.append(RECORDS)
     opened = open_journal(tmp_path)
     assert len(opened) == 0
@@ -256,12 +259,21 @@ def test_another_run(tmp_path, process, changed, says):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("field", ["limit", "sample", "seed", "ranking_seed", "masked", "k", "activations"])
-def test_another_selection(tmp_path, field):
+@pytest.mark.parametrize(
+    "field, one, two",
+    [
+        *((field, 7, 8) for field in ("limit", "sample", "seed", "ranking_seed")),
+        ("masked", "topk", "bottomk"),
+        ("k", "7", "8"),
+        ("activations", "0f", "1f"),
+    ],
+)
+def test_another_selection(tmp_path, field, one, two):
     """What need not agree where a file of activations is read makes another journal."""
-    open_journal(tmp_path, run=RUN | {field: 7}).append(RECORDS)
-    with pytest.raises(UserError, match=f"is of another run .{field} 7, now 8"):
-        open_journal(tmp_path, run=RUN | {field: 8})
+    open_journal(tmp_path, run=RUN | {field: one}).append(RECORDS)
+    says = f"is of another run .{field} {json.dumps(one)}, now {json.dumps(two)}"
+    with pytest.raises(UserError, match=says):
+        open_journal(tmp_path, run=RUN | {field: two})
 
 
 def test_same_run(tmp_path):
@@ -269,7 +281,7 @@ def test_same_run(tmp_path):
     found = RUN | LATE | {"versions": {"torch": "1"}, "device": "cpu"}
     before = write_uninterrupted(tmp_path, found)
     opened = open_journal(tmp_path, run=RUN | {"device": "cuda", "error_term": "drop"})
-    assert opened.run == found
+    assert opened.provenance == Provenance(**found)
     opened.finish(IDS)
     assert contents(tmp_path) == {NAME: before}
 
@@ -297,7 +309,7 @@ def test_overwrite_where_process_0_has_nothing_to_do(tmp_path, run):
     """The old file's records do not come back where only another process had a batch."""
     write_uninterrupted(tmp_path)
     opened = [open_journal(tmp_path, process, run, overwrite=True) for process in range(2)]
-    changed = [record | {"answer": "new"} for record in RECORDS]
+    changed = [record.with_fields(answer="new") for record in RECORDS]
     opened[1].append(changed)
     assert opened[0].finish(IDS) == changed
     assert b"new" in (tmp_path / NAME).read_bytes() and len(contents(tmp_path)) == 1
@@ -344,11 +356,11 @@ def test_folder_in_the_way(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from experiment import journal
-opened = journal.Journal(Path(sys.argv[1]), {"model": "m"})
+from experiment.records import journal, schema
+opened = journal.Journal(Path(sys.argv[1]), schema.Provenance(model="m"))
+scores = dict.fromkeys(("em", "f1", "accuracy", "named"), 1.0)
 for number in range(10**9):
-    record = {"id": str(number), "text": "t" * 10_000, "answer": "a", "em": 1.0, "f1": 1.0, "accuracy": 1.0}
-    opened.append([record | {"named": 1.0}])
+    opened.append([schema.Record(id=str(number), text="t" * 10_000, answer="a", **scores)])
     print(number, flush=True)
 """
 
@@ -368,15 +380,15 @@ def test_killed(tmp_path):
 
 def test_two_locks(tmp_path):
     """A second writer is refused while the first one lives, in this process or another, and not after."""
-    with results.lock(tmp_path):
+    with files.lock(tmp_path):
         with pytest.raises(UserError, match=f"{tmp_path}: another round is writing here"):
-            results.lock(tmp_path)
-    hold = "import sys, time\nfrom experiment import results\nheld = results.lock(sys.argv[1])\n"
+            files.lock(tmp_path)
+    hold = "import sys, time\nfrom experiment.records import files\nheld = files.lock(sys.argv[1])\n"
     hold += "print(flush=True)\ntime.sleep(99)"
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         with pytest.raises(UserError, match="another round is writing here"):
-            results.lock(tmp_path)
+            files.lock(tmp_path)
         holder.kill()
-    with results.lock(tmp_path):
+    with files.lock(tmp_path):
         pass

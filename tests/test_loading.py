@@ -60,7 +60,7 @@ def test_what_ends_an_answer():
     eos, end_of_turn = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")
     for own, ends in (([7, eos], [eos, 7, end_of_turn]), (9, [eos, 9, end_of_turn]), (None, [eos, end_of_turn])):
         model.lm.generation_config.eos_token_id = own
-        common.settle_model(model.model, tokenizer)
+        common.configure_generation(model.lm, tokenizer)
         assert model.lm.generation_config.eos_token_id == sorted(ends)
 
 
@@ -610,11 +610,12 @@ def test_a_folder_of_damaged_questions(name, refused, tmp_path):
 
 
 @pytest.mark.parametrize("error", ["ValueError('ours')", "OSError('ours')", "int('ours')", "KeyError('ours')"])
-def test_a_bug_of_ours_is_a_traceback(error, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["experiment/questions.py", "experiment/records/files.py"])
+def test_a_bug_of_ours_is_a_traceback(place, error, tmp_path, monkeypatch):
     """Also where libraries are asked for files: no line about the Hub hides it."""
     scope = {}
     code = f"def load(*_):\n    error = {error}\n    raise error"
-    exec(compile(code, ROOT / "experiment" / "questions.py", "exec"), scope)
+    exec(compile(code, ROOT / place, "exec"), scope)
     monkeypatch.setattr(questions, "load", scope["load"])
     monkeypatch.setattr(sys, "argv", ["baseline.py", "--demo", "--output-dir", str(tmp_path)])
     import baseline

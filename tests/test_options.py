@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 from experiment import UserError, catalogue, options
+from experiment.intervention.rankings import RANKINGS
 from experiment.options import Options
-from experiment.rankings import RANKINGS
 
 DEFAULTS = {
     "demo": False,
@@ -37,7 +37,8 @@ DEFAULTS = {
     "device_map": None,
     "dtype": "float16",
     "sae_dtype": "float32",
-    "batch_tokens": 32768,
+    "batch_tokens": None,
+    "pool_tokens": None,
     "max_new_tokens": 50,
     "overwrite": False,
     "token_file": None,
@@ -54,6 +55,7 @@ DEMO = {
     "device": "cpu",
     "dtype": "float32",
     "batch_tokens": 16384,
+    "pool_tokens": 32768,
 }
 
 
@@ -98,8 +100,8 @@ def test_what_is_given_counts(demo, tmp_path):
     given = {
         "dataset": "a/b", "split": "test", "limit": 3, "seed": 7, "prompt_template": "chatml", "error_term": "keep",
         "device": "cuda", "device_map": "auto", "dtype": "bfloat16", "sae_dtype": "tf32", "batch_tokens": 9,
-        "max_new_tokens": 8, "activations": tmp_path / "a.json", "output_dir": tmp_path, "ranking": "baseline",
-        "token_file": ROOT / "ruff.toml",
+        "pool_tokens": 11, "max_new_tokens": 8, "activations": tmp_path / "a.json", "output_dir": tmp_path,
+        "ranking": "baseline", "token_file": ROOT / "requirements.txt",
     }  # fmt: skip
     arguments = [part for name, value in given.items() for part in ("--" + name.replace("_", "-"), value)]
     chosen = dataclasses.asdict(parse(*demo, *arguments, "--overwrite", "--exclude-special-tokens"))
@@ -132,9 +134,10 @@ def test_help_shows_every_option_and_its_default(masks, capsys, monkeypatch):
 
 def test_help_of_the_demo_shows_its_defaults(capsys, monkeypatch):
     shown = show_help(capsys, monkeypatch, "--demo")
-    for default in ("demo/model", "demo/sae", "demo/questions.jsonl", "none", "cpu", "16384"):
+    for default in ("demo/model", "demo/sae", "demo/questions.jsonl", "none", "cpu", "16384", "32768"):
         assert f"(default: {default})" in shown
-    assert "gemma-2-9b-it" not in shown and "32768" not in shown
+    assert "gemma-2-9b-it" not in shown
+    assert not re.search(r"\(default: [^)]*\) \(default: ", shown)  # nor what they are without --demo
 
 
 def test_nothing_slow_is_imported():
@@ -147,6 +150,8 @@ def test_nothing_slow_is_imported():
         ["--model", "gemma-9b"],
         ["--sae-release", "gemma-scope-9b-it-res-canonicle"],
         ["--sae-release", "llama-3-8b-it-res-jh"],
+        ["--ranking", "examples/own_ranking.py:by_answer"],
+        ["--ranking", "examples/own_ranking.py:by_size"],
         [],
         ["--demo"],
     ]
@@ -176,6 +181,7 @@ print(*({"torch", "transformers", "datasets", "sae_lens", "transformer_lens", "p
         (["--limit", "0"], "--limit: '0' is not a whole number of at least 1"),
         (["--sample", "-1"], "--sample: '-1'"),
         (["--batch-tokens", "1.5"], "--batch-tokens: '1.5'"),
+        (["--pool-tokens", "0"], "--pool-tokens: '0' is not a whole number of at least 1"),
         (["--max-new-tokens", "many"], "--max-new-tokens: 'many'"),
         (["--max-new-tokens", "9" * 5000], "--max-new-tokens: '999"),
         (["--seed", "x"], "--seed"),
@@ -223,15 +229,25 @@ def test_k():
 
 
 def test_rankings_are_those_there_are(capsys, monkeypatch):
-    """A ranking of one's own is known once it stands in experiment.rankings."""
-    monkeypatch.setitem(RANKINGS, "mine", None)
-    assert parse("--ranking", "mine", "baseline", "mine").ranking == ("mine", "baseline")
-    assert re.search("by: baseline, .*, mine .default: baseline", show_help(capsys, monkeypatch))
-    with pytest.raises(UserError, match="--ranking: invalid choice: 'yours'.*baseline.*mine"):
-        parse("--ranking", "mine", "yours")
+    """The names that the command line knows, before PyTorch is there, are those of the functions."""
+    assert options.RANKINGS == tuple(RANKINGS)
+    assert parse("--ranking", "random", "baseline", "random").ranking == ("random", "baseline")
+    assert re.search("by: baseline, .*, random, or FILE.py:FUNCTION .default: baseline", show_help(capsys, monkeypatch))
+    with pytest.raises(UserError, match="--ranking: invalid choice: 'yours'.*baseline.*random"):
+        parse("--ranking", "random", "yours")
     with pytest.raises(UserError, match="--activations: such a file holds one ranking"):
-        parse("--ranking", "mine", "baseline", "--activations", "a.json")
-    assert parse("--ranking", "mine", "mine", "--activations", "a.json").activations == Path("a.json")
+        parse("--ranking", "random", "baseline", "--activations", "a.json")
+    assert parse("--ranking", "random", "random", "--activations", "a.json").activations == Path("a.json")
+
+
+def test_sizes_of_the_demo_go_together():
+    """Whoever gives batches another size gets groups of one batch; the other way round the demo's batches stay."""
+    chosen = parse("--demo", "--batch-tokens", "500")
+    assert (chosen.batch_tokens, chosen.pool_tokens) == (500, None)
+    chosen = parse("--demo", "--batch-tokens", "500", "--pool-tokens", "4000")
+    assert (chosen.batch_tokens, chosen.pool_tokens) == (500, 4000)
+    chosen = parse("--demo", "--pool-tokens", "4000")
+    assert (chosen.batch_tokens, chosen.pool_tokens) == (16384, 4000)
 
 
 def test_token_file(no_token, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import conftest
 import oracle
 import pytest
 import scipy.stats
@@ -11,8 +12,14 @@ from conftest import load, options
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-from experiment import answers, passes, prompts, questions, rankings, splice
-from experiment.estimates import shared_percent
+from experiment import prompts, questions
+from experiment.intervention import layout, modules, rankings, splice
+from experiment.intervention.forward import Layout
+from experiment.intervention.plan import plan_batches
+from experiment.intervention.rows import pick_log_probs
+from experiment.records.lists import count_to_reach, find_latents_to_mask
+from experiment.records.schema import RankedLatents
+from experiment.report.estimates import shared_percent
 
 COUNT = 36
 
@@ -61,7 +68,7 @@ def sequences(demo, ranked):
 
 
 def answer_all(model, cases, most=50, guess=()):
-    return answers.answer(model, [case["prompt"] for case in cases], contexts_of(cases), most, guess)
+    return conftest.answer(model, [case["prompt"] for case in cases], contexts_of(cases), most, guess)
 
 
 def make_sequences(tokenizer, cases, found, trace):
@@ -136,7 +143,7 @@ def test_answers_and_rankings(demo, asked, size, share, guess):
     exact = ranked = 0
     for batch in in_batches(asked, size):
         contexts = contexts_of(batch) if share else range(len(batch))
-        found, trace = answers.answer(model, [case["prompt"] for case in batch], contexts, 50, guess)
+        found, trace = conftest.answer(model, [case["prompt"] for case in batch], contexts, 50, guess)
         assert [one.tokens for one in found] == [case["generated"] for case in batch]
         rows = [n for n, case in enumerate(batch) if case["ranking"]]
         cuts = [prompts.find_bracket(tokenizer, one.tokens) for one in found]
@@ -172,14 +179,14 @@ def test_log_probs_of_half_precision_logits_are_single():
     logits = (8 * torch.randn(300, 50)).bfloat16()
     tokens = torch.randint(50, (300,))
     expected = logits.double().log_softmax(-1)[torch.arange(300), tokens].tolist()
-    assert answers.pick_log_probs(logits, tokens) == pytest.approx(expected, rel=1e-5)
+    assert pick_log_probs(logits, tokens).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def log_probs_by_hand(model, prompt, generated, masked):
     def replace(residual, hook):
         acts = model.splice.sae.encode(residual).clone()
         acts[:, :, masked] = 0
-        return model.splice.sae.decode(acts)
+        return model.splice.sae.decode(acts).to(residual.dtype)
 
     with torch.no_grad(), model.model.hooks(fwd_hooks=[(model.hook_name, replace)]):
         logits = model.model(torch.tensor([prompt + generated]))[0, len(prompt) - 1 : -1].double()
@@ -195,10 +202,10 @@ def answer_masked(model, cases, drafts, lists, size, max_new_tokens=50):
     found = {name: [] for name in lists}
     for start in range(0, len(cases), size):
         part, end = cases[start : start + size], start + size
-        masks = (model.splice.mask(of_all[start:end]) for of_all in lists.values())
+        masks = [of_all[start:end] for of_all in lists.values()]
         prompts = [case["prompt"] for case in part]
         drafts_of_part = drafts[start:end]
-        given = answers.answer_masked(model, prompts, contexts_of(part), drafts_of_part, masks, max_new_tokens)
+        given = conftest.answer_masked(model, prompts, contexts_of(part), drafts_of_part, masks, max_new_tokens)
         for name, answers_found in zip(lists, given):
             found[name] += answers_found
     return found
@@ -263,7 +270,7 @@ def test_log_probs_of_the_unmasked_answer_under_a_mask(demo, ranked):
 
 
 def test_the_window_is_not_long_enough(demo, ranked, masked, monkeypatch):
-    """Nothing is shared then, and what differs from its draft is begun again: the same answers."""
+    """Nothing is shared then: the same answers."""
     model, _ = demo
     lists, expected = masked
     monkeypatch.setattr(model, "window", 100)
@@ -345,13 +352,13 @@ def test_splice_is_encode_and_decode(demo):
 def test_rows_that_have_ended_leave_the_batch(demo, asked, monkeypatch):
     """Once half of them have: a long answer does not keep the whole batch."""
     model, _ = demo
-    widths, run = [], model.run
+    widths, run = [], model._run
 
     def count(ids, *arguments, **named):
         widths.append(len(ids) if ids.shape[1] == 1 else 0)
         return run(ids, *arguments, **named)
 
-    monkeypatch.setattr(model, "run", count)
+    monkeypatch.setattr(model, "_run", count)
     answer_all(model, asked)
     lengths = [len(case["generated"]) for case in asked]
     going = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
@@ -365,8 +372,8 @@ def test_what_answers_begin_with_takes_no_steps(demo, asked, monkeypatch):
     model, tokenizer = demo
     guess = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
     assert sum(case["generated"][: len(guess)] == guess for case in asked) >= 0.9 * len(asked) and len(guess) > 2
-    passes_run, run = [], model.run
-    monkeypatch.setattr(model, "run", lambda *given, **named: passes_run.append(1) or run(*given, **named))
+    passes_run, run = [], model._run
+    monkeypatch.setattr(model, "_run", lambda *given, **named: passes_run.append(1) or run(*given, **named))
     counts = []
     for beginning in ([], guess):
         del passes_run[:]
@@ -381,8 +388,8 @@ def test_a_draft_ends_at_its_first_end_token(demo, asked):
     cases = [case for case in asked[:9] if case["generated"][-1] in model.end_ids]
     drafts = [[*case["generated"], *case["generated"]] for case in cases]
     prompts = [case["prompt"] for case in cases]
-    nothing = model.splice.mask([[] for _ in cases], None)
-    (found,) = answers.answer_masked(model, prompts, contexts_of(cases), drafts, [nothing], 50)
+    nothing = [[] for _ in cases]
+    (found,) = conftest.answer_masked(model, prompts, contexts_of(cases), drafts, [nothing], 50)
     assert [one.tokens for one in found] == [case["generated"] for case in cases] and len(cases) > 5
     assert [len(one.log_probs) for one in found] == [len(case["generated"]) for case in cases]
 
@@ -390,7 +397,7 @@ def test_a_draft_ends_at_its_first_end_token(demo, asked):
 def test_padding_is_not_encoded(demo, asked):
     model, _ = demo
     prompts = [case["prompt"] for case in asked[:9]]
-    _, trace = answers.answer(model, prompts, range(9), 1)  # a context each: nothing is shared
+    _, trace = conftest.answer(model, prompts, range(9), 1)  # a context each: nothing is shared
     encoded, padded = int(trace.latents.spliced.sum()), len(trace.latents.spliced)
     assert encoded == sum(map(len, prompts)) < padded and not trace.latents.counts[~trace.latents.spliced].any()
 
@@ -402,7 +409,7 @@ def test_hook_points_set_aside_change_nothing(demo, asked):
     before = str(model.lm)
     with torch.no_grad():
         expected = model.lm(ids).logits
-        with passes.hooked(model.model, model.hook_name, lambda residual: residual) as lm:
+        with modules.hooked(model.model, model.hook_name, lambda residual: residual) as lm:
             found = lm(ids).logits
     assert torch.equal(found, expected) and str(model.lm) == before
 
@@ -411,7 +418,7 @@ def test_layers_are_back_after_every_pass(demo, asked):
     model, _ = demo
     before = list(model.lm.get_decoder().layers)
     with pytest.raises(RuntimeError), model.ready():
-        model.run(torch.tensor([[1, 2]]), torch.ones(1, 2), start=torch.zeros(1, 2, 3))
+        model.forward_from(torch.zeros(1, 2, 3), torch.tensor([[1, 2]]), torch.ones(1, 2))
     assert list(model.lm.get_decoder().layers) == before
 
 
@@ -499,32 +506,32 @@ def test_padding_poisons_no_row_in_float16(way, low_scores, asked, demo, monkeyp
 )
 def test_prefixes_are_prefixes(demo, prompts, contexts):
     """Of every prompt its own, one token at least being left; the batch is no wider than it was; and none is wrong."""
-    prefixes, owners = passes.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], contexts)
+    prefixes, owners = layout.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], contexts)
     for prompt, owner in zip(prompts, owners):
         prefix = prefixes[owner]
         assert 1 <= len(prefix) < len(prompt) and prompt[: len(prefix)] == prefix
-    layout = passes.Layout(prompts, 0, "cpu", prefixes, owners)
+    laid_out = Layout(prompts, 0, "cpu", prefixes, owners)
     for row, prompt in enumerate(prompts):
-        assert layout.ids[row][layout.attention[row].bool()].tolist() == prompt
+        assert laid_out.ids[row][laid_out.attention[row].bool()].tolist() == prompt
     model, _ = demo
-    alone = [answers.answer(model, [prompt], "x", 4)[0][0].tokens for prompt in prompts]
-    assert [one.tokens for one in answers.answer(model, prompts, contexts, 4)[0]] == alone
+    alone = [conftest.answer(model, [prompt], "x", 4)[0][0].tokens for prompt in prompts]
+    assert [one.tokens for one in conftest.answer(model, prompts, contexts, 4)[0]] == alone
 
 
 def test_a_prompt_of_one_token(demo):
     model, _ = demo
-    found, _ = answers.answer(model, [[5], [5, 6]], "aa", 3)
-    assert [one.tokens for one in found] == [answers.answer(model, [p], "a", 3)[0][0].tokens for p in ([5], [5, 6])]
+    found, _ = conftest.answer(model, [[5], [5, 6]], "aa", 3)
+    assert [one.tokens for one in found] == [conftest.answer(model, [p], "a", 3)[0][0].tokens for p in ([5], [5, 6])]
 
 
 def test_batches_hold_every_question_once_within_the_budget():
     lengths = [5, 90, 7, 7, 300, 12, 41, 90, 3]
-    plan = answers.plan_batches(lengths, 100, range(9))
-    assert sorted(index for batch in plan for index in batch) == list(range(9))
-    for batch in plan:
+    batches = plan_batches(lengths, 100, range(9))
+    assert sorted(index for batch in batches for index in batch) == list(range(9))
+    for batch in batches:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 100
-    assert plan == [[4], [1], [7], [6, 5], [2, 3, 0, 8]]
-    assert answers.plan_batches([5, 9, 5, 9], 20, "abab") == [[1, 3], [0, 2]]
+    assert batches == [[4], [1], [7], [6, 5], [2, 3, 0, 8]]
+    assert plan_batches([5, 9, 5, 9], 20, "abab") == [[1, 3], [0, 2]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -571,7 +578,7 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
     sae = double.splice.sae.double()
     sae.dtype = torch.float64
     double.splice = splice.Splice(sae)
-    _, trace = answers.answer(double, [prompts[n]], "x", 50)
+    _, trace = conftest.answer(double, [prompts[n]], "x", 50)
     scores = rank(double, "gradsae", dataclasses.replace(pick(sequences, n), rows=[0], trace=trace))[0]
 
     def probabilities(latent, step):
@@ -583,7 +590,7 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
             acts[rows, rows, latent] *= 1 + step
             return sae.decode(acts)
 
-        with torch.no_grad(), passes.hooked(double.model, double.hook_name, replace) as lm:
+        with torch.no_grad(), modules.hooked(double.model, double.hook_name, replace) as lm:
             return lm(torch.tensor([ids] * len(ids)), logits_to_keep=1).logits[:, -1].softmax(-1)[:, token]
 
     for latent in scores.topk(2).indices.tolist():
@@ -596,7 +603,7 @@ def test_rankings_in_half_precision(demo, sequences, dtype):
     model, _ = demo
     half, _ = load("--dtype", dtype)
     sequences = pick(sequences, *range(20))
-    found, trace = answers.answer(half, sequences.prompts, range(len(sequences.ids)), 50)
+    found, trace = conftest.answer(half, sequences.prompts, range(len(sequences.ids)), 50)
     same = [n for n, one in enumerate(found) if one.tokens == sequences.generated[n]]
     assert len(same) >= 0.95 * len(found)
     exact = pick(sequences, *same)
@@ -696,7 +703,8 @@ def test_bos_does_not_rule_what_is_removed(demo, sequences):
     for n, residual in enumerate(ordinary_residuals(scaled)):
         acts = model.splice.sae.encode(residual)
         k = len(scaled.active[n]) // 2
-        of_matched, enough = rankings.pick_latents(matched[n] | {"active": scaled.active[n]}, "topk", "50%")
+        ranked = RankedLatents(active=scaled.active[n], **matched[n])
+        of_matched, enough = find_latents_to_mask(ranked, "topk", "50%")
         assert enough and (acts[:, of_matched] != 0).any(0).all()
         for name, latents in (("baseline", baseline[n]["topk"][:k]), ("matched", of_matched)):
             shares[name].append(oracle.removed_shares(model.splice.sae, residual, latents)[-1])
@@ -716,7 +724,7 @@ def test_matched_ranking(demo, sequences):
             assert not {*lists[which]} & {*theirs["topk"][:half], *theirs["bottomk"][:half]}
             assert lists[f"target_{which}"] == theirs[f"removed_{which}"]
             removed, target = lists[f"removed_{which}"], max(theirs[f"removed_{which}"])
-            reached = rankings.count_to_reach(removed, target)
+            reached = count_to_reach(removed, target)
             assert len(removed) == len(lists[which]) == max(100, reached)
             assert all(value < target for value in removed[: reached - 1])
 
@@ -773,12 +781,12 @@ def test_special_tokens_bypass_the_sae(demo, sequences):
     with torch.no_grad(), model.model.hooks(fwd_hooks=[(model.hook_name, replace)]):
         expected = model.model(torch.tensor([ids]))[0, -1]
     with torch.no_grad(), other.ready():
-        found = other.run(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0]
+        found = other.forward(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0]
     with torch.no_grad(), model.ready():
-        everywhere = model.run(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0]
+        everywhere = model.forward(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(everywhere, expected, rtol=1e-2, atol=1e-2)
-    _, trace = answers.answer(other, [ids], "x", 1)
+    _, trace = conftest.answer(other, [ids], "x", 1)
     scores = rankings.mean(other, trace)[0]
     residual = seen[0][0, counted]
     acts = sae.encode(residual)

@@ -11,8 +11,12 @@ import pytest
 from browser import CHROMIUM, Browser
 from conftest import ROOT, read_journal, run_script
 
-from experiment import figure, folders, guard, page, report, results
+from experiment import guard
 from experiment.questions import Question
+from experiment.records import files
+from experiment.records.schema import RankedQuestion, Record
+from experiment.report import __main__ as report
+from experiment.report import cells, figure, folders, page, tables
 
 RANKINGS = ("baseline", "matched")
 KS = ("0", "10", "50%")
@@ -187,8 +191,8 @@ def test_a_question_opens_by_keyboard(opened, folder, demo_questions):
     entry = next(e for e in json.loads((folder / "results.json").read_text()) if e["run"]["ranking"] == "matched")
     (latents,) = texts(opened, ".latents")
     listed = [int(number) for number in latents.split("masks")[-1].split()]
-    _, samples = results.read_activations(folder / "activations_matched.json")
-    assert entry and listed and next(s for s in samples if s["id"] == first.id)["topk"][: len(listed)] == listed
+    _, ranked = files.read_activations(folder / "activations_matched.json")
+    assert entry and listed and next(q for q in ranked if q.id == first.id).topk[: len(listed)] == listed
     assert opened.run("document.querySelectorAll('.latents a').length") == 0
     opened.press("Enter", 13)
     assert texts(opened, ".detail") == [] and problems(opened)[0] == []
@@ -196,13 +200,13 @@ def test_a_question_opens_by_keyboard(opened, folder, demo_questions):
 
 def test_as_many_latents_as_the_rounds_masked(folder):
     """Of every ranking, mask and K: the page counts them again from the lists, without a model."""
-    found = folders.read(folder)
+    found = folders.read_folder(folder)
     data = page.collect([found])
     assert len(data["masks"]) == len(RANKINGS) * 2 * len(KS)
     for place, (entry, _) in enumerate(found.masked):
         counts = [question["counts"][place] for question in data["questions"]]
-        assert sum(counts) / len(counts) == pytest.approx(entry["mean_k"])
-        assert (data["masks"][place]["k"], data["masks"][place]["ranking"]) == (entry["k"], entry["run"]["ranking"])
+        assert sum(counts) / len(counts) == pytest.approx(entry.mean_k)
+        assert (data["masks"][place]["k"], data["masks"][place]["ranking"]) == (entry.k, entry.provenance.ranking)
 
 
 def test_html_is_shown_as_text(browser, folder, demo_questions, tmp_path, monkeypatch):
@@ -217,11 +221,13 @@ def test_html_is_shown_as_text(browser, folder, demo_questions, tmp_path, monkey
         lines = [record | {"answer": HOSTILE, "text": f"[[ {HOSTILE} ]]"} for record in records.values()]
         path.write_text("\n".join(map(json.dumps, [{"run": run}, *lines])) + "\n")
     monkeypatch.setattr(page.catalogue, "neuronpedia_page", lambda *names: f"https://www.neuronpedia.org/x/{names[-1]}")
-    found = folders.read(tmp_path, hostile)
-    for entry in found.entries:
-        entry["run"]["model"] = "google/gemma-2-9b-it"
+    found = folders.read_folder(tmp_path, known=hostile)
+    entries = [
+        entry.with_fields(run=entry.provenance.with_fields(model="google/gemma-2-9b-it")) for entry in found.entries
+    ]
+    found = dataclasses.replace(found, entries=entries)
     with open(tmp_path / "results.html", "w", encoding="utf-8") as file:
-        page.write(file, [found], found.entries, "")
+        page.write_page(file, [found], found.entries, "")
     browser.open(tmp_path / "results.html", READY)
     browser.run(f"{READY}.click()")
     assert browser.run("window.hit") is None and count(browser) == len(kept)
@@ -255,27 +261,27 @@ def test_light_and_dark_narrow_and_wide(browser, folder, dark, width):
 
 def test_as_many_questions_as_squad_keeps(browser, folder, tmp_path):
     """5,745 questions on 2,067 contexts, 12 masks: 40 MB at most, and a search in under a second."""
-    found = folders.read(folder)
+    found = folders.read_folder(folder)
     words = [f"{word}{number}" for number in range(1000) for word in ("under", "the", "of", "Broncos")]
     texts = [" ".join(words[(7 * n + i * i) % 4000] for i in range(110)) for n in range(2067)]
     asked = [
         Question(f"{n:024x}", texts[n % 2067], f"What {n} is of {words[n % 4000]}?", ("Oslo",)) for n in range(5745)
     ]
-    answers = {
-        q.id: {"answer": "Oslo", "text": "Result = [[ Oslo ]]", "em": 1.0, "f1": 1.0, "named": 1.0} for q in asked
-    }
+    scores = dict.fromkeys(("em", "f1", "accuracy", "named"), 1.0)
+    answers = {q.id: Record(id=q.id, answer="Oslo", text="Result = [[ Oslo ]]", **scores) for q in asked}
     wrong = {
-        name: record | {"answer": f"not {name}", "text": f"Result = [[ not {name} ]]", "f1": 0.0}
+        name: record.with_fields(answer=f"not {name}", text=f"Result = [[ not {name} ]]", f1=0.0)
         for name, record in answers.items()
     }
-    lists = {which: list(range(100_000, 100_100)) for which in ("topk", "bottomk")}
-    samples = {f"activations_{name}.json": {q.id: {"active": [0] * 103} | lists for q in asked} for name in RANKINGS}
-    masked = [(entry, wrong if entry["masked"] == "topk" else answers) for entry, _ in found.masked]
+    lists = {side: list(range(100_000, 100_100)) for side in ("topk", "bottomk")}
+    latents = RankedQuestion(id="any", answer="Oslo", active=[0] * 103, **lists)
+    ranked = {f"activations_{name}.json": {q.id: latents for q in asked} for name in RANKINGS}
+    masked = [(entry, wrong if entry.masked == "topk" else answers) for entry, _ in found.masked]
     big = dataclasses.replace(
-        found, questions={q.id: q for q in asked}, answers=answers, kept=list(answers), masked=masked, samples=samples
+        found, questions={q.id: q for q in asked}, answers=answers, kept=list(answers), masked=masked, ranked=ranked
     )
     with open(tmp_path / "results.html", "w", encoding="utf-8") as file:
-        page.write(file, [big], found.entries, "")
+        page.write_page(file, [big], found.entries, "")
     assert (tmp_path / "results.html").stat().st_size < 40e6
     browser.open(tmp_path / "results.html", READY)
     for text, number in (("what broncos17", None), ("What 3000 is", 1), ("", 5745)):
@@ -326,14 +332,15 @@ def test_one_folder_again_without_torch(folder, copy):
     for path in copy.glob("results.*"):
         if path.suffix != ".json":
             path.unlink()
-    code = "import sys; from experiment import report; report.main(); print('torch' in sys.modules, file=sys.stderr)"
+    code = "import sys\nfrom experiment.report import __main__ as report\nreport.main()\n"
+    code += "print('torch' in sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code, copy], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.split() == ["False"], done.stderr
     for ending in ("json", "csv", "tex", "png", "pdf"):
         assert (copy / f"results.{ending}").read_bytes() == (folder / f"results.{ending}").read_bytes(), ending
     pages = [(path / "results.html").read_text().replace(str(path), "") for path in (copy, folder)]
     assert pages[0] == pages[1]
-    table = report.terminal(report.frame(results.load_json(folder / "results.json")))
+    table = cells.to_text(tables.build_table(files.read_results(folder / "results.json")))
     assert done.stdout == f"{table}\n\nAll files: {copy}\n"
 
 
@@ -446,7 +453,7 @@ def test_mistakes_are_one_line(folder, copy, tmp_path, monkeypatch, capsys):
     done = subprocess.run(
         [sys.executable, "-m", "experiment.report", "nowhere"], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("report.py: nowhere")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("report: nowhere")
 
 
 def test_rounds_2_and_3_on_what_ships(tmp_path, monkeypatch, capsys):
@@ -455,11 +462,11 @@ def test_rounds_2_and_3_on_what_ships(tmp_path, monkeypatch, capsys):
     given = ["--demo", "--limit", 5, "--output-dir", tmp_path]
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
     assert code == 0, err
-    found = folders.read(tmp_path)
+    found = folders.read_folder(tmp_path)
     (entry, records), = found.masked  # fmt: skip
     assert found.kept == list(records) and found.answers.keys() >= records.keys()
     data = page.collect([found])
-    sample = found.samples["activations_baseline.json"][found.kept[0]]
-    assert len(data["questions"]) == len(records) and data["questions"][0]["unmasked"][0][0] == sample["answer"]
-    assert data["questions"][0]["latents"] == [sample["topk"][: len(sample["active"]) // 2]]
-    assert entry["latents"] == "activations_baseline.json" and entry["journal"] == "predictions_false.jsonl"
+    ranked = found.ranked["activations_baseline.json"][found.kept[0]]
+    assert len(data["questions"]) == len(records) and data["questions"][0]["unmasked"][0][0] == ranked.answer
+    assert data["questions"][0]["latents"] == [ranked.topk[: len(ranked.active) // 2]]
+    assert entry.latents == "activations_baseline.json" and entry.journal == "predictions_false.jsonl"

@@ -4,6 +4,7 @@ Not in the default run, for each launch imports the libraries twice: `python -m 
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import signal
@@ -11,12 +12,14 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_script
 
 import common
-from experiment import answers, options, prompts
+from experiment import options, rounds
+from experiment.intervention.plan import Sizes
 
 launchers = pytest.mark.launchers
 
@@ -152,14 +155,17 @@ def test_a_mistake_is_one_line(tmp_path):
     assert contents(tmp_path) == {}
 
 
+@pytest.mark.parametrize("batches_per_group", [1, 2, 8])
 @pytest.mark.parametrize("budget, workers, most", [(16384, 2, 0.56), (2000, 2, 0.51), (2000, 4, 0.27)])
-def test_work_is_split_evenly(demo_questions, budget, workers, most):
-    """Of all the demo's questions in its own batches, and of many small ones."""
-    tokenizer = common.load_tokenizer(options.parse(["--demo"], "", masks=False))
-    template = common.choose_template("auto", tokenizer)
-    texts = [prompts.build_prompt(template, q.context, q.question) for q in demo_questions]
-    lengths = [len(prompts.tokenize(tokenizer, text)) for text in texts]
-    plan = answers.plan_batches(lengths, budget, [question.context for question in demo_questions])
-    assert sorted(index for batch in plan for index in batch) == list(range(len(lengths)))
-    tokens = [sum(lengths[i] for batch in plan[worker::workers] for i in batch) for worker in range(workers)]
+def test_work_is_split_evenly(demo_questions, budget, workers, most, batches_per_group):
+    """Of all the demo's questions in its own batches, and of many small ones; whatever a group holds."""
+    round_ = common.prepare(options.parse(["--demo"], "", masks=False))
+    sizes = Sizes(budget, budget, batches_per_group * budget)
+    shares = []
+    for worker in range(workers):
+        state = SimpleNamespace(process_index=worker, num_processes=workers, wait_for_everyone=lambda: None)
+        shares.append(rounds.plan_work(dataclasses.replace(round_, state=state), sizes, round_.asked, {}))
+    ids = [question.id for share in shares for work in share for question in work.questions]
+    assert sorted(ids) == sorted(question.id for question in demo_questions)
+    tokens = [sum(round_.lengths[question.id] for work in share for question in work.questions) for share in shares]
     assert max(tokens) <= most * sum(tokens), tokens

@@ -7,10 +7,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, read_journal, run_script
+from conftest import ROOT, read_activations, read_journal, run_script, write_activations
 from safetensors.torch import load_file, save_file
 
-from experiment import UserError, figure, folders, guard, page, report, results
+from experiment import UserError, guard
+from experiment.records import files
+from experiment.report import __main__ as report
+from experiment.report import figure, folders, page, tables
 
 ROUND_1, ROUND_2, ROUND_3 = "baseline", "baseline_after_false", "baseline_after_true"
 
@@ -89,9 +92,9 @@ def cut(path, records):
 
 def change_sample(path, **changed):
     """Changes the last sample of a file of activations; a function gets the field's value."""
-    made, samples = results.read_activations(path)
+    made, samples = read_activations(path)
     samples[-1] |= {name: change(samples[-1][name]) for name, change in changed.items()}
-    results.write_activations(path, made, samples)
+    write_activations(path, made, samples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,10 +112,10 @@ def test_zero_and_mean_ablation_in_one_folder(run, run_report, tmp_path):
     assert figures["zero"] != figures["mean"]
     run_report(out)
     assert (out / "results.json").read_bytes() == before
-    found = folders.read(out)
-    assert [report.name_mask(entry) for entry, _ in found.masked] == ["TopK", "TopK mean"]
+    found = folders.read_folder(out)
+    assert [tables.name_mask(entry) for entry, _ in found.masked] == ["TopK", "TopK mean"]
     for name, (_, records) in zip(("predictions_false", "predictions_false_mean"), found.masked):
-        assert records == read_journal(out / f"{name}.jsonl")[1]
+        assert {i: record.fields() for i, record in records.items()} == read_journal(out / f"{name}.jsonl")[1]
     assert len(page.collect([found])["masks"]) == 2
 
 
@@ -214,7 +217,11 @@ def test_one_folder_spelled_in_two_ways(run, run_report, tmp_path, monkeypatch):
     assert "This round is finished" in run(ROUND_1, "--limit", 8, *given)[1]
     out, _ = run_report(tmp_path / "out")
     assert out.startswith("ranking")
-    assert [*report.frame(read_entries(tmp_path / "out")).masked] == ["none", "none", "TopK"]
+    assert [*tables.build_table(folders.read_entries(tmp_path / "out" / "results.json")).masked] == [
+        "none",
+        "none",
+        "TopK",
+    ]
 
 
 def test_folders_whose_saes_are_called_the_same(run, run_report, tmp_path, monkeypatch):
@@ -275,11 +282,11 @@ def test_round_1_again_with_another_seed(run, refused, run_report, tmp_path):
     lines = [line for line in err.splitlines() if "left out" in line]
     assert len(lines) == 2 and all("activations_random.json has other latents or answers now" in line for line in lines)
     assert [entry["round"] for entry in read_entries(out)] == ["baseline"]
-    assert folders.read(out).masked == []
+    assert folders.read_folder(out).masked == []
     assert "ranking_seed 42, now 7" in refused(ROUND_2, *given)
     run(ROUND_2, *given, "--overwrite")
-    ((entry, _),) = folders.read(out).masked
-    assert entry["run"]["ranking_seed"] == 7
+    ((entry, _),) = folders.read_folder(out).masked
+    assert entry.provenance.ranking_seed == 7
     run_report(out)
     assert [entry["round"] for entry in read_entries(out)] == ["baseline", "false"]
 
@@ -299,17 +306,17 @@ def test_a_journal_of_another_run_takes_its_entry_along(run, run_report, tmp_pat
 def test_the_report_locks_before_it_reads(run, run_report, tmp_path, monkeypatch):
     """A round that finishes meanwhile would be lost from results.json."""
     run(ROUND_1, "--limit", 5)
-    read, held = folders.read, []
+    read, held = folders.read_folder, []
 
     def watch(path, *given):
         try:
-            with results.lock(path):
+            with files.lock(path):
                 pass
         except UserError:
             held.append(path)
         return read(path, *given)
 
-    monkeypatch.setattr(folders, "read", watch)
+    monkeypatch.setattr(folders, "read_folder", watch)
     run_report(tmp_path / "out")
     assert held == [tmp_path / "out"]
 
@@ -398,13 +405,13 @@ def test_more_questions_in_one_batch_are_the_same_bytes(run, tmp_path):
 
 def test_the_papers_figures_stand_beside_whole_data_sets_only():
     """Whatever the masked round's own command said: round 1 selected."""
-    from test_report import PAPERS, masked, unmasked
+    from test_report import PAPERS, build_table, masked, unmasked
 
     for selection in ({"limit": 1000}, {"sample": 1000, "seed": 7}):
         entries = [unmasked(run=PAPERS | selection), masked("baseline", "topk", "50%", 0.0, run=PAPERS)]
-        assert report.frame(entries).paper_em.isna().all()
+        assert build_table(entries).paper_em.isna().all()
         other = [unmasked(run=PAPERS, population="beef" * 16), entries[1] | {"population": "beef" * 16}]
-        assert report.frame(entries[:1] + other).paper_em.dropna().tolist() == [53.42]
+        assert build_table(entries[:1] + other).paper_em.dropna().tolist() == [53.42]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from conftest import ROOT
 from conftest import options as command_line
 
 import common
-from experiment import UserError, folders, options, questions
+from experiment import UserError, options, questions
+from experiment.report import folders
 
 ROWS = [
     {"id": f"{c}-{q}", "context": f"Context {c}: “x”\u2028y", "question": f"Question {q}?",
@@ -180,8 +181,8 @@ def test_the_command_line_chooses_a_configuration(tmp_path, monkeypatch):
 
     monkeypatch.setattr(questions, "load", load)
     round_ = common.prepare(command_line("--dataset", "org/data", "--split", "test", "--dataset-config", "zh"))
-    assert round_.run["dataset_config"] == "zh"
-    assert folders._load_questions(round_.run | {"questions": "0f"})
+    assert round_.provenance.dataset_config == "zh"
+    assert folders._load_questions(round_.provenance.with_fields(questions="0f"))
     assert asked == [("org/data", "test", "zh")] * 2
 
 

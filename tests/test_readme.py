@@ -3,11 +3,15 @@
 import re
 
 import pytest
+import yaml
 from conftest import ROOT, run_script
 
-from experiment import guard, rankings, report
+from experiment import guard
+from experiment.intervention import rankings
+from experiment.report import __main__ as report
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SCRIPTS = ("baseline", "baseline_after_false", "baseline_after_true")
 
 
@@ -29,12 +33,13 @@ COMMANDS = list(dict.fromkeys(find_commands()))
 
 
 def test_all_commands_are_found():
-    assert {script for script, _ in COMMANDS} == {*SCRIPTS} and len(COMMANDS) >= 3 + 6 + 3
+    assert {script for script, _ in COMMANDS} == {*SCRIPTS} and len(COMMANDS) >= 3 + 6 + 3 + 3
     assert ("baseline_after_false", ("--demo",)) in COMMANDS
 
 
 def test_the_commands_run(tmp_path, monkeypatch, capsys):
     """One after the other, as a reader would; what needs a CUDA device runs on the demo."""
+    monkeypatch.chdir(ROOT)
     order = sorted(COMMANDS, key=lambda command: SCRIPTS.index(command[0]))
     for script, arguments in order:
         demo = [] if "--demo" in arguments else ["--demo"]
@@ -67,15 +72,44 @@ def test_the_table_in_readme_has_the_columns_that_are_printed(tmp_path, monkeypa
     assert heads and all(head in shown for head in heads)
 
 
-def test_readme_names_every_ranking_and_its_own_one_is_the_tests():
+def test_readme_names_every_ranking():
     for name in rankings.RANKINGS:
         assert f"`{name}`" in README
-    code = re.search(r"```python\n(def rank_by_answer.*?)```", README, re.DOTALL)[1]
-    body = [line.strip() for line in code.splitlines()[1:] if line.strip()]
-    theirs = (ROOT / "tests" / "test_rounds.py").read_text(encoding="utf-8")
-    assert all(line in theirs for line in body)
 
 
-@pytest.mark.parametrize("path", re.findall(r"`((?:experiment/|tests/|demo/|benchmarks/)[\w/.]+)`", README))
+def test_the_house_has_the_rooms_that_contributing_shows():
+    """Each file of the scripts, common.py, the examples and the package has its line, and nothing else has one."""
+    tree = re.search(r"```\n(.*?)```", CONTRIBUTING, re.DOTALL)[1]
+    shown = []
+    folders = []
+    for indent, name in re.findall(r"^( *)(\S+)(?:  |$)", tree, re.MULTILINE):
+        folders = folders[: len(indent) // 4]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            shown.append("".join(folders) + name)
+    there = []
+    for pattern in ("*.py", "examples/*.py", "experiment/**/*.py"):
+        for path in ROOT.glob(pattern):
+            if path.stat().st_size:
+                there.append(path.relative_to(ROOT).as_posix())
+    assert sorted(shown) == sorted(there)
+
+
+@pytest.mark.parametrize("path", re.findall(r"`((?:experiment/|tests/|examples/)[\w/.]+)`", CONTRIBUTING))
+def test_files_that_contributing_names_are_there(path):
+    assert (ROOT / path).exists()
+
+
+def test_who_is_cited():
+    """The paper by what identifies it, and every field that the format asks for."""
+    content = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert content.keys() >= {"cff-version", "message", "title", "authors", "references"}
+    [paper] = content["references"]
+    assert paper["title"].startswith("Beyond Input Activations") and len(paper["authors"]) == 5
+    assert paper["identifiers"][0]["value"] == "arXiv:2505.08080" and paper["url"].endswith("2025.emnlp-main.87")
+
+
+@pytest.mark.parametrize("path", re.findall(r"`((?:experiment/|tests/|demo/|benchmarks/|examples/)[\w/.]+)`", README))
 def test_files_that_readme_names_are_there(path):
     assert (ROOT / path).exists()

@@ -11,12 +11,12 @@ import sys
 import pandas
 import pytest
 
-from experiment import report
-from experiment.figure import draw, make_figure
+from experiment.records import schema
+from experiment.report import cells, figure, tables
 
 PERCENT = ("em", "f1", "accuracy", "named")
 LOGS = ("answer_log_prob", "format_log_prob")
-TEMPLATE = json.loads(report.PAPER.read_text())["published"]["gemma-2-9b-it"]["setting"]["prompt_template"]
+TEMPLATE = json.loads(tables.PAPER.read_text())["published"]["gemma-2-9b-it"]["setting"]["prompt_template"]
 # The paper's own setting, but for the ranking.
 PAPERS = {
     "model": "gemma-2-9b-it",
@@ -74,9 +74,28 @@ def unmasked(n=595, value=99.5, population="f00d" * 16, run=None):
         "unranked": 6,
         "population": population,
         "population_all": f"all of {population}",
-        "statistics": {},
         **estimate(value, n),
     }
+
+
+def parse(entries):
+    return [schema.parse_entry(entry) for entry in entries]
+
+
+def build_table(entries):
+    return tables.build_table(parse(entries))
+
+
+def make_figure(entries):
+    return figure.make_figure(build_table(entries))
+
+
+def draw(entries):
+    return figure.draw(parse(entries))
+
+
+def find_published(entry):
+    return tables.find_published(schema.parse_entry(entry))
 
 
 def rows(table, *columns):
@@ -90,7 +109,7 @@ def rows(table, *columns):
 def test_order_of_rows():
     rankings = ("random", "zebra", "matched", "gradsae-answer", "aardvark", "gradsae", "baseline")
     entries = [masked(r, m, k, 50.0) for r in rankings for k in ("50%", "10", "1") for m in ("bottomk", "topk")]
-    table = report.frame([*entries[:9], unmasked(), *entries[9:]])
+    table = build_table([*entries[:9], unmasked(), *entries[9:]])
     assert rows(table, "ranking", "masked", "questions")[:2] == [["", "none", "all asked"], ["", "none", "kept"]]
     order = ("aardvark", "baseline", "gradsae", "gradsae-answer", "matched", "random", "zebra")
     assert rows(table[2:], "ranking", "masked", "k") == [
@@ -98,13 +117,13 @@ def test_order_of_rows():
     ]
     # Where 10 and 50% mask equally many, the number comes first.
     entries = [masked("baseline", "topk", k, 50.0, mean_k=6.2) for k in ("50%", "10")]
-    assert rows(report.frame(entries)[1:], "k") == [["10"], ["50%"]]
+    assert rows(build_table(entries)[1:], "k") == [["10"], ["50%"]]
 
 
 def test_columns_are_numbers():
-    table = report.frame([unmasked(), masked("matched", "topk", "50%", 75.0, removed=20.75, fewer_than_k=12)])
-    numbers = table.drop(columns=report.TEXTS)
-    assert [*numbers.columns] == report.NUMBERS and all(map(pandas.api.types.is_numeric_dtype, numbers.dtypes))
+    table = build_table([unmasked(), masked("matched", "topk", "50%", 75.0, removed=20.75, fewer_than_k=12)])
+    numbers = table.drop(columns=tables.TEXTS)
+    assert [*numbers.columns] == tables.NUMBERS and all(map(pandas.api.types.is_numeric_dtype, numbers.dtypes))
     everyone, kept, after = (row._asdict() for row in table.itertuples(index=False))
     assert (everyone["n"], everyone["em"], everyone["em_low"], everyone["em_high"]) == (651, 91.25, 90, 92.5)
     assert (kept["n"], kept["named"], kept["named_low"]) == (595, 99.5, 98.25)
@@ -118,31 +137,31 @@ def test_unmasked_rows_go_by_the_questions_and_not_by_their_number():
     """Two sets of 595 kept questions are two rows, one set is one, from wherever it is known."""
     other = "beef" * 16
     entries = [unmasked(), unmasked(run={"ranking": "gradsae"}), masked("baseline", "topk", "1", 80.0)]
-    table = report.frame([*entries, masked("mine", "topk", "1", 70.0, population=other, clean=98.0)])
+    table = build_table([*entries, masked("mine", "topk", "1", 70.0, population=other, clean=98.0)])
     kept = table[(table.masked == "none") & (table.questions == "kept")]
     assert rows(kept, "population", "n", "em") == [["f00d" * 16, 595, 99.5], [other, 595, 98]]
     assert len(table[table.questions == "all asked"]) == 1
-    text = report.terminal(table)
+    text = cells.to_text(table)
     assert re.search(r"kept +none +f00df0 +595 +99\.50", text) and re.search(r"kept +none +beefbe +595 +98\.00", text)
     assert re.search(r"mine +TopK +1 +beefbe +595 +70\.00", text) and "set:" in text
-    assert "set" not in report.terminal(report.frame(entries))
+    assert "set" not in cells.to_text(build_table(entries))
 
 
 def test_masked_rounds_without_a_reference():
     """The authors' published file does not say what the unmasked answers were."""
-    table = report.frame([masked("baseline", "topk", "1", 80.0) | {"clean": None, "drop": None}])
+    table = build_table([masked("baseline", "topk", "1", 80.0) | {"clean": None, "drop": None}])
     assert rows(table, "masked", "em") == [["TopK", 80]] and table.em_drop.isna().all()
-    assert re.search(r"baseline +TopK +1 +595 +80.00 \[78.8, 81.2\] +80.00", report.terminal(table))
+    assert re.search(r"baseline +TopK +1 +595 +80.00 \[78.8, 81.2\] +80.00", cells.to_text(table))
 
 
 def test_nothing_kept():
     nothing = dict.fromkeys(PERCENT) | {"n": 0, "intervals": dict.fromkeys(PERCENT)}
-    table = report.frame([unmasked() | nothing])
+    table = build_table([unmasked() | nothing])
     assert rows(table, "questions", "n") == [["all asked", 651], ["kept", 0]] and table.em.isna().tolist() == [
         False,
         True,
     ]
-    assert re.search(r"kept +none +0$", report.terminal(table), re.MULTILINE)
+    assert re.search(r"kept +none +0$", cells.to_text(table), re.MULTILINE)
 
 
 def test_settings():
@@ -151,7 +170,7 @@ def test_settings():
     entries = [unmasked(), masked("baseline", "topk", "1", 80.0, run={"error_term": "drop"})]
     entries += [unmasked(value=99.0, run=keep), masked("baseline", "topk", "1", 95.0, run=keep)]
     entries += [masked("baseline", "topk", "1", 85.0, run=mean), masked("baseline", "topk", "1", 96.0, run=keep | mean)]
-    table = report.frame(entries)
+    table = build_table(entries)
     assert rows(table, "questions", "masked", "error_term", "ablation", "em") == [
         ["all asked", "none", "drop", "", 91.25],
         ["all asked", "none", "keep", "", 91.25],
@@ -162,7 +181,7 @@ def test_settings():
         ["kept", "TopK keep", "keep", "zero", 95],
         ["kept", "TopK keep mean", "keep", "mean", 96],
     ]
-    assert re.search(r"baseline +TopK mean +1 +595 +85\.00", report.terminal(table))
+    assert re.search(r"baseline +TopK mean +1 +595 +85\.00", cells.to_text(table))
 
 
 LAYERS = [{"sae_id": f"layer_{n}/width_131k/canonical", "hook_name": f"blocks.{n}.hook_resid_post"} for n in (9, 20)]
@@ -182,7 +201,7 @@ def several():
 
 
 def test_settings_that_differ_between_folders_are_columns():
-    table = report.frame(several())
+    table = build_table(several())
     assert [*table.columns[:3]] == ["sae_id", "hook_name", "ranking"] and len(table) == 2 * 4
     assert rows(table[4:], "masked", "sae_id", "em_drop") == [
         ["TopK", LAYERS[0]["sae_id"], 9.5],
@@ -191,21 +210,21 @@ def test_settings_that_differ_between_folders_are_columns():
         ["BottomK", LAYERS[1]["sae_id"], 1.0],
     ]
     # A reader sees what differs, once: the places say no more than the ids. Nor do the sets of questions.
-    text = report.terminal(table)
+    text = cells.to_text(table)
     assert "hook_name" not in text and "set" not in text.split("\n\n")[0]
     assert re.search(r"^layer_9 +all asked +none +651", text, re.MULTILINE)
     assert re.search(r"^layer_20 +baseline +TopK +1 +595 +90\.00", text, re.MULTILINE)
-    assert [row[0] for row in latex_cells(report.to_latex(table))] == ["sae_id"] + ["layer_9", "layer_20"] * 4
+    assert [row[0] for row in latex_cells(cells.to_latex(table))] == ["sae_id"] + ["layer_9", "layer_20"] * 4
     # What a run is not sure of before the SAE is loaded is no difference, and one folder has no such columns.
     early = unmasked(run=LAYERS[0])
     early["run"] = early["run"] | {"hook_name": None}
-    assert report.find_differing([early, *several()[:3]]) == []
+    assert tables.find_differing(parse([early, *several()[:3]])) == []
 
 
 def test_settings_that_say_more_are_shown():
     runs = [{"model": model, "d_sae": width} for model in ("a", "b") for width in (16, 131)]
-    table = report.frame([masked("baseline", "topk", "1", 90.0 + n, run=run) for n, run in enumerate(runs)])
-    assert [*report.write_settings(table)] == ["model", "d_sae"]
+    table = build_table([masked("baseline", "topk", "1", 90.0 + n, run=run) for n, run in enumerate(runs)])
+    assert [*cells.write_settings(table)] == ["model", "d_sae"]
     assert rows(table[table.masked == "TopK"], "model", "d_sae", "em") == [
         ["a", "16", 90], ["a", "131", 91], ["b", "16", 92], ["b", "131", 93]
     ]  # fmt: skip
@@ -221,7 +240,7 @@ def test_terminal_table_as_it_reads():
     entry = masked("baseline", "topk", "50%", 0.0, mean_k=6.2)
     for name in ("accuracy", "named"):
         del entry[name]
-    text = report.terminal(report.frame([entry | few | {"drop": drop, "clean": estimate(100.0, 595, ("em", "f1"), 0)}]))
+    text = cells.to_text(build_table([entry | few | {"drop": drop, "clean": estimate(100.0, 595, ("em", "f1"), 0)}]))
     assert text == (
         "ranking  masked K    n     EM                    drop   F1                    drop\n"
         "kept     none          595 100.00 [100.0, 100.0]        100.00 [100.0, 100.0]\n"
@@ -232,7 +251,7 @@ def test_terminal_table_as_it_reads():
         "baseline TopK    50%    6.2\n"
         "\n"
         "[ ]: 95% interval over resampled contexts. drop: unmasked minus masked. Both in percent.\n"
-        "mean K: latents masked a question."
+        "mean K: latents masked per question."
     )
 
 
@@ -255,9 +274,9 @@ def test_terminal_table_fits_in_100_columns(more):
         entry["em"], entry["intervals"]["em"] = 100.0, [100.0, 100.0]
     entries[6]["drop"]["answer_log_prob"] = -12.345
     entries += [masked("gradsae-answer", "bottomk", "2000", 50.0, 12_345, **more)]
-    table = report.frame(entries)
+    table = build_table(entries)
     table.loc[3, ["paper_em", "paper_f1"]] = 100.0
-    text = report.terminal(table)
+    text = cells.to_text(table)
     assert max(map(len, text.splitlines())) <= 100
     (head, *first), (other_head, *second), _ = (block.splitlines() for block in text.split("\n\n"))
     row = ["ranking", "masked", "K"] + ["set"] * ("population" in more)
@@ -275,13 +294,13 @@ def test_a_mean_without_an_interval():
     entry = masked("baseline", "topk", "1", 80.0)
     for figures in (entry, entry["clean"], entry["drop"]):
         figures["intervals"] = dict.fromkeys(figures["intervals"])
-    table = report.frame([entry])
+    table = build_table([entry])
     assert table.em.tolist() == [99.5, 80.0] and table.em_low.isna().all() and table.f1_drop_high.isna().all()
-    text = report.terminal(table)
+    text = cells.to_text(table)
     assert (
         re.search(r"baseline TopK +1 +595 +80\.00 +19\.50 +80\.00 +19\.50", text) and "[" not in text.split("\n\n")[0]
     )
-    assert "nan" not in report.to_latex(table) + report.to_csv(table) + text
+    assert "nan" not in cells.to_latex(table) + cells.to_csv(table) + text
     figure = make_figure([entry])
     assert [container[0].get_ydata().tolist() for container in figure.axes[0].containers] == [[80.0]]
     figure.draw_without_rendering()
@@ -294,21 +313,19 @@ def test_matched_masks_that_miss_are_marked():
         masked("matched", "bottomk", "10", 99.0, n=100, removed=4.5, missed_target=10),
         masked("baseline", "bottomk", "1", 99.0, n=100, removed=0.6, missed_target=None),
     ]
-    table = report.frame(entries)
+    table = build_table(entries)
     assert table.missed_target.fillna(-1).tolist() == [-1, -1, 11, 10]
-    text = report.terminal(table)
+    text = cells.to_text(table)
     assert " 3.5* " in text and " 4.5  " in text and " 0.6  " in text and "\n*: " in text
-    assert "*" not in report.terminal(report.frame(entries[1:]))
+    assert "*" not in cells.to_text(build_table(entries[1:]))
 
 
 def test_notes_are_of_columns_that_are_there():
     plain = masked("baseline", "topk", "1", 80.0)
-    assert "removed" not in report.terminal(report.frame([plain])) and "fewer" not in report.terminal(
-        report.frame([plain])
-    )
-    text = report.terminal(report.frame([plain | {"removed": 20.8, "fewer_than_k": 3}]))
+    assert "removed" not in cells.to_text(build_table([plain])) and "fewer" not in cells.to_text(build_table([plain]))
+    text = cells.to_text(build_table([plain | {"removed": 20.8, "fewer_than_k": 3}]))
     assert "removed:" in text and "fewer:" in text and "20.8" in text
-    assert all(len(note) <= 100 for note in report.NOTES.values())
+    assert all(len(note) <= 100 for note in cells.NOTES.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,11 +344,11 @@ def latex_cells(text):
 def test_csv_and_latex_hold_the_same_numbers():
     entries = comparison(rankings=3, settings=({}, {"ablation": "mean"}))
     entries[7]["drop"]["format_log_prob"], entries[7]["drop"]["intervals"]["format_log_prob"] = -0.25, [-0.5, 0.125]
-    table = report.frame(entries)
-    in_csv = [*csv.DictReader(io.StringIO(report.to_csv(table)))]
-    head, *lines = latex_cells(report.to_latex(table))
+    table = build_table(entries)
+    in_csv = [*csv.DictReader(io.StringIO(cells.to_csv(table)))]
+    head, *lines = latex_cells(cells.to_latex(table))
     assert len(in_csv) == len(lines) == len(table) == 3 + 3 * 5 * 2 * 2
-    assert [*in_csv[0]] == [*table.columns] == report.TEXTS + report.NUMBERS
+    assert [*in_csv[0]] == [*table.columns] == tables.TEXTS + tables.NUMBERS
     in_latex = [dict(zip(head, line)) for line in lines]
     pairs = {"em": "EM", "f1_drop": "F1 drop", "named_drop": "named drop", "format_log_prob_drop": "format"}
     for expected, found in zip(in_csv, in_latex):
@@ -343,23 +360,23 @@ def test_csv_and_latex_hold_the_same_numbers():
             assert shown == pytest.approx([bound for bound in bounds if bound == bound], abs=0.0501)
     assert [
         row for row in in_latex if row["format"] == "-0.250 [-0.500, 0.125]"
-    ] and "$-$0.250 [$-$0.500" in report.to_latex(table)
+    ] and "$-$0.250 [$-$0.500" in cells.to_latex(table)
 
 
 def test_csv_is_in_full_precision():
     third = masked("baseline", "topk", "1", 100 / 3)
-    _, row = csv.DictReader(io.StringIO(report.to_csv(report.frame([third]))))
+    _, row = csv.DictReader(io.StringIO(cells.to_csv(build_table([third]))))
     assert float(row["em"]) == 100 / 3 and row["fewer_than_k"] == "0" and row["paper_em"] == ""
 
 
 def test_latex_is_balanced_and_escaped(tmp_path):
     entries = comparison(rankings=2) + [masked("my_own & 100% {x} #1", "topk", "50%", 30.0)]
-    text = report.to_latex(report.frame(entries))
+    text = cells.to_latex(build_table(entries))
     assert text.count("\\begin{") == text.count("\\end{") == 1 and "\\toprule" in text and "booktabs" in text
     body = [line for line in text.splitlines() if not line.startswith("%")]
     aligned = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text).group(1)
     lines = [line for line in body if line.rstrip().endswith("\\\\")]
-    assert len(lines) == 1 + len(report.frame(entries))
+    assert len(lines) == 1 + len(build_table(entries))
     assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {len(aligned) - 1}
     assert "my\\_own \\& 100\\% \\{x\\} \\#1" in text and " 50\\% &" in text
     assert not re.search(r"(?<!\\)[%#_]", "\n".join(body))
@@ -379,23 +396,23 @@ def test_the_papers_figures_stand_beside_its_own_setting():
     run = PAPERS | {"error_term": "drop"}
     entries = [masked("gradsae", "topk", "50%", 30.0, run=PAPERS), masked("gradsae", "topk", "2", 90.0, run=PAPERS)]
     entries += [masked("baseline", "bottomk", "1", 90.0, run=run | {"model": "google/gemma-2-9b-it"})]
-    table = report.frame(entries)
+    table = build_table(entries)
     assert rows(table[table.masked != "none"].fillna(-1), "k", "paper_em", "paper_f1") == [
         ["1", 100, 100],
         ["2", -1, -1],
         ["50%", 30.58, 43.33],
     ]
-    text = report.terminal(table)
+    text = cells.to_text(table)
     assert re.search(r"gradsae +TopK +50%.* 30\.58 / +43\.33$", text, re.MULTILINE)
     assert not re.search(r"gradsae +TopK +2.* / ", text) and "arXiv 2505.08080" in text
-    assert re.search(r"30\.58 / +43\.33 \\\\", report.to_latex(table))
+    assert re.search(r"30\.58 / +43\.33 \\\\", cells.to_latex(table))
 
 
 def test_llama_has_figures_whatever_its_template():
     run = PAPERS | {"model": "meta-llama/Meta-Llama-3-8B-Instruct", "prompt_template": "{context} {question}"}
     run |= {"sae_release": "llama-3-8b-it-res-jh", "sae_id": "blocks.25.hook_resid_post"}
-    assert report.find_published(masked("baseline", "topk", "50%", 0.0, run=run)) == [65.71, 78.94]
-    assert report.find_published(masked("baseline", "topk", "20", 0.0, run=run)) is None
+    assert find_published(masked("baseline", "topk", "50%", 0.0, run=run)) == [65.71, 78.94]
+    assert find_published(masked("baseline", "topk", "20", 0.0, run=run)) is None
 
 
 NEAR_MISSES = [
@@ -419,21 +436,21 @@ NEAR_MISSES = [
 
 @pytest.mark.parametrize("difference", NEAR_MISSES, ids=lambda difference: next(iter(difference)))
 def test_the_papers_figures_stand_beside_nothing_else(difference):
-    assert report.find_published(masked("baseline", "topk", "50%", 0.0, run=PAPERS)) == [53.42, 58.46]
+    assert find_published(masked("baseline", "topk", "50%", 0.0, run=PAPERS)) == [53.42, 58.46]
     entry = masked("baseline", "topk", "50%", 0.0, run=PAPERS | difference)
-    assert report.find_published(entry) is None
-    assert "paper" not in report.terminal(report.frame([entry]))
+    assert find_published(entry) is None
+    assert "paper" not in cells.to_text(build_table([entry]))
 
 
 def test_a_run_that_does_not_say_how_it_was_made_is_not_the_papers():
     for field in ("dtype", "split", "max_new_tokens", "exclude_special_tokens"):
         entry = masked("baseline", "topk", "50%", 0.0, run=PAPERS)
         del entry["run"][field]
-        assert report.find_published(entry) is None
+        assert find_published(entry) is None
 
 
 def test_all_that_the_paper_publishes():
-    published = json.loads(report.PAPER.read_text())["published"].values()
+    published = json.loads(tables.PAPER.read_text())["published"].values()
     figures = [
         figure
         for model in published
@@ -449,7 +466,7 @@ def test_all_that_the_paper_publishes():
 # Sentences
 
 
-def test_describe():
+def test_statistics_in_sentences():
     statistics = {
         "n": 50,
         "active": 12.8,
@@ -461,16 +478,19 @@ def test_describe():
             "random": {"n": 0, "topk": None, "bottomk": None},
         },
     }
-    assert report.describe(statistics, "baseline").splitlines() == [
+
+    def tell(**changed):
+        return cells.tell_statistics(schema.LatentStatistics(**statistics | changed), "baseline")
+
+    assert tell().splitlines() == [
         "12.80 latents are active at the last position on average; K at 50% is 6.20.",
         "Two questions on one context share 86.25% of their TopK and 98.00% of their BottomK.",
         "baseline and gradsae share 5.70% of their TopK and 5.80% of their BottomK.",
         "In most questions' TopK:",
         "  latent 7 in 80.0%  https://x/7",
     ]
-    statistics["same_context_percent"] = {"topk": None, "bottomk": None}
-    assert "context" not in report.describe(statistics, "baseline")
-    assert report.describe({"n": 0}, "baseline").startswith("No question was kept")
+    assert "context" not in tell(same_context_percent={"topk": None, "bottomk": None})
+    assert tell(n=0).startswith("No question was kept")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,7 +567,7 @@ def test_nothing_masked_is_one_row_and_a_level():
     """K = 0 is the same for each ranking and mask; where no other K is there, there is no figure to draw."""
     nothing = [masked(r, m, "0", 99.5, mean_k=0.0) for r in ("baseline", "gradsae") for m in ("topk", "bottomk")]
     entries = [masked(r, "topk", k, v) for r in ("baseline", "gradsae") for k, v in (("1", 97.0), ("10", 60.0))]
-    table = report.frame([unmasked(), *entries, *nothing])
+    table = build_table([unmasked(), *entries, *nothing])
     assert rows(table, "ranking", "masked", "k")[1:4] == [
         ["", "none", ""],
         ["", "none", "0"],
@@ -596,7 +616,8 @@ def test_figure_of_several_folders():
 
 def test_import_is_light():
     """--help and typing mistakes do not wait for libraries that only a round's end needs."""
-    command = "import sys, experiment.report; print([m for m in ('pandas', 'matplotlib', 'torch') if m in sys.modules])"
-    root = report.PAPER.parent.parent
+    slow = ("pandas", "matplotlib", "torch")
+    command = f"import sys, experiment.report.__main__; print([name for name in {slow} if name in sys.modules])"
+    root = tables.PAPER.parent.parent.parent
     done = subprocess.run([sys.executable, "-c", command], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

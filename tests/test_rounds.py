@@ -7,10 +7,13 @@ import re
 import oracle
 import pytest
 import torch
-from conftest import ROOT, options, read_journal, run_script
+from conftest import ROOT, options, read_activations, read_journal, run_script, write_activations
 
 import common
-from experiment import UserError, folders, prompts, rankings, results
+from experiment import UserError, prompts
+from experiment.intervention import rankings
+from experiment.records import lists
+from experiment.report import folders
 
 ROUNDS = [("baseline", "baseline"), ("baseline_after_false", "false"), ("baseline_after_true", "true")]
 METRICS = ("em", "f1", "accuracy", "named")
@@ -117,8 +120,9 @@ def test_shipped_activations_are_round_1_of_the_demo(full):
     folder, _ = full
     made, shipped = (json.loads((f / "activations_baseline.json").read_text()) for f in (folder, ROOT))
     for run in (made["run"], shipped["run"]):
-        for field in ("versions", "device", "batch_tokens"):  # what a reader wants to know and nothing is decided by
-            run.pop(field)
+        # What a reader wants to know and nothing is decided by; older files do not have them all.
+        for field in ("versions", "device", "batch_tokens", "pool_tokens"):
+            run.pop(field, None)
     assert made["run"] == shipped["run"]
     assert [s["id"] for s in made["samples"]] == [s["id"] for s in shipped["samples"]]
     same = 0
@@ -353,8 +357,8 @@ def test_matched_masks_remove_as_much(full, tmp_path, monkeypatch, capsys):
     code, _, err = run_script("baseline_after_false", alone, monkeypatch, capsys)
     assert code == 0, err
     path = tmp_path / "activations_matched.json"
-    run, samples = results.read_activations(path)
-    results.write_activations(path, run, [{k: v for k, v in s.items() if k != "target_topk"} for s in samples])
+    run, samples = read_activations(path)
+    write_activations(path, run, [{k: v for k, v in s.items() if k != "target_topk"} for s in samples])
     code, _, err = run_script("baseline_after_false", [*alone, "--overwrite"], monkeypatch, capsys)
     assert code == 2 and "does not say what the baseline's latents remove" in err
 
@@ -380,11 +384,11 @@ def test_more_latents_than_are_stored(tmp_path, monkeypatch, capsys):
         == {len(sample["topk"]) for of_ranking in samples.values() for sample in of_ranking}
     )
     # Of a file that holds the percentage's list alone, a number beside it is masked as far as the list goes.
-    run, _ = results.read_activations(tmp_path / "activations_random.json")
+    run, _ = read_activations(tmp_path / "activations_random.json")
     for sample in samples["random"]:
         for name in ("topk", "removed_topk"):
             sample[name] = sample[name][: len(sample["active"]) // 2]
-    results.write_activations(tmp_path / "activations_random.json", run, samples["random"])
+    write_activations(tmp_path / "activations_random.json", run, samples["random"])
     halves = [len(sample["topk"]) for sample in samples["random"]]
     given = [*given[:5], "--ranking", "random", "--k", "50"]
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
@@ -408,36 +412,6 @@ def test_bottomk_of_matched_says_what_it_removes(tmp_path, monkeypatch, capsys):
     assert matched["removed"] == pytest.approx(mean(removed)) and matched["removed"] > baseline["removed"]
     assert matched["missed_target"] == missed > 0.1 * matched["n"]
     assert re.search(rf"matched +BottomK +50% .* {matched['removed']:.1f}\* ", out) and "\n*: " in out
-
-
-def test_a_ranking_of_ones_own(tmp_path, monkeypatch, capsys, demo, demo_questions):
-    """README's example: mean activation over the answer's positions only. One function, one line."""
-
-    mean = rankings.mean
-
-    def rank_by_answer(model, sequences, seed):
-        trace = sequences.ranked
-        starts = torch.tensor([len(prompt) for prompt in sequences.prompts], device=trace.rows.device)
-        return mean(model, trace, where=trace.columns >= starts[trace.rows])
-
-    monkeypatch.setitem(rankings.RANKINGS, "answer", rank_by_answer)
-    given = ["--demo", "--limit", 12, "--output-dir", tmp_path, "--ranking", "answer"]
-    for script, _ in ROUNDS[:2]:
-        assert run_script(script, given, monkeypatch, capsys)[0] == 0
-    samples = json.loads((tmp_path / "activations_answer.json").read_text())["samples"]
-    model, _ = demo
-    for sample in samples[:4]:
-        question = next(q for q in demo_questions if q.id == sample["id"])
-        prompt = oracle.encode_prompt(demo[1], question.context, question.question)
-        end = prompts.find_bracket(demo[1], sample["tokens"])
-        seen = []
-        with (
-            torch.no_grad(),
-            model.model.hooks(fwd_hooks=[(model.hook_name, lambda x, hook, seen=seen: seen.append(x))]),
-        ):
-            model.model(torch.tensor([prompt + sample["tokens"][:end]]))
-        scores = model.splice.sae.encode(seen[0][0, len(prompt) :]).mean(0)
-        assert [scores[i].item() for i in sample["topk"][:6]] == pytest.approx(scores.topk(6).values.tolist(), rel=1e-4)
 
 
 def test_kept_from_an_f1_of_0_9_on(full, demo_questions, tmp_path, monkeypatch, capsys):
@@ -552,17 +526,17 @@ def test_questions_of_other_forms(demo_questions, tmp_path, monkeypatch, capsys)
 
 
 def test_k_of_a_question():
-    assert [rankings.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
-    reached = [rankings.count_to_reach([1.0, 2.0, 3.0], target) for target in (0.5, 1.0, 2.0, 2.5, 9.0)]
+    assert [lists.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
+    reached = [lists.count_to_reach([1.0, 2.0, 3.0], target) for target in (0.5, 1.0, 2.0, 2.5, 9.0)]
     assert reached == [1, 1, 2, 3, 3]  # as much is enough, and all where nothing is
-    assert rankings.count_to_reach([1.0, 2.0], 0) == 0
+    assert lists.count_to_reach([1.0, 2.0], 0) == 0
 
 
 def test_activations_of_different_questions(full, tmp_path, monkeypatch, capsys):
     folder, _ = full
-    run, samples = results.read_activations(folder / "activations_baseline.json")
-    results.write_activations(tmp_path / "activations_baseline.json", run, samples)
-    results.write_activations(tmp_path / "activations_gradsae.json", run | {"ranking": "gradsae"}, samples[:9])
+    run, samples = read_activations(folder / "activations_baseline.json")
+    write_activations(tmp_path / "activations_baseline.json", run, samples)
+    write_activations(tmp_path / "activations_gradsae.json", run | {"ranking": "gradsae"}, samples[:9])
     given = ["--demo", "--output-dir", tmp_path, "--ranking", "baseline", "gradsae"]
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
     assert code == 2 and "of different unmasked answers" in err and len(err.splitlines()) == 1
@@ -643,17 +617,17 @@ def test_matched_to_what_mean_ablation_changes(tmp_path, monkeypatch, capsys):
     assert abs(found["baseline", "zero"]["removed"] - found["baseline", "mean"]["removed"]) > 0.1
     assert found["matched", "zero"]["mean_k"] != found["matched", "mean"]["mean_k"]
     # The page shows the latents that were masked, of each ablation its own.
-    read = folders.read(tmp_path)
-    for entry in masked:
-        shown = [len(folders.masked_latents(read, entry, question_id)) for question_id in read.kept]
-        assert sum(shown) / len(shown) == pytest.approx(entry["mean_k"])
+    read = folders.read_folder(tmp_path)
+    for entry, _ in read.masked:
+        shown = [len(folders.find_masked_latents(read, entry, question_id)) for question_id in read.kept]
+        assert sum(shown) / len(shown) == pytest.approx(entry.mean_k)
     # Files that do not belong together are refused.
     path = tmp_path / "activations_matched_mean.json"
-    run, samples = results.read_activations(path)
+    run, samples = read_activations(path)
     samples[0]["topk"] = samples[0]["topk"][::-1]
-    results.write_activations(path, run, samples)
+    write_activations(path, run, samples)
     code, _, err = run_script("baseline_after_true", [*given, "--ablation", "mean"], monkeypatch, capsys)
     assert code == 2 and f"{path}: has other lists than activations_matched.json" in err
     path.unlink()
     code, _, err = run_script("baseline_after_true", [*given, "--ablation", "mean"], monkeypatch, capsys)
-    assert code == 2 and "does not say what the baseline's latents remove: run this first: python baseline.py" in err
+    assert code == 2 and f"{path}: there is no such file: run this first: python baseline.py" in err

@@ -5,10 +5,10 @@ Reads one JSON object a line: {"script", "arguments", "stdout", "stderr", "trace
 Several processes get the environment that a launcher gives them. No tensor is touched before the fork.
 
 limits: {process: bytes}: no file may grow beyond that.  trace: a file for what the processes do, an event a line
-{"process", "kind", "name", "size"}: "pass", a forward pass; "sync" and "move", a file in the output folder was synced,
-or moved into place.  stops: {process: {"kind", "number", "when", "cut", "signal"}}: just before or after its event
-`number` (from 0) of a kind, a process sends itself this signal. cut: before that the file to be synced loses its last
-bytes, so many, as if only a part of it had come to disk.
+{"process", "kind", "name", "size"}: "pass", a forward pass, whose size is its batch's, [row, pos]; "sync" and "move", a
+file in the output folder was synced, or moved into place.  stops: {process: {"kind", "number", "when", "cut",
+"signal"}}: just before or after its event `number` (from 0) of a kind, a process sends itself this signal. cut: before
+that the file to be synced loses its last bytes, so many, as if only a part of it had come to disk.
 """
 
 import gc
@@ -30,7 +30,8 @@ import sae_lens  # noqa: E402, F401
 import transformer_lens.model_bridge  # noqa: E402, F401
 
 import common  # noqa: E402, F401
-from experiment import guard, passes  # noqa: E402
+from experiment import guard  # noqa: E402
+from experiment.intervention.forward import SplicedModel  # noqa: E402
 
 
 class Watch:
@@ -40,7 +41,7 @@ class Watch:
         self.folder = pathlib.Path(job["arguments"][job["arguments"].index("--output-dir") + 1]).resolve()
         self.trace, self.process, self.stop = job["trace"], process, job["stops"].get(str(process))
         self.counts = {"pass": 0, "sync": 0, "move": 0}
-        self.watch("pass", passes.SplicedModel, "run", lambda *_: None)
+        self.watch("pass", SplicedModel, "_run", lambda *_: None)
         self.watch("sync", os, "fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
         self.watch("move", os, "replace", lambda beside, path: os.path.realpath(path))
 
@@ -57,16 +58,20 @@ class Watch:
                 if self.stop["cut"]:
                     os.truncate(path, os.path.getsize(path) - self.stop["cut"])
                 os.kill(os.getpid(), self.stop["signal"])
-            result = original(*arguments, **named)
-            self.write(kind, path)
-            if here and self.stop["when"] == "after":
-                os.kill(os.getpid(), self.stop["signal"])
-            return result
+            try:  # a pass of the layers below the SAE ends with an exception
+                return original(*arguments, **named)
+            finally:
+                if kind == "pass":
+                    _, ids, *_ = arguments
+                    self.write(kind, {"size": list(ids.shape)})
+                else:
+                    self.write(kind, {"name": os.path.basename(path), "size": os.path.getsize(path)})
+                if here and self.stop["when"] == "after":
+                    os.kill(os.getpid(), self.stop["signal"])
 
         setattr(owner, name, watched)
 
-    def write(self, kind, path):
-        about = {"name": os.path.basename(path), "size": os.path.getsize(path)} if path else {}
+    def write(self, kind, about):
         with open(self.trace, "a") as file:
             file.write(json.dumps({"process": self.process, "kind": kind} | about) + "\n")
 

@@ -4,11 +4,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from experiment.splice import Latents, Splice
+from experiment.intervention.splice import SparseActivations, Splice
 
 
 def removed_shares(
-    splice: Splice, positions: list[Latents], lists: list[list[int]], means: Float[Tensor, " d_sae"] | None = None
+    splice: Splice,
+    positions: list[SparseActivations],
+    lists: list[list[int]],
+    means: Float[Tensor, " d_sae"] | None = None,
 ) -> list[list[float]]:
     """`removed_share` of a list of latents for each sequence, in four digits, for files of a readable size.
 
@@ -27,7 +30,7 @@ def removed_shares(
 
 @torch.no_grad()
 def removed_share(
-    splice: Splice, latents: Latents, ids: Int[Tensor, " list"], means: Float[Tensor, " d_sae"] | None = None
+    splice: Splice, latents: SparseActivations, ids: Int[Tensor, " list"], means: Float[Tensor, " d_sae"] | None = None
 ) -> Float[Tensor, " list"]:
     """What masking the first 1, 2, ... of these latents takes away: the share of each position's own norm, and of these
     shares the mean over the positions, so that no position of a large norm rules it. 0 without any position.
@@ -45,7 +48,7 @@ def removed_share(
     return shares.sum(0) / max(1, len(shares))
 
 
-def values_of(latents: Latents, ids: Int[Tensor, " list"], d_sae: int) -> Float[Tensor, "pos list"]:
+def values_of(latents: SparseActivations, ids: Int[Tensor, " list"], d_sae: int) -> Float[Tensor, "pos list"]:
     """The activation of each listed latent at each position, 0 where it is not active."""
     places = torch.full((d_sae,), -1, device=ids.device)  # of each latent in the list
     places[ids] = torch.arange(len(ids), device=ids.device)

@@ -1,31 +1,31 @@
 """Scores of SAE latents, and the TopK and BottomK by score. Knows nothing of files or SQuAD.
 
-To add a ranking of your own, write a function that gives the scores [sequence, d_sae] of a batch, and put it into
-RANKINGS: `--ranking` takes its name then.
+A ranking is a function that gives the scores [sequence, d_sae] of a batch. RANKINGS has those that have a name; one's
+own may stand in any file (examples/own_ranking.py).
 """
-
-from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-from experiment import UserError
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
-if TYPE_CHECKING:  # the command line reads RANKINGS, and is to answer before PyTorch is there
-    from collections.abc import Sequence
-
-    from jaxtyping import Bool, Float
-    from torch import Tensor
-
-    from experiment.answers import Trace
-    from experiment.passes import SplicedModel
-    from experiment.splice import Latents, Splice
+from experiment import UserError, own_rankings
+from experiment.intervention.forward import SplicedModel
+from experiment.intervention.gradients import gradients
+from experiment.intervention.memory import halve_on_oom
+from experiment.intervention.removed import removed_shares
+from experiment.intervention.sequences import SequenceActivations
+from experiment.intervention.splice import SparseActivations, Splice
+from experiment.records.lists import SIDES, count_to_reach
 
 STORED = 100  # latents of a list at least, so that --k 30 and --k 100 mean what they say
 LONGEST = 1000  # of the lists of the matched ranking, which takes as many latents as remove enough
-LISTS = ("topk", "bottomk")
+Scores = Float[Tensor, "sequence d_sae"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Sequences:
 
     ids: the questions'.  prompts, generated: token ids.  brackets: the place in `generated` of the last token with a [
     in its text.  insides: the places there of the tokens inside the brackets.  rows: each one's in `trace`, which is
-    the Trace of the whole batch.  special_ids: of the tokenizer's special tokens, BOS among them.
+    what the SAE read in the whole group.  special_ids: of the tokenizer's special tokens, BOS among them.
     """
 
     ids: list[str]
@@ -43,35 +43,40 @@ class Sequences:
     brackets: list[int]
     insides: list[list[int]]
     rows: list[int]
-    trace: Trace
+    trace: SequenceActivations
     special_ids: Sequence[int]
 
-    def until(self, places, numbers=None):
-        """The Trace of sequences (`numbers`; None: of all) up to these places in what was generated, one for each."""
+    def until(self, places: Sequence[int], numbers: Sequence[int] | None = None) -> SequenceActivations:
+        """What the SAE read in sequences (`numbers`; None: in all) up to these places in what was generated."""
         numbers = range(len(self.rows)) if numbers is None else numbers
-        ends = [len(self.prompts[n]) + place for n, place in zip(numbers, places)]
-        return self.trace.select([self.rows[n] for n in numbers], ends)
+        ends = [len(self.prompts[number]) + place for number, place in zip(numbers, places)]
+        return self.trace.select([self.rows[number] for number in numbers], ends)
 
     @functools.cached_property
-    def ranked(self):
-        """The Trace that the paper ranks: up to the last [, without it."""
+    def ranked(self) -> SequenceActivations:
+        """What the paper ranks: each sequence up to the last [, without it."""
         return self.until(self.brackets)
 
     @functools.cached_property
-    def active(self):
+    def active(self) -> list[list[int]]:
         """The latents active at the last position that is ranked, ascending: a list for each sequence."""
-        latents, spliced = self.ranked.latents, self.ranked.latents.spliced
+        spliced = self.ranked.latents.spliced
         last = self.ranked.rows.new_zeros(len(self.rows))
         last = last.scatter_reduce(0, self.ranked.rows[spliced], spliced.nonzero().flatten(), "amax")
-        at_the_end = latents.take(last)
-        return [ids.sort().values.tolist() for ids in at_the_end.ids.split(at_the_end.counts.tolist())]
+        at_the_end = self.ranked.latents.take(last)
+        counts = at_the_end.counts.tolist()
+        ids = at_the_end.ids.tolist()
+        active = []
+        first = 0
+        for count in counts:
+            active.append(sorted(ids[first : first + count]))
+            first += count
+        return active
 
     @functools.cached_property
     def ordinary(self) -> Bool[Tensor, " pos"]:
         """Where in `ranked` the SAE stands at a token that is not special. Controls are drawn and what masks remove is
         measured there: at BOS, whose norm is many times the others', an SAE's latents say nothing of the text."""
-        import torch
-
         tokens = []
         for prompt, generated, bracket in zip(self.prompts, self.generated, self.brackets):
             tokens += prompt + generated[:bracket]
@@ -79,7 +84,7 @@ class Sequences:
         special = torch.isin(torch.tensor(tokens, device=device), torch.tensor([*self.special_ids], device=device))
         return self.ranked.latents.spliced & ~special
 
-    def read_ordinary(self) -> list[Latents]:
+    def read_ordinary(self) -> list[SparseActivations]:
         """What the SAE read at the `ordinary` positions of each sequence."""
         positions = self.ordinary.nonzero().flatten()
         counts = self.ranked.rows[positions].bincount(minlength=len(self.rows)).tolist()
@@ -88,7 +93,7 @@ class Sequences:
 
 def mean(
     model: SplicedModel,
-    trace: Trace,
+    trace: SequenceActivations,
     values: Float[Tensor, " entry"] | None = None,
     where: Bool[Tensor, " pos"] | None = None,
 ) -> Float[Tensor, "sequence d_sae"]:
@@ -109,53 +114,62 @@ def mean(
     return (total / positions.unsqueeze(1)).float()
 
 
-def rank_by_mean_activation(model, sequences, seed):
+def rank_by_mean_activation(model: SplicedModel, sequences: Sequences, seed: int) -> Scores:
     """The baseline: mean activation over all positions, BOS included. Source: GradSAE (arXiv 2505.08080)."""
     return mean(model, sequences.ranked)
 
 
-def rank_by_gradient(model, sequences, seed):
+def rank_by_gradient(model: SplicedModel, sequences: Sequences, seed: int) -> Scores:
     """GradSAE: the mean over positions of relu(dP/dH * H), P the probability of the [ token that the model gave, H the
     activations. Source: GradSAE (arXiv 2505.08080)."""
     return _score_by_gradient(model, sequences, sequences.brackets)
 
 
-def rank_by_gradient_of_answer(model, sequences, seed):
+def rank_by_gradient_of_answer(model: SplicedModel, sequences: Sequences, seed: int) -> Scores:
     """As GradSAE, but P is the probability of the answer's first token inside the brackets; no scores without one."""
-    return _score_by_gradient(model, sequences, [inside[0] if inside else None for inside in sequences.insides])
+    first_places = [inside[0] if inside else None for inside in sequences.insides]
+    return _score_by_gradient(model, sequences, first_places)
 
 
-def _score_by_gradient(model, sequences, places):
-    from experiment.answers import gradients, in_halves
+def _score_by_gradient(
+    model: SplicedModel, sequences: Sequences, places: Sequence[int | None]
+) -> Float[Tensor, "sequence d_sae"]:
+    """Mean over positions of relu(dP/dH * H), P the probability of the token at each sequence's place in what was
+    generated; 0 for sequences without one."""
+    scores = sequences.ranked.latents.values.new_zeros(len(places), model.splice.d_sae)
+    place_of = {number: place for number, place in enumerate(places) if place is not None}
 
-    def work(part):
-        ends = [places[n] for n in part]
-        tokens = [sequences.prompts[n] + sequences.generated[n][:end] for n, end in zip(part, ends)]
-        trace = sequences.until(ends, part)
-        slopes, scale = gradients(model, tokens, [sequences.generated[n][end] for n, end in zip(part, ends)], trace)
-        values = (model.splice.pull_back(trace.latents, slopes) * trace.latents.values).relu()
-        return list(mean(model, trace, values) * scale.unsqueeze(1))
+    def score(part: Sequence[int]) -> None:
+        ends = [place_of[number] for number in part]
+        tokens = []
+        next_ids = []
+        for number, end in zip(part, ends):
+            tokens.append(sequences.prompts[number] + sequences.generated[number][:end])
+            next_ids.append(sequences.generated[number][end])
+        read = sequences.until(ends, part)
+        slopes, scale = gradients(model, tokens, next_ids, read)
+        values = (model.splice.decoder_vjp(read.latents, slopes) * read.latents.values).relu()
+        scores[list(part)] = (mean(model, read, values) * scale.unsqueeze(1)).to(scores)
 
-    numbers = [n for n, place in enumerate(places) if place is not None]
+    numbers = list(place_of)
     # On its way back a token takes in every layer about 16 times what it takes in the cache (an estimate).
-    size, scores = -(-len(places) // 16), sequences.ranked.latents.values.new_zeros(len(places), model.splice.d_sae)
+    size = -(-len(places) // 16)
     for start in range(0, len(numbers), size):
-        part = numbers[start : start + size]
-        for n, row in zip(part, in_halves(work, part)):
-            scores[n] = row
+        halve_on_oom(score, numbers[start : start + size])
     return scores
 
 
-def rank_at_random(model: SplicedModel, sequences: Sequences, seed: int) -> Float[Tensor, "sequence d_sae"]:
+def rank_at_random(model: SplicedModel, sequences: Sequences, seed: int) -> Scores:
     """A score drawn for each latent active at an ordinary position: TopK and BottomK are two draws of these."""
     scores = mean(model, sequences.ranked, where=sequences.ordinary)
     for question_id, row in zip(sequences.ids, scores):
-        active, draw = row.nonzero().flatten(), random.Random(f"{seed} {question_id}")
-        row[active] = row.new_tensor([1 + draw.random() for _ in active])
+        active = row.nonzero().flatten()
+        draw = random.Random(f"{seed} {question_id}")
+        row[active] = row.new_tensor([1 + draw.random() for _ in range(len(active))])
     return scores
 
 
-def rank_matched(model: SplicedModel, sequences: Sequences, seed: int) -> Float[Tensor, "sequence d_sae"]:
+def rank_matched(model: SplicedModel, sequences: Sequences, seed: int) -> Scores:
     """The fair control: as at random, but none of those that the baseline masks at K = 50%. Rounds 2 and 3 mask as many
     as it takes to remove no less of the residual stream than the baseline's K."""
     scores = rank_at_random(model, sequences, seed)
@@ -165,7 +179,8 @@ def rank_matched(model: SplicedModel, sequences: Sequences, seed: int) -> Float[
     return scores
 
 
-RANKINGS = {
+Ranking = Callable[[SplicedModel, Sequences, int], Scores]
+RANKINGS: dict[str, Ranking] = {
     "baseline": rank_by_mean_activation,
     "gradsae": rank_by_gradient,
     "gradsae-answer": rank_by_gradient_of_answer,
@@ -174,20 +189,34 @@ RANKINGS = {
 }
 
 
-def rank(model: SplicedModel, name: str, sequences: Sequences, seed: int) -> list[dict]:
+def find_ranking(name: str) -> Ranking:
+    """The function of a name of RANKINGS, or of FILE.py:FUNCTION, whose file is executed."""
+    return RANKINGS[name] if name in RANKINGS else own_rankings.load(name)
+
+
+def rank(model: SplicedModel, name: str, sequences: Sequences, seed: int) -> list[dict[str, Any]]:
     """The lists of each sequence: topk and bottomk, and removed_topk and removed_bottomk beside them (`add_removed`).
 
+    name: as --ranking takes it.
     The lists hold 100 latents, or half of those active at the last position where that is more. Those of the matched
     ranking go on until they remove as much as the baseline's, which stand beside them as target_topk, target_bottomk.
-    Raises UserError for a score that is NaN.
+    Raises UserError for scores of another shape, or a score that is NaN.
     """
-    scores = RANKINGS[name](model, sequences, seed)
+    scores = find_ranking(name)(model, sequences, seed)
+    refuse_other_shape(name, scores, (len(sequences.rows), model.splice.d_sae))
     refuse_nan(name, scores, sequences.ids)
     if name != "matched":
         return add_removed(model, sequences, cut_lists(scores, sequences))
     lists = add_removed(model, sequences, cut_lists(scores, sequences, LONGEST))
     baseline = rank(model, "baseline", sequences, seed)
     return [cut_matched(sample) for sample in add_targets(lists, baseline)]
+
+
+def refuse_other_shape(name: str, scores: object, shape: tuple[int, int]) -> None:
+    """Raises UserError where a ranking's scores are none of this shape, [sequence, d_sae]."""
+    given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if given != shape:
+        raise UserError(f"--ranking {name}: gives {given}, not a tensor of scores [sequence, d_sae], here {shape}")
 
 
 def refuse_nan(name: str, scores: Float[Tensor, "sequence d_sae"], ids: list[str]) -> None:
@@ -221,38 +250,36 @@ def cut_lists(
 
 
 def add_removed(
-    model: SplicedModel, sequences: Sequences, lists: list[dict], means: Float[Tensor, " d_sae"] | None = None
-) -> list[dict]:
+    model: SplicedModel, sequences: Sequences, lists: list[dict[str, Any]], means: Float[Tensor, " d_sae"] | None = None
+) -> list[dict[str, Any]]:
     """The lists, with what masking the first 1, 2, ... latents of each takes away (`removed.removed_share`).
 
     means: what masked latents are set to, None for zero.  Without these numbers where the SAE does not tell them.
     """
-    from experiment.removed import removed_shares
-
     lists = [dict(sample) for sample in lists]
     if not model.splice.writes_rows:
         return lists
     positions = sequences.read_ordinary()
-    for which in LISTS:
+    for which in SIDES:
         shares = removed_shares(model.splice, positions, [sample[which] for sample in lists], means)
         for sample, of_sample in zip(lists, shares):
             sample[f"removed_{which}"] = of_sample
     return lists
 
 
-def add_targets(lists: list[dict], baseline: list[dict]) -> list[dict]:
+def add_targets(lists: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The matched ranking's lists, with what the baseline's remove."""
     with_targets = []
     for sample, theirs in zip(lists, baseline):
-        targets = {f"target_{which}": theirs[f"removed_{which}"] for which in LISTS}
+        targets = {f"target_{which}": theirs[f"removed_{which}"] for which in SIDES}
         with_targets.append(sample | targets)
     return with_targets
 
 
-def cut_matched(sample: dict) -> dict:
+def cut_matched(sample: dict[str, Any]) -> dict[str, Any]:
     """The matched ranking's lists, as long as it takes to remove as much as any beginning of the baseline's."""
-    shorter = {}
-    for which in LISTS:
+    shorter: dict[str, Any] = {}
+    for which in SIDES:
         removed = sample[f"removed_{which}"]
         enough = count_to_reach(removed, max(sample[f"target_{which}"], default=0))
         length = max(STORED, enough)
@@ -261,62 +288,12 @@ def cut_matched(sample: dict) -> dict:
     return sample | shorter
 
 
-def top_and_bottom(scores, k):
+def top_and_bottom(scores: Float[Tensor, "d_sae"], k: int) -> tuple[list[int], list[int]]:
     """The ids of the k highest scores, highest first, and of the k lowest non-zero scores, lowest first.
 
-    scores: [d_sae].  Equal scores stand in the order of their ids in both lists.
+    Equal scores stand in the order of their ids in both lists.
     """
     ids = scores.nonzero().flatten()
     ascending = scores[ids].sort(stable=True).indices
     descending = scores[ids].sort(stable=True, descending=True).indices
     return ids[descending[:k]].tolist(), ids[ascending[:k]].tolist()
-
-
-def pick_latents(sample: dict, which: str, k: str) -> tuple[list[int], bool]:
-    """The latents that a question has masked, and whether its list has as many as K asks for.
-
-    K is a number, or a percentage (rounded down) of the latents active at the last position. Of the matched ranking
-    as many are masked as it takes to remove no less than the baseline's first K.
-    """
-    latents = sample[which]
-    target = find_target(sample, which, k)
-    if target is None:
-        count = count_masked(k, len(sample["active"]))
-        return latents[:count], len(latents) >= count
-    removed = sample[f"removed_{which}"]
-    return latents[: count_to_reach(removed, target)], max(removed, default=0) >= target
-
-
-def find_target(sample: dict, which: str, k: str) -> float | None:
-    """What masking the baseline's first K latents takes away; None for rankings that are not matched to it."""
-    if f"target_{which}" not in sample:
-        return None
-    first = sample[f"target_{which}"][: count_masked(k, len(sample["active"]))]
-    return first[-1] if first else 0.0
-
-
-def find_removed(sample: dict, which: str, count: int) -> float | None:
-    """What masking the first `count` latents of a list takes away; None where the file does not say it."""
-    if f"removed_{which}" not in sample:
-        return None
-    return sample[f"removed_{which}"][count - 1] if count else 0.0
-
-
-def misses_target(sample: dict, which: str, k: str) -> bool:
-    """Whether a question's matched latents remove more or less than the baseline's by over half of that."""
-    target = find_target(sample, which, k)
-    if target is None:
-        return False
-    latents, _ = pick_latents(sample, which, k)
-    return abs(find_removed(sample, which, len(latents)) - target) > target / 2
-
-
-def count_masked(k, active):
-    return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)
-
-
-def count_to_reach(removed: list[float], target: float) -> int:
-    """The smallest number of a list's latents that remove no less than `target`, 0 for nothing; all where none do."""
-    if target <= 0:
-        return 0
-    return next((n for n, value in enumerate(removed, 1) if value >= target), len(removed))

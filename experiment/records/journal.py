@@ -1,17 +1,23 @@
 """A round's records on disk, so that what was answered survives whatever ends the process. Knows nothing of models."""
 
+from __future__ import annotations
+
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from experiment import UserError, os_errors, own_mistakes, provenance, results, say
+from experiment import UserError, os_errors, own_mistakes, say
+from experiment.records import files
+from experiment.records.provenance import ALL, SELECTION, refuse_other_run
+from experiment.records.schema import JournalHead, Provenance, Record, parse_record, parse_stored, to_json
 
 
-class Journal(dict):
+class Journal(dict[str, Record]):
     """A round's records, id -> record; on disk one JSON object a line, the first line {"run": ...}.
 
-    Written and synced a batch at a time. The file appears with its first batch: until then an older one stays.
+    Written and synced a group of batches at a time. The file appears with the first group: until then an older one
+    stays.
 
     Where several processes share a round, process 0 writes `path`, and each other one a part of its own beside it
     (predictions_true.part1.jsonl). All are read on opening, so any number of processes can go on where any number
@@ -22,34 +28,45 @@ class Journal(dict):
     def __init__(
         self,
         path: Path,
-        run: dict,
+        provenance: Provenance,
         process: int = 0,
         overwrite: bool = False,
-        find_wanted: Callable[[dict], dict] | None = None,
+        find_wanted: Callable[[Provenance], Provenance] | None = None,
     ):
-        """run: what makes these records. `self.run` is that of the files that are there, if any: it is the same but
-        for what is not compared. overwrite: starts again, and reads nothing.
+        """provenance: what makes these records. `self.provenance` is that of the files that are there, if any: it
+        differs in nothing that is compared. overwrite: starts again, and reads nothing.
 
-        find_wanted: for the run in a file, the one that it has to be of, so that a journal of fewer questions can go
-        on as one of more; without it, that is `run`.
+        find_wanted: for the provenance of a file, the one that it has to be of, so that a journal of fewer questions
+        can go on as one of more; without it, that is `provenance`.
 
         Raises UserError for files that are damaged or of another run.
         """
         super().__init__()
-        self.path, self.run = path, dict(run)
-        self._wanted, self._find_wanted = dict(run), find_wanted or (lambda made: run)
+        self.path = path
+        self.provenance = provenance
+        self._wanted = provenance
+        self._find_wanted = find_wanted or (lambda made: provenance)
         self._own = path if process == 0 else path.with_name(f"{path.stem}.part{process}{path.suffix}")
         self._is_whole = False  # whether our own file ends with a whole line that was written here
-        if overwrite and process == 0:
-            self._remove_parts()
-        for file in [] if overwrite else filter(os.path.exists, [path, *self._find_parts()]):
+        if overwrite:
+            if process == 0:
+                self._remove_parts()
+            return
+        for file in [path, *self._find_parts()]:
+            if not os.path.exists(file):
+                continue
             if self._read(file):
                 say(f"{file}: its last line was cut off while it was written; that question is asked again")
 
+    @classmethod
+    def read_as_is(cls, path: Path) -> Journal:
+        """A journal as it is on disk, whatever made it."""
+        return cls(path, read_provenance(path) or Provenance())
+
     @own_mistakes()
-    def append(self, records):
+    def append(self, records: Iterable[Record]) -> None:
         """Writes the records that are not there yet, and syncs them to disk."""
-        fresh = {record["id"]: record for record in records if record["id"] not in self}
+        fresh = {record.id: record for record in records if record.id not in self}
         if not fresh:
             return
         if self._is_whole:
@@ -63,7 +80,7 @@ class Journal(dict):
         self._is_whole = True
         self.update(fresh)
 
-    def finish(self, ids):
+    def finish(self, ids: Iterable[str]) -> list[Record]:
         """Makes one file of what all processes wrote, in the order of `ids`, removes their parts, and returns the
         records. For process 0.
 
@@ -73,7 +90,8 @@ class Journal(dict):
         for part in self._find_parts():
             self._read(part)
         ids = list(ids)
-        if missing := [question_id for question_id in ids if question_id not in self]:
+        missing = [question_id for question_id in ids if question_id not in self]
+        if missing:
             raise UserError(f"{self.path}: lacks {len(missing)} records ({missing[0]!r}): the same command goes on")
         records = {question_id: self[question_id] for question_id in ids}
         self.clear()
@@ -83,59 +101,59 @@ class Journal(dict):
         self._remove_parts()
         return list(self.values())
 
-    def _find_parts(self, ending=".jsonl"):
+    def _find_parts(self, ending: str = ".jsonl") -> list[Path]:
         return sorted(self.path.parent.glob(f"{self.path.stem}.part[0-9]*{ending}"))
 
-    def _remove_parts(self):
+    def _remove_parts(self) -> None:
         for path in self._find_parts(""):  # and what write_whole() left beside a part when it was killed
             path.unlink(missing_ok=True)
 
-    def _to_bytes(self, records):
-        return b"".join(map(_to_line, [{"run": self.run}, *records.values()]))
+    def _to_bytes(self, records: Mapping[str, Record]) -> bytes:
+        lines = [{"run": self.provenance}, *records.values()]
+        return b"".join(map(_to_line, lines))
 
-    def _write_own(self, records):
-        with results.write_whole(self._own, "wb") as file:
+    def _write_own(self, records: Mapping[str, Record]) -> None:
+        with files.write_whole(self._own, "wb") as file:
             file.write(self._to_bytes(records))
 
-    def _read(self, path):
+    def _read(self, path: Path) -> bool:
         """Takes over a file's records, where none before it had them. Returns whether its last line was cut off."""
-        records, number = {}, 1
+        with os_errors(f"{path}: cannot be read"):
+            *lines, cut_off = path.read_bytes().split(b"\n")
+        number = 1
+        records: dict[str, Record] = {}
         try:
-            with os_errors(f"{path}: cannot be read"):
-                *lines, cut_off = path.read_bytes().split(b"\n")
-            run = _parse(lines[0] if lines else b"{}", {"run": results.OBJECT})["run"]
+            made = parse_stored(JournalHead, json.loads(lines[0] if lines else b"{}")).provenance
             for line in lines[1:]:
                 number += 1
-                record = _parse(line, results.RECORD)
-                if records.setdefault(record["id"], record) is not record:
+                record = parse_record(json.loads(line))
+                if record.id in records:
                     raise ValueError("its id stands twice")
+                records[record.id] = record
         except (ValueError, RecursionError) as error:
             damaged = "that line" if number > 1 else "the file"
             raise UserError(f"{path}, line {number}: is damaged ({error}): remove {damaged}, or --overwrite") from None
-        provenance.refuse_other_run(path, run, self._find_wanted(run), provenance.ALL)
+        refuse_other_run(path, made, self._find_wanted(made), ALL)
         if not self:
-            # Of all that is asked now: the file may be of fewer questions.
-            named = (*provenance.SELECTION, "activations")
-            self.run = run | {name: self._wanted[name] for name in named if name in self._wanted}
+            self.provenance = self._widen(made)
         self.update({**records, **self})
         return bool(cut_off)
 
+    def _widen(self, made: Provenance) -> Provenance:
+        """A file's provenance, but of all that is asked now: the file may be of fewer questions."""
+        wanted = self._wanted.fields()
+        of_questions = {name: wanted[name] for name in (*SELECTION, "activations") if name in wanted}
+        return made.with_fields(**of_questions)
 
-def read_run(path: Path) -> dict | None:
-    """The run of a journal; None where there is none that can be read."""
+
+def read_provenance(path: Path) -> Provenance | None:
+    """What made a journal; None where there is none that can be read."""
     try:
         with open(path, "rb") as file:
-            return _parse(file.readline(), {"run": results.OBJECT})["run"]
+            return parse_stored(JournalHead, json.loads(file.readline())).provenance
     except (OSError, ValueError, RecursionError):
         return None
 
 
-def _to_line(entry):
-    return (json.dumps(entry, ensure_ascii=False) + "\n").encode()
-
-
-def _parse(line, form):
-    entry = json.loads(line)
-    if problem := results.find_problem(entry, form):
-        raise ValueError(problem)
-    return entry
+def _to_line(value: object) -> bytes:
+    return (to_json(value) + "\n").encode()

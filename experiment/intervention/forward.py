@@ -1,0 +1,248 @@
+"""Forward passes of a model with an SAE in it: whole, below the SAE, above it. Knows nothing of answers or files."""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from experiment.intervention.layout import Layout, close_gaps
+from experiment.intervention.modules import (
+    Reached,
+    Replace,
+    heads_in_groups,
+    hooked,
+    keep,
+    layers_replaced,
+    padding_that_sees,
+    stopped_at,
+)
+from experiment.intervention.splice import Mask, SparseActivations, Splice, join
+
+Outputs = tuple[Int[Tensor, "output"], Int[Tensor, "output"]]  # rows and columns of the logits that are wanted
+
+
+@dataclass(frozen=True)
+class Below:
+    """What a batch's masks share: its rows without gaps, and what came out of the layers below the SAE.
+
+    ids, attention: padded on the left.  cache: with the keys and values of the layers below.  latents: of all
+    positions, row by row, where the SAE stands between two layers.  start: what the first layer above reads otherwise;
+    None where all layers run again.
+    """
+
+    ids: Int[Tensor, "row pos"]
+    attention: Int[Tensor, "row pos"]
+    cache: DynamicCache
+    latents: SparseActivations | None = None
+    start: Float[Tensor, "row pos d_model"] | None = None
+
+
+def pick_positions(
+    states: Float[Tensor, "row head pos d_head"], rows: Int[Tensor, "left"], columns: Int[Tensor, "left new"]
+) -> Float[Tensor, "left head new d_head"]:
+    """These rows' keys or values at these columns."""
+    rows = rows.to(states.device).unsqueeze(1)
+    return states[rows, :, columns.to(states.device)].transpose(1, 2)
+
+
+def new_cache(lm: PreTrainedModel) -> DynamicCache:
+    """An empty cache that keeps all keys of all layers of a Transformers model.
+
+    Also of those with a sliding window, whose own kind forgets what is out of its reach: a row that leaves its proposal
+    needs keys again that tokens behind the difference have pushed out. The attention mask keeps to the window.
+    """
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer() for _ in lm.get_decoder().layers]
+    return cache
+
+
+def layers_of(cache: DynamicCache) -> list[Any]:
+    """The layers of a cache that new_cache made: each has keys and values [row, head, pos, d_head]."""
+    return cache.layers
+
+
+class SplicedModel:
+    """A TransformerBridge with an SAE in it. All forward passes of the rounds are made here, inside `ready()`.
+
+    boundary: the first layer that has to run again for another mask; None where all have to.
+    at_boundary: whether the SAE stands between two layers there, so that what it gives is all that the layers above
+    see.  window: how many positions a layer looks back at; infinite where all layers look back at all.
+    """
+
+    def __init__(self, model: Any, splice: Splice):
+        self.model = model
+        self.splice = splice
+        self.lm: PreTrainedModel = model.original_model
+        self.hook_name: str = splice.sae.cfg.metadata.hook_name
+        config = self.lm.generation_config
+        self.end_ids = set(config.eos_token_id)
+        self.pad_id: int = config.pad_token_id
+        self.device: torch.device = self.lm.device
+        layers = len(self.lm.get_decoder().layers)
+        above = int(self.hook_name.split(".")[1]) + self.hook_name.endswith("resid_post")
+        self.boundary = above if 0 < above < layers else None
+        self.at_boundary = self.boundary is not None and "resid" in self.hook_name
+        self.window: float = getattr(self.lm.config.get_text_config(), "sliding_window", None) or float("inf")
+        self._replace: Replace = keep  # what is done at the SAE's place in the pass under way
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """The SAE in its place, for as long as the block lasts."""
+        in_place = hooked(self.model, self.hook_name, lambda residual: self._replace(residual))
+        with in_place, padding_that_sees(), heads_in_groups():
+            yield
+
+    def stands_at(self, ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
+        """Where the SAE stands: not at padding, nor at tokens that bypass it."""
+        return attention.bool() & ~torch.isin(ids, self.splice.bypass.to(ids.device))
+
+    def forward(
+        self,
+        ids: Int[Tensor, "row pos"],
+        attention: Int[Tensor, "row cached+pos"],
+        cache: DynamicCache | None = None,
+        mask: Mask | None = None,
+        outputs: Outputs | None = None,
+        seen: list[SparseActivations] | None = None,
+    ) -> Float[Tensor, "output vocab"]:
+        """A whole pass, and the logits at `outputs` (None: at each row's last position).
+
+        seen: a list that gets what the SAE read, row by row.
+        """
+        stands = self.stands_at(ids, attention[:, -ids.shape[1] :]).flatten()
+
+        def splice(residual: Float[Tensor, "row pos *d_in"]) -> Float[Tensor, "row pos *d_in"]:
+            latents = self.splice.encode(residual.flatten(0, 1), stands)
+            if seen is not None:
+                seen.append(latents)
+            rows = number_rows(ids, self.splice.device)
+            return self.splice.reconstruct(latents, rows, mask).view_as(residual)
+
+        return self._run(ids, attention, cache, splice, outputs)
+
+    def forward_below(self, layout: Layout) -> Below:
+        """The layers below the SAE alone, over the prefixes and then over the rests: once for all masks of a batch."""
+        cache = new_cache(self.lm)
+        if self.boundary is None:
+            return Below(layout.ids, layout.attention, cache)
+        layer = self.lm.get_decoder().layers[self.boundary]
+
+        def run(
+            ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row cached+pos"], cache: DynamicCache
+        ) -> Float[Tensor, "pos d_model"]:
+            try:
+                self._run(ids, attention, cache, keep)
+            except Reached as reached:
+                return reached.hidden.flatten(0, 1)
+            raise RuntimeError(f"the forward pass did not reach layer {self.boundary}")
+
+        with stopped_at(layer):
+            parts = self.run_shared(layout, cache, run)
+        # Between what is shared and the rest there is padding, which the layers above need not run.
+        columns, attention = close_gaps(layout.attention)
+        rows = torch.arange(len(columns), device=columns.device)
+        for lower in layers_of(cache)[: self.boundary]:
+            lower.keys = pick_positions(lower.keys, rows, columns)
+            lower.values = pick_positions(lower.values, rows, columns)
+        ids = layout.ids.gather(1, columns)
+        places = layout.places.gather(1, columns)
+        if not self.at_boundary:
+            return Below(ids, attention, cache, start=torch.cat(parts)[places.to(parts[0].device)])
+        latents = []
+        for (part_ids, mask), residual in zip(layout.parts(), parts):
+            latents.append(self.splice.encode(residual, self.stands_at(part_ids, mask).flatten()))
+        of_rows = join(latents).take(places.flatten().to(self.splice.device))
+        stands = of_rows.spliced & attention.flatten().bool().to(self.splice.device)  # a column of padding may be any
+        return Below(ids, attention, cache, latents=dataclasses.replace(of_rows, spliced=stands))
+
+    def forward_above(
+        self, below: Below, mask: Mask | None, outputs: Outputs
+    ) -> tuple[Float[Tensor, "output vocab"], DynamicCache]:
+        """The layers above for one mask: the logits at `outputs`, and a cache of all layers that is the caller's."""
+        cache = new_cache(self.lm)
+        if self.boundary is None:
+            return self.forward(below.ids, below.attention, cache, mask, outputs), cache
+        if below.latents is not None:
+            rows = number_rows(below.ids, self.splice.device)
+            start = self.splice.reconstruct(below.latents, rows, mask).unflatten(0, below.ids.shape)
+            logits = self.forward_from(start, below.ids, below.attention, cache, outputs)
+        else:
+            assert below.start is not None
+            with layers_replaced(self.lm, below.start, self.boundary):
+                logits = self.forward(below.ids, below.attention, cache, mask, outputs)
+        for number in range(self.boundary):
+            cache.layers[number] = copy.copy(below.cache.layers[number])  # updates replace its tensors
+        return logits, cache
+
+    def forward_from(
+        self,
+        reconstruction: Float[Tensor, "row pos *d_in"],
+        ids: Int[Tensor, "row pos"],
+        attention: Int[Tensor, "row pos"],
+        cache: DynamicCache | None = None,
+        outputs: Outputs | None = None,
+    ) -> Float[Tensor, "output vocab"]:
+        """A pass with a given tensor at the SAE's place, without the layers below where it stands between two."""
+
+        def replace(residual: Float[Tensor, "row pos *d_in"]) -> Float[Tensor, "row pos *d_in"]:
+            return reconstruction.to(residual)
+
+        if self.boundary is None or not self.at_boundary:
+            return self._run(ids, attention, cache, replace, outputs)
+        with layers_replaced(self.lm, reconstruction, self.boundary):
+            return self._run(ids, attention, cache, replace, outputs)
+
+    def run_shared(
+        self,
+        layout: Layout,
+        cache: DynamicCache,
+        run: Callable[[Int[Tensor, "row pos"], Int[Tensor, "row cached+pos"], DynamicCache], Tensor],
+    ) -> list[Tensor]:
+        """run(ids, attention, cache) over the prefixes and then over the rest of each row; what each run gave."""
+        if not layout.prefix_ids.shape[1]:
+            return [run(layout.rest_ids, layout.attention, cache)]
+        of_prefixes = run(layout.prefix_ids, layout.prefix_mask, cache)
+        for layer in layers_of(cache):
+            if layer.is_initialized:
+                layer.batch_select_indices(layout.owners.to(layer.keys.device))
+        return [of_prefixes, run(layout.rest_ids, layout.attention, cache)]
+
+    def _run(
+        self,
+        ids: Int[Tensor, "row pos"],
+        attention: Int[Tensor, "row cached+pos"],
+        cache: DynamicCache | None,
+        replace: Replace,
+        outputs: Outputs | None = None,
+    ) -> Float[Tensor, "output vocab"]:
+        """One run of the Transformers model, with `replace` done at the SAE's place."""
+        rows, columns = (slice(None), -1) if outputs is None else outputs
+
+        def pick(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (args[0][rows, columns],)
+
+        self._replace = replace
+        try:
+            with self.lm.get_output_embeddings().register_forward_pre_hook(pick):
+                return self.lm(
+                    input_ids=ids,
+                    attention_mask=attention,
+                    position_ids=(attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                ).logits
+        finally:
+            self._replace = keep
+
+
+def number_rows(ids: Int[Tensor, "row pos"], device: torch.device | str) -> Int[Tensor, "pos"]:
+    """The row of each position of a batch, row by row."""
+    return torch.arange(len(ids), device=device).repeat_interleave(ids.shape[1])

@@ -1,0 +1,227 @@
+"""Batched greedy answers with the SAE spliced in. Knows nothing of files, options or SQuAD.
+
+One loop makes every answer: propose, run, keep.
+
+Propose: what most answers begin with (round 1), or the unmasked answer (rounds 2 and 3).
+Run: one wide pass over each prompt and what is proposed behind it, a batch of rows at a time. Below the SAE nothing
+    depends on a mask: those layers run once per batch, those above once per mask.
+Keep: what the model itself says, up to and including its first token that differs from the proposal.
+
+Rows that have not ended then wait in a pool, over batches and masks, each with its own mask and cache: on a GPU a step
+takes as long for one row as for many. Once the pool is full, or the group of batches ends, its rows are decoded
+together: a step reads the last token of each row, with nothing proposed behind it, and keeps one more.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from experiment import own_mistakes
+from experiment.intervention.forward import SplicedModel, new_cache
+from experiment.intervention.layout import Layout, find_shared
+from experiment.intervention.memory import halve_on_oom
+from experiment.intervention.pool import Limits, Pool
+from experiment.intervention.rows import NO_TOKEN, Answer, Row, cut_at_end, pick_log_probs, pick_tokens
+from experiment.intervention.sequences import Seen, SequenceActivations
+from experiment.intervention.splice import Mask, SparseActivations, join
+
+
+@dataclass(frozen=True)
+class Group:
+    """Questions whose answers are made together: lists with an item per question.
+
+    prompts: token ids.  contexts: what names each one's context; prompts on one context share what they begin with.
+    batches: numbers of questions, those that are run at once.  drafts: the unmasked answers' token ids, possibly empty.
+    masks: [mask][question], what each mask ablates.
+    """
+
+    prompts: list[list[int]]
+    contexts: list[Hashable]
+    batches: list[list[int]]
+    drafts: list[list[int]] = field(default_factory=list)
+    masks: list[list[list[int]]] = field(default_factory=list)
+
+
+def _ignore(count: int) -> None:
+    pass
+
+
+@own_mistakes()
+@torch.no_grad()
+def answer(
+    model: SplicedModel,
+    group: Group,
+    limits: Limits,
+    opening: Sequence[int] = (),
+    on_ended: Callable[[int], None] = _ignore,
+) -> tuple[list[Answer], SequenceActivations]:
+    """Greedy answers with nothing masked, one per question, and what the SAE read in prompts and answers.
+
+    opening: tokens with which most answers begin: where the model says the same, they take no step each.
+    on_ended: called with how many answers have ended since it was called last.
+    Raises UserError where a single question does not fit into memory, or logits are not finite.
+    """
+    proposal = [*opening[: limits.max_new_tokens - 1], NO_TOKEN]
+    rows = [Row(prompt, proposal) for prompt in group.prompts]
+    pool = Pool(model, limits, on_ended, keeps_seen=True)
+    seen: list[Seen] = []
+
+    def run(batch: list[int]) -> None:
+        contexts = [group.contexts[number] for number in batch]
+        seen.append(_run_unmasked(model, [rows[number] for number in batch], batch, contexts, pool))
+
+    with model.ready():
+        for batch in group.batches:
+            halve_on_oom(run, batch, pool.make_room)
+        pool.decode()
+    numbers = {id(row): number for number, row in enumerate(rows)}
+    for step_rows, activations in pool.seen:
+        seen.append(Seen.of_step([numbers[id(row)] for row in step_rows], activations))
+    lengths = [len(row.prompt) + len(row.tokens) - 1 for row in rows]  # nothing reads the last token
+    return [row.answer() for row in rows], SequenceActivations.collect(seen, lengths)
+
+
+@own_mistakes()
+@torch.no_grad()
+def answer_masked(
+    model: SplicedModel,
+    group: Group,
+    limits: Limits,
+    means: Float[Tensor, "d_sae"] | None = None,
+    on_ended: Callable[[int], None] = _ignore,
+) -> list[list[Answer]]:
+    """Greedy answers under each mask of the group: [mask][question].
+
+    means: what masked latents are set to; None: zero.  on_ended, errors: as of `answer`.
+    """
+    pool = Pool(model, limits, on_ended)
+    rows: list[dict[int, Row]] = [{} for _ in group.masks]  # by question
+
+    def run(batch: list[int]) -> None:
+        left = [number for number, of_mask in enumerate(rows) if batch[0] not in of_mask]
+        for number, of_mask in _run_masked(model, group, batch, left, means, pool):
+            for question, row in zip(batch, of_mask):
+                rows[number][question] = row
+
+    with model.ready():
+        for batch in group.batches:
+            halve_on_oom(run, batch, pool.make_room)
+        pool.decode()
+    questions = range(len(group.prompts))
+    return [[of_mask[question].answer() for question in questions] for of_mask in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The wide pass
+
+
+def _run_unmasked(
+    model: SplicedModel, rows: list[Row], numbers: list[int], contexts: list[Hashable], pool: Pool
+) -> Seen:
+    """A batch's prompts and what is proposed behind them, with nothing masked. Returns what the SAE read."""
+    layout = build_layout(model, rows, contexts)
+    outputs = find_outputs(rows)
+    cache = new_cache(model.lm)
+    activations: list[SparseActivations] = []
+
+    def run(ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row cached+pos"], cache: DynamicCache) -> Tensor:
+        wanted = outputs if ids is layout.rest_ids else None
+        return model.forward(ids, attention, cache, outputs=wanted, seen=activations)
+
+    logits = model.run_shared(layout, cache, run)[-1]
+    read = join(activations)
+    attention = keep_agreed(rows, logits, layout.attention, cache, None, pool)
+    return Seen.of_batch(numbers, layout.places, attention, read)
+
+
+def _run_masked(
+    model: SplicedModel,
+    group: Group,
+    batch: list[int],
+    masks: list[int],
+    means: Float[Tensor, "d_sae"] | None,
+    pool: Pool,
+) -> Iterator[tuple[int, list[Row]]]:
+    """Yields the number of each of these masks and the batch's rows under it. Below the SAE the batch is run once."""
+    prompts = [group.prompts[number] for number in batch]
+    proposals = [cut_at_end(group.drafts[number], model.end_ids) or [NO_TOKEN] for number in batch]
+    contexts = [group.contexts[number] for number in batch]
+    rows = [Row(prompt, proposal) for prompt, proposal in zip(prompts, proposals)]
+    layout = build_layout(model, rows, contexts if model.boundary else None)
+    outputs = find_outputs(rows)
+    below = model.forward_below(layout)
+    for number in masks:
+        mask = model.splice.mask([group.masks[number][question] for question in batch], means)
+        logits, cache = model.forward_above(below, mask, outputs)
+        of_mask = [Row(prompt, proposal) for prompt, proposal in zip(prompts, proposals)]
+        keep_agreed(of_mask, logits, below.attention, cache, mask, pool)
+        del logits, cache
+        yield number, of_mask
+
+
+def build_layout(model: SplicedModel, rows: list[Row], contexts: list[Hashable] | None) -> Layout:
+    """Where the rows' sequences stand in a batch.
+
+    contexts: as of a Group; None: nothing is shared. Nor is it where a sliding window is shorter than the batch is
+    wide: a window counts places, and between what is shared and the rest there is padding.
+    """
+    sequences = [row.sequence for row in rows]
+    whole = Layout(sequences, model.pad_id, model.device)
+    is_short = min(len(row.prompt) for row in rows) < 2  # nothing to share that leaves a token to go on from
+    if contexts is None or is_short:
+        return whole
+    limits = [len(row.prompt) - 1 for row in rows]
+    prefixes, owners = find_shared(sequences, limits, contexts)
+    layout = Layout(sequences, model.pad_id, model.device, prefixes, owners)
+    return layout if layout.ids.shape[1] <= model.window else whole
+
+
+def find_outputs(rows: list[Row]) -> tuple[Int[Tensor, "output"], Int[Tensor, "output"]]:
+    """Row and column, counted from the end, of each position that says a place of a proposal, row by row.
+
+    On the CPU: from there they index what is on any device. With --device-map auto the last layer may be on another one
+    than the first.
+    """
+    numbers: list[int] = []
+    columns: list[int] = []
+    for number, row in enumerate(rows):
+        length = len(row.proposal)
+        numbers += [number] * length
+        columns += range(-length, 0)
+    return torch.tensor(numbers), torch.tensor(columns)
+
+
+def keep_agreed(
+    rows: list[Row],
+    logits: Float[Tensor, "output vocab"],
+    attention: Int[Tensor, "row pos"],
+    cache: DynamicCache,
+    mask: Mask | None,
+    pool: Pool,
+) -> Int[Tensor, "row pos"]:
+    """Keeps of each row's proposal what the model says itself; rows that have not ended go to the pool.
+
+    logits: at `find_outputs`.  Returns the attention without what proposals have behind their first difference.
+    """
+    lengths = [len(row.proposal) for row in rows]
+    said = pick_tokens(logits)
+    targets = []
+    first = 0
+    for row, length in zip(rows, lengths):
+        targets += row.targets(said[first : first + length])
+        first += length
+    log_probs = pick_log_probs(logits, torch.tensor(targets, device=logits.device)).tolist()
+    first = 0
+    for row, length in zip(rows, lengths):
+        row.keep(said[first : first + length], log_probs[first : first + length])
+        first += length
+    width = attention.shape[1]
+    ends = [width - length + len(row.tokens) for row, length in zip(rows, lengths)]
+    columns = torch.arange(width, device=attention.device)
+    attention = attention * (columns < torch.tensor(ends, device=attention.device).unsqueeze(1))
+    pool.add(rows, cache, attention, mask)
+    return attention

@@ -1,0 +1,37 @@
+"""Gradients of what the model says, at the SAE's reconstruction. Knows nothing of rankings."""
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from experiment.intervention.forward import SplicedModel
+from experiment.intervention.layout import Layout
+from experiment.intervention.sequences import SequenceActivations
+
+
+def gradients(
+    model: SplicedModel, sequences: list[list[int]], next_ids: list[int], trace: SequenceActivations
+) -> tuple[Float[Tensor, "pos *d_in"], Float64[Tensor, "row"]]:
+    """The gradient of the probability of next_ids[row] after each sequence, at the reconstruction at trace's positions.
+
+    sequences: lists of token ids; trace: theirs. Also returns what each row's is to be multiplied by: gradients are
+    scaled up on their way down, where float16 would lose what is small.
+    The graph begins at the reconstruction, so only the layers above the SAE keep what their gradient needs.
+    """
+    layout = Layout(sequences, model.pad_id, model.device)
+    whole = model.splice.reconstruct(trace.latents)
+    padding = layout.ids.shape[1] - torch.tensor([len(ids) for ids in sequences], device=trace.rows.device)
+    columns = padding[trace.rows] + trace.columns
+    # With --device-map auto the SAE, its place in the model and the last layer may be on three devices.
+    places = trace.rows.to(whole.device), columns.to(whole.device)
+    leaf = whole.new_zeros(*layout.ids.shape, *whole.shape[1:]).index_put(places, whole).requires_grad_()
+    with model.ready(), torch.enable_grad():
+        logits = model.forward_from(leaf, layout.ids, layout.attention)
+    # dP/dlogits in double precision: where P is all but 1, 1 - P would vanish.
+    p = logits.detach().double().softmax(-1)
+    target = torch.tensor(next_ids, device=p.device).unsqueeze(1)
+    pull = -p.gather(1, target) * p
+    pull.scatter_add_(1, target, p.gather(1, target))
+    scale = pull.abs().amax(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    (slope,) = torch.autograd.grad(logits, leaf, (pull / scale).to(logits.dtype))
+    return slope[places].to(model.splice.device), scale.flatten().to(model.splice.device)

@@ -1,0 +1,154 @@
+"""The model's own modules, changed for as long as a block lasts: the SAE's place, attention, layers left out."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+Replace = Callable[[Float[Tensor, "row pos *d_in"]], Float[Tensor, "row pos *d_in"]]
+
+
+@contextlib.contextmanager
+def hooked(model: Any, hook_name: str, replace: Replace) -> Iterator[PreTrainedModel]:
+    """The Transformers model of a TransformerBridge, with `replace(residual)` in place of what passes at `hook_name`.
+
+    TransformerLens' wrappers around every other module compute what nobody hooks here. They are set aside meanwhile:
+    a forward pass of the demo is a tenth faster without them, and the same bit for bit.
+    """
+    # Here, for it takes seconds, and what is wrong with a data set should show before.
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    lm = model.original_model
+    point = model.hook_dict[hook_name]
+    wrapped = []
+    for parent in lm.modules():
+        if isinstance(parent, GeneralizedComponent):
+            continue
+        for name, child in parent.named_children():
+            holds_point = any(point is part for part in child.children())
+            if isinstance(child, GeneralizedComponent) and not holds_point:
+                wrapped.append((parent, name, child))
+    with model.hooks(fwd_hooks=[(hook_name, lambda residual, hook: replace(residual))]):
+        try:
+            for parent, name, child in wrapped:
+                setattr(parent, name, child.original_component)
+            yield lm
+        finally:
+            for parent, name, child in wrapped:
+                setattr(parent, name, child)
+
+
+@contextlib.contextmanager
+def padding_that_sees() -> Iterator[None]:
+    """Eager attention in which a position that may see nothing sees everything, for as long as the block lasts.
+
+    Padding on the left sees only padding. To the score of what is not to be seen Transformers adds the lowest number of
+    the dtype, in float16 -65504, and from a score of -16 down the sum is -inf. A position at which all scores are -inf
+    becomes NaN; in the next layer so do its keys and values, which every position of the row reads, if with weight 0.
+    What padding sees instead makes no difference, for no other position sees it.
+    """
+    usual = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+
+    def build_mask(**how: Any) -> Float[Tensor, "row 1 pos cached+pos"]:
+        mask = usual(**how)  # 0 at what a position sees
+        sees_nothing = (mask < 0).all(-1, keepdim=True)
+        return mask.masked_fill_(sees_nothing, 0)
+
+    ALL_MASK_ATTENTION_FUNCTIONS["eager"] = build_mask
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS["eager"] = usual
+
+
+@contextlib.contextmanager
+def heads_in_groups() -> Iterator[None]:
+    """Eager attention of a single position that repeats no keys and values, for as long as the block lasts.
+
+    Where several heads share a head of keys and values, Transformers copies these for each of them: in a step that is
+    the whole cache. Here such heads are handed to the family's own function as so many positions of one head.
+    """
+    before = ALL_ATTENTION_FUNCTIONS.get("eager", None)
+    ALL_ATTENTION_FUNCTIONS["eager"] = _attend
+    try:
+        yield
+    finally:
+        if before is None:
+            del ALL_ATTENTION_FUNCTIONS["eager"]
+        else:
+            ALL_ATTENTION_FUNCTIONS["eager"] = before
+
+
+def _attend(
+    module: Any,
+    query: Float[Tensor, "row head pos d_head"],
+    key: Float[Tensor, "row shared cached d_head"],
+    value: Float[Tensor, "row shared cached d_head"],
+    attention_mask: Float[Tensor, "row 1 pos cached"] | None,
+    **how: Any,
+) -> tuple[Float[Tensor, "row pos head d_head"], Any]:
+    attend = sys.modules[type(module).__module__].eager_attention_forward  # the family's own
+    rows, heads, positions, d_head = query.shape
+    groups = heads // key.shape[1]
+    if positions > 1 or groups == 1 or hasattr(module, "sinks"):  # sinks: a number per head
+        return attend(module, query, key, value, attention_mask, **how)
+    module.num_key_value_groups = 1
+    try:
+        grouped = query.view(rows, heads // groups, groups, d_head)
+        out, weights = attend(module, grouped, key, value, attention_mask, **how)
+    finally:
+        module.num_key_value_groups = groups
+    return out.transpose(1, 2).reshape(rows, 1, heads, -1), weights
+
+
+@contextlib.contextmanager
+def layers_replaced(lm: PreTrainedModel, start: Float[Tensor, "row pos d_model"], boundary: int) -> Iterator[None]:
+    """The layers under the boundary do nothing for as long as the block lasts; the last of them hands on `start`."""
+    layers = lm.get_decoder().layers
+    saved = list(layers[:boundary])
+    try:
+        for number in range(boundary):
+            layers[number] = _Passed(start if number == boundary - 1 else None)
+        yield
+    finally:
+        for number, layer in enumerate(saved):
+            layers[number] = layer
+
+
+class _Passed(torch.nn.Module):
+    """A layer that was run before: the last one of these hands on its result, the others whatever they get."""
+
+    def __init__(self, result: Float[Tensor, "row pos d_model"] | None = None):
+        super().__init__()
+        self.result = result
+
+    def forward(self, hidden: Float[Tensor, "row pos d_model"], *_: Any, **__: Any) -> Float[Tensor, "row pos d_model"]:
+        return hidden if self.result is None else self.result
+
+
+class Reached(Exception):
+    """Carries what the first layer above the boundary reads, and ends the forward pass there."""
+
+    def __init__(self, hidden: Float[Tensor, "row pos d_model"]):
+        super().__init__()
+        self.hidden = hidden
+
+
+def stopped_at(layer: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """A forward pass ends in front of this layer, with a `Reached`, for as long as the block lasts."""
+
+    def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise Reached(args[0] if args else kwargs["hidden_states"])
+
+    return layer.register_forward_pre_hook(stop, with_kwargs=True)
+
+
+def keep(residual: Float[Tensor, "row pos *d_in"]) -> Float[Tensor, "row pos *d_in"]:
+    return residual

@@ -1,0 +1,126 @@
+"""How many tokens are run at once, and which questions: decided by lengths and memory, before anything is run."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+ON_CPU = 4096  # tokens in a batch, where nobody says otherwise: some twenty questions, so that a kill loses little
+BATCHES_PER_GROUP = 8  # on a device that waits for its steps: how many batches' rows may go on together
+ROOM = 0.9  # of the memory that is free after loading: the rest is for fragments and workspaces
+WAITING = 1.25  # times the cache: room for the steps, and rows as wide as the longest
+LONG_PROMPT = 800  # tokens: as long as SQuAD's prompts get
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """In tokens.
+
+    batch: in one batch, padding included.  pool: in the caches of answers that go on together.  group: of the batches
+    whose answers a journal gets at once, which is what a killed round loses at most.
+    """
+
+    batch: int
+    pool: int
+    group: int
+
+
+def choose_sizes(
+    device: torch.device, config: PreTrainedConfig, dtype: torch.dtype, batch: int | None, pool: int | None
+) -> Sizes:
+    """Sizes for a loaded model, those that are given as they are.
+
+    On CUDA from what is free now. An 80 GB card has room for batches of 32,768 tokens and a pool of 65,536 beside
+    gemma-2-9b-it and its SAE.
+    """
+    if device.type != "cuda":
+        batch = batch or ON_CPU
+        pool = pool or batch
+        return Sizes(batch, pool, max(batch, pool))  # a group of one batch, unless a pool is asked for
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    batch, pool = share_memory(ROOM * free, config, dtype, batch, pool)
+    return Sizes(batch, pool, max(pool, BATCHES_PER_GROUP * batch))
+
+
+def share_memory(
+    free: float, config: PreTrainedConfig, dtype: torch.dtype, batch: int | None, pool: int | None
+) -> tuple[int, int]:
+    """Tokens of a batch and of the pool that fit into so many bytes, those that are given as they are.
+
+    A batch is 1,024 times a power of two; the pool is as many batches as there is room for beside one, and one at
+    least: a step takes a GPU's host as long for a thousand rows as for one.
+    """
+    cache = cache_bytes_per_token(config, dtype)
+    in_a_layer = layer_bytes_per_token(config, dtype)
+    if batch is None:
+        batch = 1024
+        while 2 * batch * ((1 + WAITING) * cache + in_a_layer) <= free:
+            batch *= 2
+    if pool is None:
+        left = free - batch * (cache + in_a_layer)
+        pool = batch * max(1, int(left // (batch * cache * WAITING)))
+    return batch, pool
+
+
+def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """What the keys and values of all layers take per token: 344 KB for gemma-2-9b-it in half precision."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * key_value_heads * d_head * dtype.itemsize
+
+
+def layer_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """What one layer has in memory at once per token, about: 24 vectors of the residual stream, 3 of the MLP, and
+    attention in the model's precision and in single precision."""
+    config = config.get_text_config()
+    d_mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    vectors = 24 * config.hidden_size + 3 * d_mlp
+    attention = config.num_attention_heads * LONG_PROMPT * (dtype.itemsize + torch.float32.itemsize) // 2
+    return vectors * dtype.itemsize + attention
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int, contexts: Sequence[Hashable]) -> list[list[int]]:
+    """Groups of indices into `lengths` (tokens per prompt), longest first, each within the budget, padding included.
+
+    contexts: for each prompt a key; prompts with the same one stay together, so that what they share is run once.
+    A prompt longer than the budget gets a batch of its own. The plan depends on nothing but its arguments.
+    """
+    longest: dict[Hashable, int] = {}
+    first: dict[Hashable, int] = {}
+    for index, key in enumerate(contexts):
+        longest[key] = max(longest.get(key, 0), lengths[index])
+        first.setdefault(key, index)
+
+    def rank(index: int) -> tuple[int, int, int]:
+        key = contexts[index]
+        return -longest[key], first[key], -lengths[index]
+
+    batches: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=rank):
+        width = max(width, lengths[index])
+        if batches and width * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            width = lengths[index]
+    return batches
+
+
+def plan_groups(batches: list[list[int]], lengths: Sequence[int], group_tokens: int) -> list[list[list[int]]]:
+    """Batches one after the other in groups, each within the budget, padding included, or a single batch."""
+    groups: list[list[list[int]]] = []
+    tokens = 0
+    for batch in batches:
+        size = len(batch) * max(lengths[index] for index in batch)
+        if groups and tokens + size <= group_tokens:
+            groups[-1].append(batch)
+            tokens += size
+        else:
+            groups.append([batch])
+            tokens = size
+    return groups

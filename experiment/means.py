@@ -1,0 +1,151 @@
+"""For --ablation mean: the mean activation of each latent, and what setting latents to it changes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from experiment import UserError, prompts
+from experiment.intervention import generate, plan, rankings
+from experiment.intervention.forward import SplicedModel
+from experiment.intervention.generate import Group
+from experiment.intervention.memory import halve_on_oom
+from experiment.intervention.plan import Sizes
+from experiment.intervention.pool import Limits
+from experiment.intervention.sequences import SequenceActivations
+from experiment.questions import Question
+from experiment.records import activations, files
+from experiment.records.schema import KeptRecord, Means, RankedQuestion
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from experiment.rounds import Round
+
+
+def store(round_: Round, model: SplicedModel, sizes: Sizes, kept: dict[Question, KeptRecord]) -> None:
+    """Each latent's mean activation over all positions of the kept questions and answers, and what setting the first
+    1, 2, ... latents of each list to it changes.
+
+    kept: {question: its record}. The means go to means.json, the rest beside each ranking's activations: rounds 2 and 3
+    read both. means.json comes last: where it is, the others are.
+    """
+    tokens = []
+    for record in kept.values():
+        assert record.tokens is not None  # round 1 writes them with the latents
+        tokens.append(record.tokens)
+    read = Reader(round_, model, sizes, list(kept), tokens)
+    means, positions = find_means(read)
+    for ranking in round_.options.ranking:
+        path = activations.name_file(round_.options, ranking)
+        made = round_.provenance_of(ranking)
+        ranked: list[RankedQuestion] = []
+        if kept:
+            stored = files.read_activations(path)
+            assert stored[0] is not None  # it is this round's own
+            made, ranked = stored
+        measured = measure_lists(read, ranking, ranked, means)
+        files.write_activations(files.name_mean_file(path), made.with_fields(ablation="mean"), measured)
+    of_latents = Means(run=round_.provenance, positions=positions, means=means.tolist())
+    files.write_means(round_.options.output_dir / "means.json", of_latents)
+
+
+class Reader:
+    """Kept questions and their answers, whose activations are read again a batch at a time.
+
+    prompts, tokens: of each question, the prompt's and the answer's token ids.
+    """
+
+    def __init__(
+        self, round_: Round, model: SplicedModel, sizes: Sizes, questions: list[Question], tokens: list[list[int]]
+    ):
+        self.round_ = round_
+        self.model = model
+        self.sizes = sizes
+        self.contexts = [question.context for question in questions]
+        self.prompts = [round_.prompt_ids(question) for question in questions]
+        self.tokens = tokens
+
+    def plan(self) -> list[list[int]]:
+        """Batches of the questions' numbers."""
+        lengths = [len(prompt) + len(tokens) for prompt, tokens in zip(self.prompts, self.tokens)]
+        return plan.plan_batches(lengths, self.sizes.batch, self.contexts)
+
+    def read(self, part: Sequence[int]) -> SequenceActivations:
+        """What the SAE reads in these questions' prompts and answers, but for the answers' last token."""
+        group = Group(
+            prompts=[self.prompts[number] + self.tokens[number][:-1] for number in part],
+            contexts=[self.contexts[number] for number in part],
+            batches=[list(range(len(part)))],
+        )
+        # One token more says nothing new: what counts is what the SAE reads on the way there.
+        _, read = generate.answer(self.model, group, Limits(1, self.sizes.pool))
+        return read
+
+
+def find_means(reader: Reader) -> tuple[Float[Tensor, d_sae], int]:
+    """Each latent's mean activation over all positions of these prompts and answers, and how many there are."""
+    splice = reader.model.splice
+    total: Float64[Tensor, d_sae] = torch.zeros(splice.d_sae, dtype=torch.float64, device=splice.device)
+    positions = 0
+
+    def add_up(part: Sequence[int]) -> None:
+        nonlocal positions
+        read = reader.read(part)
+        lengths = read.rows.bincount().tolist()
+        latents = read.select(list(range(len(part))), lengths).latents
+        total.index_add_(0, latents.ids, latents.values.double())
+        positions += int(latents.spliced.sum())
+
+    for batch in reader.plan():
+        halve_on_oom(add_up, batch)
+    return (total / max(1, positions)).float(), positions
+
+
+def measure_lists(
+    reader: Reader, ranking: str, ranked: list[RankedQuestion], means: Float[Tensor, d_sae]
+) -> list[RankedQuestion]:
+    """Ranked questions with what setting their latents to these means changes, in place of what zeroing removes;
+    of the matched ranking also what it changes of the baseline's."""
+    tokenizer = reader.round_.tokenizer
+    measured: dict[int, RankedQuestion] = {}
+
+    def measure(part: Sequence[int]) -> None:
+        generated = [reader.tokens[number] for number in part]
+        brackets = []
+        for tokens in generated:
+            bracket = prompts.find_bracket(tokenizer, tokens)
+            assert bracket is not None  # without one a question is not kept
+            brackets.append(bracket)
+        sequences = rankings.Sequences(
+            ids=[ranked[number].id for number in part],
+            prompts=[reader.prompts[number] for number in part],
+            generated=generated,
+            brackets=brackets,
+            insides=[ranked[number].inside or [] for number in part],  # unknown in older files, and not asked for here
+            rows=list(range(len(part))),
+            trace=reader.read(part),
+            special_ids=prompts.find_special_ids(tokenizer),
+        )
+        lists = rankings.add_removed(reader.model, sequences, [ranked[number].fields() for number in part], means)
+        if ranking == "matched":
+            scores = rankings.rank_by_mean_activation(reader.model, sequences, reader.round_.options.seed)
+            of_baseline = rankings.cut_lists(scores, sequences)
+            baseline = rankings.add_removed(reader.model, sequences, of_baseline, means)
+            lists = rankings.add_targets(lists, baseline)
+        for number, fields in zip(part, lists):
+            measured[number] = RankedQuestion.model_validate(fields)
+
+    for batch in reader.plan():
+        halve_on_oom(measure, batch)
+    return [measured[number] for number in range(len(ranked))]
+
+
+def load(round_: Round, means: list[float], model: SplicedModel) -> Float[Tensor, d_sae]:
+    """These means on the SAE's device."""
+    if len(means) != model.splice.d_sae:
+        raise UserError(f"{round_.options.output_dir / 'means.json'}: is of another SAE: move it away")
+    return torch.tensor(means, dtype=torch.float32, device=model.splice.device)

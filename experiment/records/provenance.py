@@ -1,0 +1,137 @@
+"""What a file depends on, said in one place: two figures stand side by side only where this says that they may.
+
+A Provenance says what made a file. Journals, activations, means, results and the report all compare them here, and none
+of them compares the spelling of a path: what lies in a folder is known by its content, what lies on the Hub by its full
+name, a data set by the hash of its questions. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from experiment import UserError, catalogue, os_errors
+from experiment.records.schema import Provenance, RankedLatents, Side, Stored
+
+# Of the unmasked answers.
+SETTINGS = (
+    *("model", "sae_release", "sae_id", "hook_name", "d_sae", "dtype", "sae_dtype", "error_term"),
+    *("exclude_special_tokens", "questions", "prompt_template", "max_new_tokens"),
+)
+RANKED = (*SETTINGS, "ranking", "ranking_seed")  # of a ranking's lists
+SELECTION = ("limit", "sample", "seed")  # which of the data set's questions are asked
+MASK = ("masked", "k", "ablation", "activations", "means")  # of a masked round; the last two are digests
+ALL = (*RANKED, *SELECTION, *MASK)  # of a journal
+# Compared where both have them: the SAE says the first two once it is loaded, round 1 the third.
+KNOWN_LATER = ("hook_name", "d_sae", "ranking_seed")
+# A local folder's name, or that of a ranking of one's own: the field with its digest.
+CONTENT = {"model": "model_digest", "sae_release": "sae_digest", "ranking": "ranking_digest"}
+UNMASKED = ("answer", "tokens", "inside")  # of a record or a ranked question: its unmasked answer
+# The files of a model or an SAE that a round reads; not what somebody has it write beside them.
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.npz", "*.index.json")
+CONFIGS = (
+    *("*config.json", "cfg.json", "*tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template*"),
+)
+
+
+def depends_on(provenance: Provenance) -> dict[str, object]:
+    """{field of ALL: its value}: what decides what a file of this provenance holds.
+
+    Versions, device and batch size are in a provenance too, for readers, and make no other one.
+    """
+    values = {field: getattr(provenance, field) for field in ALL}
+    if provenance.model is not None:
+        values["model"] = catalogue.aliases().get(provenance.model, provenance.model)
+    for name, digest in CONTENT.items():
+        if getattr(provenance, digest) is not None:
+            values[name] = getattr(provenance, digest)
+    if provenance.ranking_digest is not None:
+        values["ranking"] = f"{provenance.ranking} {provenance.ranking_digest}"  # a file may hold several functions
+    if provenance.sae_digest is not None:
+        values["sae_id"] = ""  # a part of the folder's path, and of the digest
+    return values
+
+
+def differences(made: Provenance, wanted: Provenance, fields: Iterable[str]) -> str:
+    """Names each of `fields` in which two of them differ, with both values; an empty text where they agree."""
+    old = depends_on(made)
+    new = depends_on(wanted)
+    named = []
+    for field in fields:
+        is_unknown = field in KNOWN_LATER and None in (old[field], new[field])
+        if old[field] != new[field] and not is_unknown:
+            named.append(f"{field} {_show(made, field, old)}, now {_show(wanted, field, new)}")
+    return "; ".join(named)
+
+
+def _show(provenance: Provenance, field: str, values: dict[str, object]) -> str:
+    """A field's value for a reader: a folder by its name and a few digits of its digest, no text over 60 characters."""
+    if field in CONTENT and getattr(provenance, CONTENT[field]) is not None:
+        digest = getattr(provenance, CONTENT[field])
+        return f"{_shorten_value(getattr(provenance, field))} (content {_shorten_value(digest)})"
+    return _shorten_value(values[field])
+
+
+def _shorten_value(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return value[:8]
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
+
+
+def refuse_other_run(path: Path, made: Provenance, wanted: Provenance, fields: Iterable[str]) -> None:
+    """Raises UserError where what made a file differs in `fields` from what is wanted now."""
+    if named := differences(made, wanted, fields):
+        raise UserError(f"{path}: is of another run ({named}): repeat its options, or give --output-dir or --overwrite")
+
+
+def digest_local(model: str, sae_release: str, sae_id: str) -> dict[str, str]:
+    """The fields of a Provenance with the digests of a local model and a local SAE; none of what is on the Hub."""
+    folders = {"model_digest": Path(model), "sae_digest": Path(sae_release) / sae_id}
+    return {field: digest_folder(folder) for field, folder in folders.items() if folder.is_dir()}
+
+
+def digest_folder(folder: Path) -> str:
+    """A hash of the names and the content of the files of a model or an SAE, in the order of their names."""
+    files = {path for pattern in WEIGHTS + CONFIGS for path in folder.glob(pattern) if path.is_file()}
+    sha = hashlib.sha256()
+    for path in sorted(files):
+        with os_errors(f"{path}: cannot be read"), open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256")  # read in parts: weights need not fit in memory
+        sha.update(f"{path.name} {content.hexdigest()}\n".encode())
+    return sha.hexdigest()
+
+
+def digest_ranked(ranked: Mapping[str, RankedLatents], side: Side, ids: Iterable[str]) -> str:
+    """A hash of all that a round which masks one side uses of a file of activations.
+
+    ranked: by question id.  ids: of the questions that are masked, in the data set's order; what the file lacks of
+    them is none.
+    """
+    # A metric that is added later follows from the answer: here it would make every older file another run's.
+    unmasked = ("em", "f1", "accuracy", "named", "log_probs", *UNMASKED)
+    fields = (*unmasked, "active", side, f"removed_{side}", f"target_{side}")
+    sha = hashlib.sha256()
+    for question_id in ids:
+        if question_id in ranked:
+            values = [getattr(ranked[question_id], field, None) for field in fields]
+            sha.update(json.dumps([question_id, *values]).encode())
+    return sha.hexdigest()
+
+
+def same_answer(one: Stored | None, two: Stored | None) -> bool:
+    """Whether two records or ranked questions are of the same unmasked answer (None: there is none)."""
+    for field in UNMASKED:
+        if getattr(one, field, None) != getattr(two, field, None):
+            return False
+    return True
+
+
+def digest_numbers(numbers: list[float]) -> str:
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()

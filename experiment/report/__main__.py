@@ -1,0 +1,46 @@
+"""The files of a folder again, from what lies there, or the results of several folders side by side.
+
+python -m experiment.report runs/demo                              # its files again
+python -m experiment.report runs/A runs/B --output-dir runs/both   # layers, widths or models side by side
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from experiment import UserError, guard
+from experiment.records import files
+from experiment.report import cells, folders, outputs, tables
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("python -m experiment.report", description=__doc__, formatter_class=raw)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="that rounds have written")
+    parser.add_argument("--output-dir", type=Path, help="for the files (default: the one folder, or runs/together)")
+    chosen = parser.parse_args()
+    paths = list(dict.fromkeys(chosen.folders))
+    if chosen.output_dir:
+        path = chosen.output_dir
+    else:
+        path = paths[0] if len(paths) == 1 else Path("runs", "together")
+    # Before anything is read: a round that ends meanwhile would be lost. Where there is no folder yet, none is running.
+    with files.lock(path) if path.is_dir() else contextlib.nullcontext():
+        given = [folders.read_folder(path) for path in paths]
+        entries = folders.join_entries(given) if len(given) > 1 else given[0].entries
+        files.write_results(path / "results.json", entries)
+        outputs.write_report(path, given, entries)
+    print(f"{cells.to_text(tables.build_table(entries))}\n\nAll files: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

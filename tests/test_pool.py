@@ -1,0 +1,488 @@
+"""Answers that go on together, over batches and masks: the same as alone, in as few steps as the longest one takes."""
+
+import dataclasses
+import gc
+import json
+import random
+import sys
+from collections import defaultdict
+
+import oracle
+import pytest
+import test_families
+import torch
+import transformers
+from conftest import ROOT, load, options
+from test_oracle import log_probs_by_hand
+
+from experiment import UserError
+from experiment.hub import prepare_libraries
+from experiment.intervention import forward, generate, plan, splice
+from experiment.intervention.generate import Group, Limits
+from experiment.intervention.rows import Answer
+from experiment.prompts import build_prompt, tokenize
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import workloads  # noqa: E402
+
+EVERYTHING = 10**9  # tokens that may wait: all of them
+KS = (1, 10, 20, None)  # numbers of latents; None: half of those that are active
+windowed = test_families.windowed  # a fixture: a tiny Gemma 2 with a short window, and one with a long one
+
+
+def make_group(tokenizer, questions, samples, batch_tokens=2048, ks=KS):
+    """The kept questions of the shipped activations, TopK masked with several K."""
+    asked = {question.id: question for question in questions}
+    template = json.loads((ROOT / "activations_baseline.json").read_text())["run"]["prompt_template"]
+    of_samples = [asked[sample["id"]] for sample in samples]
+    prompts = [tokenize(tokenizer, build_prompt(template, q.context, q.question)) for q in of_samples]
+    contexts = [question.context for question in of_samples]
+    drafts = [sample["tokens"] for sample in samples]
+    lengths = [len(prompt) + len(draft) for prompt, draft in zip(prompts, drafts)]
+    batches = plan.plan_batches(lengths, batch_tokens, contexts)
+    masks = []
+    for k in ks:
+        masks.append([sample["topk"][: len(sample["active"]) // 2 if k is None else k] for sample in samples])
+    return Group(prompts, contexts, batches, drafts, masks)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return json.loads((ROOT / "activations_baseline.json").read_text())["samples"]
+
+
+@pytest.fixture(scope="module")
+def group(demo, demo_questions, samples):
+    return make_group(demo[1], demo_questions, samples[::12])
+
+
+@pytest.fixture(scope="module")
+def few(demo, demo_questions, samples):
+    """All questions on three contexts, in three batches: rows of one context go on in different masks."""
+    contexts = {question.id: question.context for question in demo_questions}
+    of_context = defaultdict(list)
+    for sample in samples:
+        of_context[contexts[sample["id"]]].append(sample)
+    chosen = [*of_context.values()][2:7:2]
+    made = make_group(demo[1], demo_questions, [sample for of_one in chosen for sample in of_one], 550)
+    assert len(made.batches) == len(set(made.contexts)) == 3 and len(made.prompts) == 12
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(demo, few):
+    """[mask][question], what the naive loop says."""
+    model, tokenizer = demo
+    said = []
+    for of_mask in few.masks:
+        said.append([])
+        for prompt, latents in zip(few.prompts, of_mask):
+            said[-1].append(oracle.generate(model.model, model.splice.sae, tokenizer, prompt, latents))
+    return said
+
+
+@pytest.fixture
+def little_garbage():
+    """What was made before is not searched for garbage, which takes most of a second each time memory runs out."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def take(group, numbers, size):
+    """These questions of a group, in batches of so many."""
+    numbers = list(numbers)
+    places = list(range(len(numbers)))
+    return Group(
+        prompts=[group.prompts[number] for number in numbers],
+        contexts=[group.contexts[number] for number in numbers],
+        batches=[places[first : first + size] for first in range(0, len(places), size)],
+        drafts=[group.drafts[number] for number in numbers],
+        masks=[[of_mask[number] for number in numbers] for of_mask in group.masks],
+    )
+
+
+def one_by_one(group):
+    """The group in batches of one question."""
+    return take(group, range(len(group.prompts)), 1)
+
+
+def watch_passes(model, monkeypatch):
+    """How many rows each wide pass and each step has, from now on: two lists."""
+    wide = []
+    steps = []
+    run = model._run
+
+    def watched(ids, attention, *arguments, **more):
+        is_step = ids.shape[1] == 1 < attention.shape[1]
+        (steps if is_step else wide).append(len(ids))
+        return run(ids, attention, *arguments, **more)
+
+    monkeypatch.setattr(model, "_run", watched)
+    return wide, steps
+
+
+def tokens_of(found: list[list[Answer]]) -> list[list[list[int]]]:
+    return [[answer.tokens for answer in of_mask] for of_mask in found]
+
+
+def count_left(said, drafts):
+    """Of all answers that go on behind their draft the number of steps: [mask][question] tokens, a draft a question."""
+    left = []
+    for of_mask in said:
+        left += map(test_families.count_left, of_mask, drafts)
+    return [count for count in left if count]
+
+
+def assert_same(found: list[Answer], expected: list[Answer]):
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
+    for one, other in zip(found, expected):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same answers
+
+
+@pytest.mark.parametrize("drafted", [True, False])
+@pytest.mark.parametrize("together", [1, 2, None])
+def test_pools_of_so_many_rows(demo, few, expected, together, drafted, monkeypatch):
+    """One, two and all: the naive loop's answers, the rows of a context side by side in different masks. Without drafts
+    the log probabilities are of what was said in the pool."""
+    model, _ = demo
+    group = one_by_one(few)
+    if not drafted:
+        group = dataclasses.replace(group, drafts=[[] for _ in few.drafts])
+    left = count_left(expected, group.drafts)
+    assert len(left) >= 20 and len({*left}) >= 5
+    longest = max(map(len, few.prompts)) + 12
+    assert 3 * min(map(len, few.prompts)) > 2 * longest  # three rows never fit where two do
+    _, steps = watch_passes(model, monkeypatch)
+    found = generate.answer_masked(model, group, Limits(50, together * longest if together else EVERYTHING))
+    assert tokens_of(found) == expected
+    assert max(steps) == (together or len(left))
+    assert len(steps) == {1: sum(left), None: max(left)}.get(together, len(steps))
+    for of_mask, latents in zip(found, few.masks):
+        for number in range(0, len(few.prompts), 4):
+            scored = few.drafts[number] if drafted else of_mask[number].tokens
+            by_hand = log_probs_by_hand(model, few.prompts[number], scored, latents[number])
+            assert of_mask[number].log_probs == pytest.approx(by_hand, abs=2e-4)
+
+
+def test_masked_answers_whatever_waits(demo, group):
+    """Alone, in pools of a few rows and all together: the naive loop's answers, and the same log probabilities."""
+    model, tokenizer = demo
+    alone = generate.answer_masked(model, group, Limits(50, 1))
+    changed = 0
+    for number in range(0, len(group.prompts), 9):
+        for of_mask, latents in zip(alone, group.masks):
+            expected = oracle.generate(model.model, model.splice.sae, tokenizer, group.prompts[number], latents[number])
+            assert of_mask[number].tokens == expected
+            changed += expected != group.drafts[number]
+    assert changed >= 4
+    for pool_tokens in (400, 3000, EVERYTHING):
+        for found, expected in zip(generate.answer_masked(model, group, Limits(50, pool_tokens)), alone):
+            assert_same(found, expected)
+
+
+def test_unmasked_answers_and_what_was_read(demo, group):
+    """Round 1's rows go on together too, and what the SAE read is put together from the steps they shared."""
+    model, tokenizer = demo
+    opening = tokenizer("Result = [[", add_special_tokens=False)["input_ids"]
+    for first_tokens in (opening, []):
+        expected, _ = generate.answer(model, group, Limits(50, 1), first_tokens)
+        assert [answer.tokens for answer in expected] == group.drafts
+        found, read = generate.answer(model, group, Limits(50, EVERYTHING), first_tokens)
+        assert_same(found, expected)
+        for number in range(0, len(group.prompts), 9):
+            sequence = group.prompts[number] + found[number].tokens[:-1]
+            latents = read.select([number], [len(sequence)]).latents
+            theirs = oracle.activations(model.model, model.splice.sae, sequence)
+            assert len(latents.counts) == len(sequence)
+            where, ids = theirs.nonzero(as_tuple=True)
+            assert torch.equal(latents.ids, ids) and torch.equal(latents.entry_positions(), where)
+            torch.testing.assert_close(latents.values, theirs[where, ids], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+@pytest.mark.parametrize("error_term", ["drop", "keep"])
+def test_pools_of_other_masks(demo, few, error_term, ablation, monkeypatch):
+    """Latents at zero or at their means, without the error term and with it, decoded from entries and whole: as the
+    naive loop."""
+    model = forward.SplicedModel(demo[0].model, splice.Splice(demo[0].splice.sae, error_term))
+    means = 0.06 * torch.rand(512, generator=torch.Generator().manual_seed(2)) if ablation == "mean" else None
+    rng = random.Random(3)
+    masks = [[sorted(rng.sample(range(512), 200)) for _ in few.prompts] for _ in range(2)]
+    group = take(dataclasses.replace(few, masks=masks), range(7), 3)
+    how = {"means": means, "error": error_term == "keep"}
+    expected = []
+    for of_mask in group.masks:
+        expected.append([])
+        for prompt, latents in zip(group.prompts, of_mask):
+            said = oracle.generate(model.model, model.splice.sae, demo[1], prompt, latents, 12, **how)
+            expected[-1].append(said)
+    left = count_left(expected, group.drafts)
+    assert len(left) >= 7 and len({*left}) >= 4
+    assert (model.splice.mask([[1]], means).written is not None) == (ablation == "mean")
+    for dense in (1, 0):  # from which share of active latents on activations are decoded whole
+        monkeypatch.setattr(splice, "DENSE", dense)
+        for batched, pool_tokens in ((one_by_one(group), 1), (group, EVERYTHING)):
+            found = generate.answer_masked(model, batched, Limits(12, pool_tokens), means)
+            assert tokens_of(found) == expected
+
+
+@pytest.mark.parametrize(
+    "hook_name",
+    [
+        "blocks.0.hook_resid_pre",
+        "blocks.0.hook_resid_post",
+        "blocks.1.hook_mlp_out",
+        "blocks.1.attn.hook_z",
+        "blocks.2.hook_resid_post",
+    ],
+)
+def test_pools_behind_windows_and_at_other_places(hook_name, windowed, monkeypatch):
+    """A window shorter than the prompts, and one that is longer; an SAE before all layers, between two, inside one and
+    behind the last: the naive loop's answers."""
+    model = test_families.splice_into(windowed, hook_name)
+    masks = test_families.draw_masks(model.splice.d_sae)
+    sae = model.splice.sae
+    longest = 12
+
+    def say(prompt, latents):
+        return oracle.generate(windowed.bridge, sae, windowed.tokenizer, prompt, latents, longest)
+
+    unmasked = [say(prompt, []) for prompt in windowed.prompts]
+    expected = [[say(*row) for row in zip(windowed.prompts, latents)] for latents in masks]
+    wrong = [[*tokens[:3], *(7, 8, 9, 7, 8, 9)] for tokens in unmasked]  # rejected, and pushes keys out of the window
+    for drafts in (unmasked, wrong):
+        left = count_left(expected, drafts)
+        assert len(left) >= 3 and max(left) >= 6
+        group = Group(windowed.prompts, windowed.contexts, [[0, 1], [2, 3]], drafts, masks)
+        for batched, pool_tokens, together in ((one_by_one(group), 1, 1), (group, EVERYTHING, len(left))):
+            with monkeypatch.context() as patch:
+                _, steps = watch_passes(model, patch)
+                found = generate.answer_masked(model, batched, Limits(longest, pool_tokens))
+            assert tokens_of(found) == expected
+            assert max(steps) == together
+    group = Group(windowed.prompts, windowed.contexts, [[0, 1], [2, 3]])
+    for pool_tokens in (1, EVERYTHING):
+        found, _ = generate.answer(model, group, Limits(longest, pool_tokens), unmasked[0][:2])
+        assert [answer.tokens for answer in found] == unmasked
+
+
+def test_pools_in_half_precision(demo, few):
+    """As the naive loop in half precision, but for the last digits; and the same digits each time."""
+    half, tokenizer = load("--dtype", "float16")
+    group = dataclasses.replace(few, masks=few.masks[1:3])
+    numbers = range(0, len(few.prompts), 3)
+    expected = []
+    for of_mask in ([[]] * len(few.prompts), *group.masks):
+        said = []
+        for number in numbers:
+            prompt = few.prompts[number]
+            said.append(oracle.generate(half.model, half.splice.sae, tokenizer, prompt, of_mask[number]))
+        expected.append(said)
+    assert len(count_left(expected[1:], few.drafts[::3])) >= 4
+    for batched, pool_tokens in ((one_by_one(group), 1), (group, EVERYTHING)):
+        limits = Limits(50, pool_tokens)
+        unmasked, _ = generate.answer(half, batched, limits)
+        masked = generate.answer_masked(half, batched, limits)
+        same = []
+        for found, said in zip([unmasked, *masked], expected):
+            same += [found[number].tokens == tokens for number, tokens in zip(numbers, said)]
+        assert len(same) == 12 and sum(same) >= 11
+        for number in numbers:
+            prompt = few.prompts[number]
+            by_hand = log_probs_by_hand(half, prompt, unmasked[number].tokens, [])
+            assert unmasked[number].log_probs == pytest.approx(by_hand, abs=0.02)
+            by_hand = log_probs_by_hand(half, prompt, few.drafts[number], group.masks[1][number])
+            assert masked[1][number].log_probs == pytest.approx(by_hand, abs=0.02)
+    assert generate.answer(half, batched, limits)[0] == unmasked
+    assert generate.answer_masked(half, batched, limits) == masked
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where answers end
+
+
+def test_answers_cut_at_the_longest(demo, group):
+    """In rounds of such lengths, whose drafts are of that length too."""
+    model, _ = demo
+    whole = generate.answer_masked(model, group, Limits(50, EVERYTHING))
+    for longest in (1, 2, 6, 9):
+        cut = dataclasses.replace(group, drafts=[draft[:longest] for draft in group.drafts])
+        for found, expected in zip(generate.answer_masked(model, cut, Limits(longest, EVERYTHING)), whole):
+            assert_same(found, [Answer(one.tokens[:longest], one.log_probs[:longest]) for one in expected])
+
+
+def test_an_end_at_any_step(demo, few, expected, monkeypatch):
+    """An answer that ends with the first token that differs from its draft, at the first step, at the last and at each
+    one between, whatever the others do."""
+    model, _ = demo
+    rows = [(mask, number) for mask in range(len(expected)) for number in range(len(few.prompts))]
+    mask, number = max(rows, key=lambda row: test_families.count_left(expected[row[0]][row[1]], few.drafts[row[1]]))
+    said = expected[mask][number]
+    steps_of_all = test_families.count_left(said, few.drafts[number])
+    first = len(said) - steps_of_all - 1
+
+    def cut(tokens):
+        for place, token in enumerate(tokens):
+            if token in model.end_ids:
+                return tokens[: place + 1]
+        return tokens
+
+    ended = set()
+    for place in range(first, len(said)):
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "end_ids", {*model.end_ids, said[place]})
+            found = tokens_of(generate.answer_masked(model, few, Limits(50, EVERYTHING)))
+            assert found == [[cut(tokens) for tokens in of_mask] for of_mask in expected]
+        ended.add(len(found[mask][number]) - 1 - first)
+    assert steps_of_all >= 6 and {0, 1, steps_of_all} < ended and len(ended) >= 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def test_steps_are_shared(demo, demo_questions, samples, monkeypatch):
+    """The whole demo: all that leaves its draft is decoded in as many steps as its longest answers take."""
+    for ks, most in (((None,), 16), (KS, 40)):
+        of_all = make_group(demo[1], demo_questions, samples, 16384, ks)
+        with monkeypatch.context() as patch:
+            wide, steps = watch_passes(demo[0], patch)
+            generate.answer_masked(demo[0], of_all, Limits(50, EVERYTHING))
+        assert len(wide) >= len(of_all.batches) * (len(ks) + 1)
+        assert 5 <= len(steps) <= most
+
+
+def test_steps_of_many_layers(monkeypatch, capsys):
+    """As many as gemma-2-9b-it has, of little width: every masked answer differs, and all go on together."""
+    chosen = options()
+    prepare_libraries(chosen)
+    work = workloads.load_shape(workloads.SHAPES["narrow"], chosen, 80)
+    # Steps do not depend on how long prompts are, and time does.
+    short = [[*prompt[:30], *prompt[-30:]] for prompt in work.prompts]
+    work = dataclasses.replace(work, prompts=short, pool_tokens=EVERYTHING)
+    batches = plan.plan_batches([len(prompt) + work.new_tokens for prompt in work.prompts], 2048, work.contexts)
+    found = workloads.round_1(work, batches)
+    for ks, most in ((("50%",), 14), (("1", "10", "20", "50%"), 20)):
+        with monkeypatch.context() as patch:
+            wide, steps = watch_passes(work.model, patch)
+            masked = workloads.masked_round(work, batches, found, "topk", ks)
+        changed = 0
+        for of_mask in masked:
+            assert [len(answer.tokens) for answer in of_mask] == [work.new_tokens] * len(work.prompts)
+            changed += sum(answer.tokens != one.tokens for answer, one in zip(of_mask, found))
+        assert changed >= 0.9 * len(ks) * len(work.prompts)
+        assert len(wide) == len(batches) * (len(ks) + 2) and len(batches) > 1
+        assert 5 <= len(steps) <= most
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out of memory
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_out_of_memory_at_any_pass(demo, few, expected, masked, little_garbage, monkeypatch, capsys):
+    """30 times: whichever pass finds no memory, of a batch or of the pool, once or as long as there are many rows."""
+    model, _ = demo
+    group = take(dataclasses.replace(few, masks=few.masks[1:3]), range(7), 3)
+
+    def answer():
+        limits = Limits(50, 500)
+        if masked:
+            return [one for of_mask in generate.answer_masked(model, group, limits) for one in of_mask]
+        return generate.answer(model, group, limits)[0]
+
+    with monkeypatch.context() as patch:
+        wide, steps = watch_passes(model, patch)
+        whole = answer()
+    tokens = [tokens for of_mask in expected[1:3] for tokens in of_mask[:7]] if masked else group.drafts
+    assert [one.tokens for one in whole] == tokens
+    passes = len(wide) + len(steps)
+    assert len(wide) >= 6 and len(steps) >= 10
+    once = min(passes, 24)
+    run = model._run
+    rng = random.Random(4)
+    for most, points in ((None, once), (1, 30 - once)):  # once; or from then on wherever there are more rows than one
+        for number in rng.sample(range(passes), points):
+            count = 0
+
+            def run_out(ids, *arguments, number=number, most=most, **more):
+                nonlocal count
+                count += 1
+                if count - 1 == number or (most and count > number and len(ids) > most):
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                return run(ids, *arguments, **more)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(model, "_run", run_out)
+                assert_same(answer(), whole)
+            assert count > number
+    capsys.readouterr()
+
+
+def test_one_question_that_does_not_fit(demo, group, little_garbage, monkeypatch, capsys):
+    def run_out(ids, *arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(demo[0], "_run", run_out)
+    with pytest.raises(torch.OutOfMemoryError):  # what it is a part of may still be split; a round makes it a line
+        generate.answer_masked(demo[0], group, Limits(50, EVERYTHING))
+
+
+def test_one_answer_that_cannot_go_on(demo, group, little_garbage, monkeypatch, capsys):
+    """The pool's rows are in no batch any more that could be split: one line, and no answer that is cut short."""
+    run = demo[0]._run
+
+    def run_out(ids, attention, *arguments, **more):
+        if ids.shape[1] == 1 < attention.shape[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(ids, attention, *arguments, **more)
+
+    monkeypatch.setattr(demo[0], "_run", run_out)
+    with pytest.raises(UserError, match="out of memory, with no batch left to split"):
+        generate.answer_masked(demo[0], group, Limits(50, 1))
+
+
+def test_ended_answers_are_told(demo, group, little_garbage, monkeypatch, capsys):
+    """What the bar counts: each answer once, as soon as it has ended, also where memory runs out behind a wide pass."""
+    told = []
+    generate.answer_masked(demo[0], group, Limits(50, 3000), on_ended=told.append)
+    assert sum(told) == len(group.prompts) * len(group.masks) and len(told) > len(group.batches) * len(group.masks)
+
+    join = generate.join
+    failed = []
+
+    def run_out(parts):
+        if not failed:
+            failed.append(parts)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return join(parts)
+
+    monkeypatch.setattr(generate, "join", run_out)
+    told.clear()
+    found, _ = generate.answer(demo[0], group, Limits(50, 3000), on_ended=told.append)
+    assert failed and sum(told) == len(group.prompts) and [answer.tokens for answer in found] == group.drafts
+
+
+def test_groups_of_batches():
+    lengths = [5, 9, 5, 9, 3]
+    batches = plan.plan_batches(lengths, 20, "ababc")
+    assert batches == [[1, 3], [0, 2, 4]]
+    assert plan.plan_groups(batches, lengths, 33) == [batches]
+    assert plan.plan_groups(batches, lengths, 32) == [[batches[0]], [batches[1]]]
+
+
+def test_tokens_that_fit():
+    gemma = dict(num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8, head_dim=256)
+    config = transformers.Gemma2Config(**gemma, hidden_size=3584, intermediate_size=14336)
+    assert plan.cache_bytes_per_token(config, torch.float16) == 344_064
+    shared = [plan.share_memory(size * 1e9, config, torch.float16, None, None) for size in (0.1, 15, 20, 52, 110)]
+    assert shared == [(1024, 1024), (8192, 16384), (16384, 16384), (32768, 65536), (65536, 131072)]
+    assert plan.share_memory(52e9, config, torch.float16, 16384, None) == (16384, 81920)
+    assert plan.share_memory(52e9, config, torch.float16, None, 7) == (32768, 7)
