@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from experiment.intervention.sequences import SequenceActivations
     from experiment.records.journal import Journal
     from experiment.records.schema import Record
-    from experiment.rounds import Bar, Round, Work
+    from experiment.rounds import Bar, Experiment, Work
 
 KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this F1, not only exact matches
 
@@ -41,42 +41,42 @@ def main() -> None:
     from experiment.records import activations
 
     # 1. The questions
-    round_ = common.prepare(chosen)
-    with rounds.writing(round_) as entries:
+    experiment = common.prepare(chosen)
+    with rounds.open_output_folder(experiment) as entries:
         # 2. What an earlier run left: a journal for each ranking
-        activations.refuse_others(round_)
+        activations.refuse_others(experiment)
         journals: dict[str, Journal] = {}
         for ranking in chosen.ranking:
-            made = round_.provenance_of(ranking)
-            journals[ranking] = round_.journal(own_rankings.name_of(ranking), made)
+            made = experiment.provenance_of(ranking)
+            journals[ranking] = experiment.journal(own_rankings.name_of(ranking), made)
         model = None
-        if not rounds.is_finished(round_.asked, journals):
+        if not rounds.is_finished(experiment.asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
             for ranking in chosen.ranking:
                 rankings.find_ranking(ranking)  # one's own that cannot be imported fails before weights are loaded
-            model, sizes = common.load_for(round_, journals)
+            model, sizes = common.load_for(experiment, journals)
             # 4. Answer, score, keep, rank: a group of batches at a time
-            share = rounds.plan_work(round_, sizes, round_.asked, journals)
-            with rounds.Bar(round_, "Round 1", share, journals) as bar:
+            share = rounds.plan_work(experiment, sizes, experiment.asked, journals)
+            with rounds.Bar(experiment, "Round 1", share, journals) as bar:
                 for work in share:
                     if work.is_done:
                         continue
-                    records = answer_and_rank(round_, model, sizes, work, bar)
+                    records = answer_and_rank(experiment, model, sizes, work, bar)
                     for ranking in work.keys:
                         journals[ranking].append(records[ranking])
                     bar.finish(work)
         # 5. Write the activations, compare, print
-        if rounds.wait_for_all(round_):
-            kept = results.store_activations(round_, journals)
+        if rounds.wait_for_all(experiment):
+            kept = results.store_activations(experiment, journals)
             if chosen.ablation == "mean":
                 if model is None:
-                    model, sizes = common.load_for(round_, journals)
-                means.store(round_, model, sizes, kept)
-            results.finish_round_1(round_, entries, journals, KEEP_F1)
+                    model, sizes = common.load_for(experiment, journals)
+                means.store(experiment, model, sizes, kept)
+            results.finish_round_1(experiment, entries, journals, KEEP_F1)
 
 
 def answer_and_rank(
-    round_: Round, model: SplicedModel, sizes: Sizes, work: Work[str], bar: Bar
+    experiment: Experiment, model: SplicedModel, sizes: Sizes, work: Work[str], bar: Bar
 ) -> dict[str, list[Record]]:
     """{ranking: a record of each question of a group of batches}: its answer, and where that is kept its latents.
 
@@ -88,15 +88,15 @@ def answer_and_rank(
     from experiment.intervention.pool import Limits
     from experiment.records.schema import KeptRecord
 
-    tokenizer = round_.tokenizer
+    tokenizer = experiment.tokenizer
     group = generate.Group(
-        prompts=[round_.prompt_ids(question) for question in work.questions],
+        prompts=[experiment.prompt_ids(question) for question in work.questions],
         contexts=[question.context for question in work.questions],
         batches=work.batches,
     )
     # A guess that the model confirms or not: it changes no answer.
     opening = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
-    limits = Limits(round_.options.max_new_tokens, sizes.pool)
+    limits = Limits(experiment.options.max_new_tokens, sizes.pool)
     answers, read = generate.answer(model, group, limits, opening, bar.move)
     records = []
     for question, answer in zip(work.questions, answers):
@@ -104,15 +104,15 @@ def answer_and_rank(
     by_ranking = {ranking: list(records) for ranking in work.keys}
 
     def rank(part: list[int]) -> None:
-        sequences = find_sequences(round_, group, answers, records, read, part)
+        sequences = find_sequences(experiment, group, answers, records, read, part)
         if not sequences.rows:
             return
         for ranking in work.keys:
-            lists = rankings.rank(model, ranking, sequences, round_.options.seed)
+            lists = rankings.rank(model, ranking, sequences, experiment.options.seed)
             for number, row in enumerate(sequences.rows):
                 latents = {
                     "tokens": sequences.generated[number],
-                    "inside": sequences.insides[number],
+                    "inside": sequences.answer_positions[number],
                     "active": sequences.active[number],  # at the last position: what a K in percent is a share of
                 }
                 fields = records[row].fields() | latents | lists[number]
@@ -124,7 +124,7 @@ def answer_and_rank(
 
 
 def find_sequences(
-    round_: Round,
+    experiment: Experiment,
     group: Group,
     answers: list[Answer],
     records: list[Record],
@@ -138,7 +138,7 @@ def find_sequences(
     from experiment import prompts
     from experiment.intervention import rankings
 
-    tokenizer = round_.tokenizer
+    tokenizer = experiment.tokenizer
     rows = []
     brackets = []
     for row in batch:
@@ -152,7 +152,7 @@ def find_sequences(
         prompts=[group.prompts[row] for row in rows],
         generated=generated,
         brackets=brackets,
-        insides=[prompts.find_answer(tokenizer, tokens) for tokens in generated],
+        answer_positions=[prompts.find_answer(tokenizer, tokens) for tokens in generated],
         rows=rows,
         trace=read,
         special_ids=prompts.find_special_ids(tokenizer),

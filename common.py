@@ -38,7 +38,7 @@ from experiment.records.activations import RankedFile
 from experiment.records.journal import Journal
 from experiment.records.schema import Provenance, Record, Side
 from experiment.report import estimates
-from experiment.rounds import Bar, Round, Work
+from experiment.rounds import Bar, Experiment, Work
 
 if TYPE_CHECKING:  # importing these libraries takes seconds
     from sae_lens import SAE
@@ -252,8 +252,8 @@ def _make_group_of_one(tokenizer: PreTrainedTokenizerBase, context: str, questio
 # Rounds
 
 
-def prepare(options: Options) -> Round:
-    """The Round that these options ask for: libraries, tokenizer, template and questions."""
+def prepare(options: Options) -> Experiment:
+    """The Experiment that these options ask for: libraries, tokenizer, template and questions."""
     state = PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(days=30))  # waiting may take hours
     device = options.device_map or options.device
     if state.num_processes > 1 and device == "cuda":
@@ -285,19 +285,19 @@ def prepare(options: Options) -> Round:
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     made = Provenance.model_validate(fields)
-    round_ = Round(options, state, tokenizer, all_questions, asked, made)
-    return rounds.leave_out_long(round_, find_context_length(options))
+    experiment = Experiment(options, state, tokenizer, all_questions, asked, made)
+    return rounds.leave_out_long(experiment, find_context_length(options))
 
 
 def load_for(
-    round_: Round, journals: Mapping[Any, Journal], ranked: dict[str, RankedFile] | None = None
+    experiment: Experiment, journals: Mapping[Any, Journal], ranked: dict[str, RankedFile] | None = None
 ) -> tuple[SplicedModel, Sizes]:
     """The model with its SAE, and how many tokens are run at once.
 
     What only these say goes into the journals' runs, and is held against them.
     """
-    options = round_.options
-    model = load(options, round_.tokenizer)
+    options = experiment.options
+    model = load(options, experiment.tokenizer)
     for ranking in options.ranking:
         rankings.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
@@ -332,52 +332,52 @@ def masked_round(options: Options, side: Side) -> None:
     K, of --k, is a number, or a share of the latents active at the last position that round 1 ranked.
     """
     # 1. The latents that round 1 ranked, and the questions they are of
-    round_ = prepare(options)
-    stored = activations.read_stored_means(round_) if options.ablation == "mean" else None
-    ranked = {ranking: activations.read_ranked(round_, ranking, side) for ranking in options.ranking}
-    asked = activations.find_asked(round_, ranked)
-    with rounds.writing(round_) as entries:
+    experiment = prepare(options)
+    stored = activations.read_stored_means(experiment) if options.ablation == "mean" else None
+    ranked = {ranking: activations.read_ranked(experiment, ranking, side) for ranking in options.ranking}
+    asked = activations.find_asked(experiment, ranked)
+    with rounds.open_output_folder(experiment) as entries:
         # 2. What an earlier run left: a journal for each ranking and K
-        journals = open_masked_journals(round_, ranked, side, stored)
+        journals = open_masked_journals(experiment, ranked, side, stored)
         if not rounds.is_finished(asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
-            model, sizes = load_for(round_, journals, ranked)
-            means = means_of_latents.load(round_, stored, model) if stored else None
+            model, sizes = load_for(experiment, journals, ranked)
+            means = means_of_latents.load(experiment, stored, model) if stored else None
             # 4. Answer with the latents masked, a group of batches at a time, and score
             drafts = find_drafts(asked, ranked)
-            share = rounds.plan_work(round_, sizes, asked, journals, drafts)
-            with rounds.Bar(round_, f"{estimates.MASKS[side]} masked", share, journals) as bar:
+            share = rounds.plan_work(experiment, sizes, asked, journals, drafts)
+            with rounds.Bar(experiment, f"{estimates.MASKS[side]} masked", share, journals) as bar:
                 for work in share:
                     if work.is_done:
                         continue
-                    answers = answer_masked(round_, model, sizes, work, ranked, drafts, means, bar)
+                    answers = answer_masked(experiment, model, sizes, work, ranked, drafts, means, bar)
                     for key in work.keys:
                         records = []
                         for question, answer in zip(work.questions, answers[key]):
-                            records.append(score(round_.tokenizer, question, answer))
+                            records.append(score(experiment.tokenizer, question, answer))
                         journals[key].append(records)
                     bar.finish(work)
         # 5. Compare with the unmasked answers to the same questions; write and print
-        if rounds.wait_for_all(round_):
+        if rounds.wait_for_all(experiment):
             fresh = []
             for (ranking, k), journal in journals.items():
-                fresh.append(results.make_masked_entry(ranked[ranking], k, journal, asked, round_.left_out))
-            results.report_results(round_, entries, fresh)
+                fresh.append(results.make_masked_entry(ranked[ranking], k, journal, asked, experiment.left_out))
+            results.report_results(experiment, entries, fresh)
             folder = options.output_dir
             print(f"\nAll files: {folder}\nThe page: {folder / 'results.html'}")
 
 
 def open_masked_journals(
-    round_: Round, ranked: dict[str, RankedFile], side: Side, means: list[float] | None
+    experiment: Experiment, ranked: dict[str, RankedFile], side: Side, means: list[float] | None
 ) -> dict[tuple[str, str], Journal]:
     """{(ranking, K): its journal}."""
     journals: dict[tuple[str, str], Journal] = {}
     for ranking, file in ranked.items():
-        for k in round_.options.k:
+        for k in experiment.options.k:
             made = file.provenance.with_fields(k=k)
             if means:
                 made = made.with_fields(means=provenance.digest_numbers(means))
-            journals[ranking, k] = round_.journal(results.name_journal(made, side, k), made, file.digest_used)
+            journals[ranking, k] = experiment.journal(results.name_journal(made, side, k), made, file.digest_used)
     return journals
 
 
@@ -388,7 +388,7 @@ def find_drafts(asked: list[Question], ranked: dict[str, RankedFile]) -> dict[st
 
 
 def answer_masked(
-    round_: Round,
+    experiment: Experiment,
     model: SplicedModel,
     sizes: Sizes,
     work: Work[tuple[str, str]],
@@ -413,12 +413,12 @@ def answer_masked(
             masks.append(latents)
         mask_of[ranking, k] = masks.index(latents)
     group = Group(
-        prompts=[round_.prompt_ids(question) for question in work.questions],
+        prompts=[experiment.prompt_ids(question) for question in work.questions],
         contexts=[question.context for question in work.questions],
         batches=work.batches,
         drafts=[drafts[question.id] for question in work.questions],
         masks=masks,
     )
-    limits = Limits(round_.options.max_new_tokens, sizes.pool)
+    limits = Limits(experiment.options.max_new_tokens, sizes.pool)
     answers = generate.answer_masked(model, group, limits, means, bar.move)
     return {key: answers[number] for key, number in mask_of.items()}

@@ -23,10 +23,10 @@ from experiment.records.schema import KeptRecord, Means, RankedQuestion
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from experiment.rounds import Round
+    from experiment.rounds import Experiment
 
 
-def store(round_: Round, model: SplicedModel, sizes: Sizes, kept: dict[Question, KeptRecord]) -> None:
+def store(experiment: Experiment, model: SplicedModel, sizes: Sizes, kept: dict[Question, KeptRecord]) -> None:
     """Each latent's mean activation over all positions of the kept questions and answers, and what setting the first
     1, 2, ... latents of each list to it changes.
 
@@ -37,11 +37,11 @@ def store(round_: Round, model: SplicedModel, sizes: Sizes, kept: dict[Question,
     for record in kept.values():
         assert record.tokens is not None  # round 1 writes them with the latents
         tokens.append(record.tokens)
-    read = Reader(round_, model, sizes, list(kept), tokens)
+    read = Reader(experiment, model, sizes, list(kept), tokens)
     means, positions = find_means(read)
-    for ranking in round_.options.ranking:
-        path = activations.name_file(round_.options, ranking)
-        made = round_.provenance_of(ranking)
+    for ranking in experiment.options.ranking:
+        path = activations.name_file(experiment.options, ranking)
+        made = experiment.provenance_of(ranking)
         ranked: list[RankedQuestion] = []
         if kept:
             stored = files.read_activations(path)
@@ -49,8 +49,8 @@ def store(round_: Round, model: SplicedModel, sizes: Sizes, kept: dict[Question,
             made, ranked = stored
         measured = measure_lists(read, ranking, ranked, means)
         files.write_activations(files.name_mean_file(path), made.with_fields(ablation="mean"), measured)
-    of_latents = Means(run=round_.provenance, positions=positions, means=means.tolist())
-    files.write_means(round_.options.output_dir / "means.json", of_latents)
+    of_latents = Means(run=experiment.provenance, positions=positions, means=means.tolist())
+    files.write_means(experiment.options.output_dir / "means.json", of_latents)
 
 
 class Reader:
@@ -60,13 +60,18 @@ class Reader:
     """
 
     def __init__(
-        self, round_: Round, model: SplicedModel, sizes: Sizes, questions: list[Question], tokens: list[list[int]]
+        self,
+        experiment: Experiment,
+        model: SplicedModel,
+        sizes: Sizes,
+        questions: list[Question],
+        tokens: list[list[int]],
     ):
-        self.round_ = round_
+        self.experiment = experiment
         self.model = model
         self.sizes = sizes
         self.contexts = [question.context for question in questions]
-        self.prompts = [round_.prompt_ids(question) for question in questions]
+        self.prompts = [experiment.prompt_ids(question) for question in questions]
         self.tokens = tokens
 
     def plan(self) -> list[list[int]]:
@@ -110,7 +115,7 @@ def measure_lists(
 ) -> list[RankedQuestion]:
     """Ranked questions with what setting their latents to these means changes, in place of what zeroing removes;
     of the matched ranking also what it changes of the baseline's."""
-    tokenizer = reader.round_.tokenizer
+    tokenizer = reader.experiment.tokenizer
     measured: dict[int, RankedQuestion] = {}
 
     def measure(part: Sequence[int]) -> None:
@@ -125,14 +130,16 @@ def measure_lists(
             prompts=[reader.prompts[number] for number in part],
             generated=generated,
             brackets=brackets,
-            insides=[ranked[number].inside or [] for number in part],  # unknown in older files, and not asked for here
+            answer_positions=[
+                ranked[number].inside or [] for number in part
+            ],  # unknown in older files, and not asked for here
             rows=list(range(len(part))),
             trace=reader.read(part),
             special_ids=prompts.find_special_ids(tokenizer),
         )
         lists = rankings.add_removed(reader.model, sequences, [ranked[number].fields() for number in part], means)
         if ranking == "matched":
-            scores = rankings.rank_by_mean_activation(reader.model, sequences, reader.round_.options.seed)
+            scores = rankings.rank_by_mean_activation(reader.model, sequences, reader.experiment.options.seed)
             of_baseline = rankings.cut_lists(scores, sequences)
             baseline = rankings.add_removed(reader.model, sequences, of_baseline, means)
             lists = rankings.add_targets(lists, baseline)
@@ -144,8 +151,8 @@ def measure_lists(
     return [measured[number] for number in range(len(ranked))]
 
 
-def load(round_: Round, means: list[float], model: SplicedModel) -> Float[Tensor, d_sae]:
+def load(experiment: Experiment, means: list[float], model: SplicedModel) -> Float[Tensor, d_sae]:
     """These means on the SAE's device."""
     if len(means) != model.splice.d_sae:
-        raise UserError(f"{round_.options.output_dir / 'means.json'}: is of another SAE: move it away")
+        raise UserError(f"{experiment.options.output_dir / 'means.json'}: is of another SAE: move it away")
     return torch.tensor(means, dtype=torch.float32, device=model.splice.device)

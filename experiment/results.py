@@ -28,12 +28,12 @@ from experiment.records.schema import (
     UnmaskedEntry,
 )
 from experiment.report import cells, estimates, folders, outputs, tables
-from experiment.rounds import Round
+from experiment.rounds import Experiment
 
 ROUND_NAMES: dict[Side, str] = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
 
 
-def report_results(round_: Round, earlier: list[Entry], fresh: Sequence[Entry]) -> None:
+def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence[Entry]) -> None:
     """Puts fresh entries in the place of those of the same round, ranking and K, and writes and prints the table.
 
     Entries that are no longer of what lies in the folder are left out, with a line.
@@ -41,8 +41,8 @@ def report_results(round_: Round, earlier: list[Entry], fresh: Sequence[Entry]) 
     replaced = set(map(name_entry, fresh))
     entries = [entry for entry in earlier if name_entry(entry) not in replaced]
     entries += fresh
-    path = round_.options.output_dir
-    folder = folders.read_folder(path, entries, round_.questions)
+    path = experiment.options.output_dir
+    folder = folders.read_folder(path, entries, experiment.questions)
     files.write_results(path / "results.json", folder.entries)
     outputs.write_report(path, [folder], folder.entries)
     table = tables.build_table(folder.entries)
@@ -65,32 +65,32 @@ def hash_population(asked: Iterable[Question]) -> str:
 # Round 1
 
 
-def store_activations(round_: Round, journals: dict[str, Journal]) -> dict[Question, KeptRecord]:
+def store_activations(experiment: Experiment, journals: dict[str, Journal]) -> dict[Question, KeptRecord]:
     """Makes each ranking's journal one file, and its file of activations of it. Returns {kept question: its record}."""
-    ids = [question.id for question in round_.asked]
+    ids = [question.id for question in experiment.asked]
     for ranking, journal in journals.items():
         ranked = []
         for record in journal.finish(ids):
             if isinstance(record, KeptRecord):
                 ranked.append(record.as_ranked())
         made = journal.provenance.with_fields(asked=len(ids), kept=len(ranked))
-        path = activations.name_file(round_.options, ranking)
+        path = activations.name_file(experiment.options, ranking)
         files.write_activations(path, made, ranked)
     first = next(iter(journals.values()))
-    return find_kept(round_, first)
+    return find_kept(experiment, first)
 
 
-def find_kept(round_: Round, journal: Journal) -> dict[Question, KeptRecord]:
+def find_kept(experiment: Experiment, journal: Journal) -> dict[Question, KeptRecord]:
     """{question: its record} of those that a ranking's journal of round 1 keeps."""
     kept = {}
-    for question in round_.asked:
+    for question in experiment.asked:
         record = journal[question.id]
         if isinstance(record, KeptRecord):
             kept[question] = record
     return kept
 
 
-def finish_round_1(round_: Round, earlier: list[Entry], journals: dict[str, Journal], keep_f1: float) -> None:
+def finish_round_1(experiment: Experiment, earlier: list[Entry], journals: dict[str, Journal], keep_f1: float) -> None:
     """Writes and prints the results. keep_f1: from which F1 on an answer is right.
 
     Each ranking has figures of its own: where one was asked for later, on another device, its answers may differ.
@@ -101,25 +101,25 @@ def finish_round_1(round_: Round, earlier: list[Entry], journals: dict[str, Jour
         name = journal.provenance.ranking
         assert name is not None  # every round's has one
         by_name[name] = journal
-        kept[name] = find_kept(round_, journal)
+        kept[name] = find_kept(experiment, journal)
     fresh = []
     sentences = []
     for ranking, journal in by_name.items():
-        statistics = measure_latents(round_.options, ranking, kept)
-        entry = make_unmasked_entry(round_, journal, kept[ranking], keep_f1, statistics)
+        statistics = measure_latents(experiment.options, ranking, kept)
+        entry = make_unmasked_entry(experiment, journal, kept[ranking], keep_f1, statistics)
         fresh.append(entry)
         sentences.append(f"{ranking}: {cells.tell_statistics(statistics, ranking)}")
-    report_results(round_, earlier, fresh)
-    sentences.append(f"{tell_round_1(round_, fresh[0])} All files: {round_.options.output_dir}")
+    report_results(experiment, earlier, fresh)
+    sentences.append(f"{tell_round_1(experiment, fresh[0])} All files: {experiment.options.output_dir}")
     for sentence in sentences:
         print(f"\n{sentence}")
 
 
-def tell_round_1(round_: Round, entry: UnmaskedEntry) -> str:
+def tell_round_1(experiment: Experiment, entry: UnmaskedEntry) -> str:
     """How many questions were asked, and what became of them, in a sentence."""
     assert entry.asked is not None and entry.kept is not None  # the entries of this round have them
     kept = f"{entry.kept} answered right and kept ({100 * entry.kept / entry.asked:.1f}%)"
-    too_long = f", {len(round_.left_out)} left out as too long" if round_.left_out else ""
+    too_long = f", {len(experiment.left_out)} left out as too long" if experiment.left_out else ""
     return (
         f"Round 1: {entry.asked} questions asked, {kept}, {entry.wrong} answered wrong, {entry.unranked} right but "
         f"without any [ to rank at{too_long}."
@@ -127,14 +127,14 @@ def tell_round_1(round_: Round, entry: UnmaskedEntry) -> str:
 
 
 def make_unmasked_entry(
-    round_: Round,
+    experiment: Experiment,
     journal: Journal,
     kept: dict[Question, KeptRecord],
     keep_f1: float,
     statistics: LatentStatistics,
 ) -> UnmaskedEntry:
     """The entry of a ranking's unmasked answers: of those kept, of all, and how many of which kind there are."""
-    asked = round_.asked
+    asked = experiment.asked
     right = sum(record.f1 >= keep_f1 for record in journal.values())
     of_kept = estimate_scores(kept.values(), kept)
     of_all = estimate_scores(journal.values(), asked)
@@ -147,7 +147,7 @@ def make_unmasked_entry(
         kept=len(kept),
         wrong=len(asked) - right,
         unranked=right - len(kept),
-        left_out=round_.left_out,
+        left_out=experiment.left_out,
         journal=journal.path.name,
         run=journal.provenance,
         round="baseline",

@@ -29,7 +29,7 @@ Describe = Callable[[list[Question]], dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Round:
+class Experiment:
     """What a round knows before the model is loaded.
 
     state: this process among those a launcher started.  questions: of the whole data set; asked: those selected.
@@ -105,22 +105,22 @@ class Round:
         return not differences(made, self.find_wanted(wanted, made), ALL)
 
 
-def leave_out_long(round_: Round, context: int | None) -> Round:
-    """The Round without those of the selected questions whose prompt and answer may not fit the model's context, of
-    `context` tokens (None: of no known limit). Raises UserError where none is left.
+def leave_out_long(experiment: Experiment, context: int | None) -> Experiment:
+    """The Experiment without those of the selected questions whose prompt and answer may not fit the model's context,
+    of `context` tokens (None: of no known limit). Raises UserError where none is left.
     """
-    longest_answer = round_.options.max_new_tokens
+    longest_answer = experiment.options.max_new_tokens
     asked: list[Question] = []
     lengths: dict[str, int] = {}
     left_out: list[str] = []
-    for question in round_.asked:
-        length = len(round_.prompt_ids(question))
+    for question in experiment.asked:
+        length = len(experiment.prompt_ids(question))
         if context is not None and length + longest_answer > context:
             left_out.append(question.id)
         else:
             asked.append(question)
             lengths[question.id] = length
-    dataset = round_.options.dataset
+    dataset = experiment.options.dataset
     limit = f"the model's context of {context} tokens, with an answer of {longest_answer}"
     if not asked:
         raise UserError(f"{dataset}: no selected question fits {limit}: shorten them")
@@ -128,27 +128,27 @@ def leave_out_long(round_: Round, context: int | None) -> Round:
         named = ", ".join(left_out[:5])
         more = ", ..." if len(left_out) > 5 else ""
         say(f"{dataset}: {len(left_out)} questions do not fit {limit}: they are left out ({named}{more})")
-    return dataclasses.replace(round_, asked=asked, lengths=lengths, left_out=left_out)
+    return dataclasses.replace(experiment, asked=asked, lengths=lengths, left_out=left_out)
 
 
 @contextlib.contextmanager
-def writing(round_: Round) -> Iterator[list[Entry]]:
+def open_output_folder(experiment: Experiment) -> Iterator[list[Entry]]:
     """Keeps the output folder to this round, and gives the entries that its results.json holds already."""
-    folder = round_.options.output_dir
-    lock = files.lock(folder) if round_.state.is_main_process else contextlib.nullcontext()
+    folder = experiment.options.output_dir
+    lock = files.lock(folder) if experiment.state.is_main_process else contextlib.nullcontext()
     with lock, memory_errors():
-        overwrite = round_.options.overwrite or any(map(round_.is_begun, round_.options.ranking))
-        entries = files.read_results_of(folder / "results.json", round_.provenance, overwrite)
-        round_.state.wait_for_everyone()
+        overwrite = experiment.options.overwrite or any(map(experiment.is_begun, experiment.options.ranking))
+        entries = files.read_results_of(folder / "results.json", experiment.provenance, overwrite)
+        experiment.state.wait_for_everyone()
         yield entries
-        if round_.state.num_processes > 1:
-            round_.state.destroy_process_group()
+        if experiment.state.num_processes > 1:
+            experiment.state.destroy_process_group()
 
 
-def wait_for_all(round_: Round) -> bool:
+def wait_for_all(experiment: Experiment) -> bool:
     """Waits until all processes have done their share. True in the first one, which finishes the round."""
-    round_.state.wait_for_everyone()
-    return round_.state.is_main_process
+    experiment.state.wait_for_everyone()
+    return experiment.state.is_main_process
 
 
 def is_finished(asked: list[Question], journals: Mapping[Any, Journal]) -> bool:
@@ -183,7 +183,7 @@ class Work(Generic[Key]):
 
 
 def plan_work(
-    round_: Round,
+    experiment: Experiment,
     sizes: Sizes,
     asked: list[Question],
     journals: Mapping[Key, Journal],
@@ -194,12 +194,12 @@ def plan_work(
     drafts: tokens that each question's prompt is run with, by id. Batches and groups depend on the questions alone, so
     that an interrupted round ends in the same bytes as another, also in half precision.
     """
-    state = round_.state
+    state = experiment.state
     state.wait_for_everyone()  # all have read the journals before one of them writes
     lengths = []
     for question in asked:
         draft = drafts[question.id] if drafts else []
-        lengths.append(round_.lengths[question.id] + len(draft))
+        lengths.append(experiment.lengths[question.id] + len(draft))
     batches = plan.plan_batches(lengths, sizes.batch, [question.context for question in asked])
     share = []
     first = 0  # the number of the group's first batch: processes take turns over all of them, groups of one included
@@ -228,8 +228,8 @@ def _make_work(asked: list[Question], batches: list[list[int]], journals: Mappin
 class Bar:
     """Shows how many answers of this process's share are there. Moves within a group, and is right at its end."""
 
-    def __init__(self, round_: Round, label: str, share: list[Work[Key]], journals: Mapping[Key, Journal]):
-        state = round_.state
+    def __init__(self, experiment: Experiment, label: str, share: list[Work[Key]], journals: Mapping[Key, Journal]):
+        state = experiment.state
         if state.num_processes > 1:
             label += f", process 1 of {state.num_processes}"
         total = 0

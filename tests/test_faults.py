@@ -852,10 +852,10 @@ def test_a_gradient_that_does_not_fit_splits_the_batch_around_it(roomy, demo, tm
     memory = Memory(monkeypatch, "gradient", 0, ERRORS["PyTorch"])
     ranked = []
 
-    def fit_in_half_a_batch(round_, group, answers, records, read, batch, then=baseline.find_sequences):
+    def fit_in_half_a_batch(experiment, group, answers, records, read, batch, then=baseline.find_sequences):
         ranked.append(len(batch))
         memory.most = 0 if len(batch) > 10 else 100
-        return then(round_, group, answers, records, read, batch)
+        return then(experiment, group, answers, records, read, batch)
 
     monkeypatch.setattr(baseline, "find_sequences", fit_in_half_a_batch)
     code, _, err = run_script("baseline", [*WIDE, "--output-dir", tmp_path], monkeypatch, capsys)

@@ -79,7 +79,7 @@ def make_sequences(tokenizer, cases, found, trace):
         prompts=[case["prompt"] for case in cases],
         generated=generated,
         brackets=[prompts.find_bracket(tokenizer, tokens) for tokens in generated],
-        insides=[prompts.find_answer(tokenizer, tokens) for tokens in generated],
+        answer_positions=[prompts.find_answer(tokenizer, tokens) for tokens in generated],
         rows=list(range(len(cases))),
         trace=trace,
         special_ids=prompts.find_special_ids(tokenizer),
@@ -90,7 +90,7 @@ def pick(sequences, *numbers):
     """The Sequences of some of them."""
     lists = {
         name: [getattr(sequences, name)[n] for n in numbers]
-        for name in ("ids", "prompts", "generated", "brackets", "insides", "rows")
+        for name in ("ids", "prompts", "generated", "brackets", "answer_positions", "rows")
     }
     return dataclasses.replace(sequences, **lists)
 
@@ -549,7 +549,7 @@ def test_gradient_scores(demo, sequences, size):
     for name in ("gradsae", "gradsae-answer"):
         for numbers in in_batches(range(24), size):
             for n, row in zip(numbers, rank(model, name, pick(sequences, *numbers))):
-                end = sequences.brackets[n] if name == "gradsae" else sequences.insides[n][0]
+                end = sequences.brackets[n] if name == "gradsae" else sequences.answer_positions[n][0]
                 ids, token = sequences.prompts[n] + sequences.generated[n][:end], sequences.generated[n][end]
                 theirs, _ = oracle.gradient_scores(model.model, model.splice.sae, ids, token)
                 assert (theirs > 0).sum() > 50

@@ -159,13 +159,13 @@ def test_a_mistake_is_one_line(tmp_path):
 @pytest.mark.parametrize("budget, workers, most", [(16384, 2, 0.56), (2000, 2, 0.51), (2000, 4, 0.27)])
 def test_work_is_split_evenly(demo_questions, budget, workers, most, batches_per_group):
     """Of all the demo's questions in its own batches, and of many small ones; whatever a group holds."""
-    round_ = common.prepare(options.parse(["--demo"], "", masks=False))
+    experiment = common.prepare(options.parse(["--demo"], "", masks=False))
     sizes = Sizes(budget, budget, batches_per_group * budget)
     shares = []
     for worker in range(workers):
         state = SimpleNamespace(process_index=worker, num_processes=workers, wait_for_everyone=lambda: None)
-        shares.append(rounds.plan_work(dataclasses.replace(round_, state=state), sizes, round_.asked, {}))
+        shares.append(rounds.plan_work(dataclasses.replace(experiment, state=state), sizes, experiment.asked, {}))
     ids = [question.id for share in shares for work in share for question in work.questions]
     assert sorted(ids) == sorted(question.id for question in demo_questions)
-    tokens = [sum(round_.lengths[question.id] for work in share for question in work.questions) for share in shares]
+    tokens = [sum(experiment.lengths[question.id] for work in share for question in work.questions) for share in shares]
     assert max(tokens) <= most * sum(tokens), tokens

@@ -180,9 +180,9 @@ def test_the_command_line_chooses_a_configuration(tmp_path, monkeypatch):
         return [questions.Question("1", "c", "q", ("a",))], 0, "0f"
 
     monkeypatch.setattr(questions, "load", load)
-    round_ = common.prepare(command_line("--dataset", "org/data", "--split", "test", "--dataset-config", "zh"))
-    assert round_.provenance.dataset_config == "zh"
-    assert folders._load_questions(round_.provenance.with_fields(questions="0f"))
+    experiment = common.prepare(command_line("--dataset", "org/data", "--split", "test", "--dataset-config", "zh"))
+    assert experiment.provenance.dataset_config == "zh"
+    assert folders._load_questions(experiment.provenance.with_fields(questions="0f"))
     assert asked == [("org/data", "test", "zh")] * 2
 
 

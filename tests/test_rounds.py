@@ -486,8 +486,8 @@ def test_a_question_that_just_fits(demo, demo_questions, tmp_path, monkeypatch):
     question = demo_questions[0]
     template = common.choose_template("auto", tokenizer)
     length = len(prompts.tokenize(tokenizer, prompts.build_prompt(template, question.context, question.question)))
-    round_ = common.prepare(options("--limit", 1, "--max-new-tokens", 512 - length))
-    assert (round_.asked, round_.lengths, round_.left_out) == ([question], {question.id: length}, [])
+    experiment = common.prepare(options("--limit", 1, "--max-new-tokens", 512 - length))
+    assert (experiment.asked, experiment.lengths, experiment.left_out) == ([question], {question.id: length}, [])
     with pytest.raises(UserError, match="no selected question fits the model's context of 512 tokens"):
         common.prepare(options("--limit", 1, "--max-new-tokens", 513 - length))
 

@@ -100,7 +100,9 @@ class SplicedModel:
         with in_place, padding_that_sees(), heads_in_groups():
             yield
 
-    def stands_at(self, ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
+    def where_sae_applies(
+        self, ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row pos"]
+    ) -> Bool[Tensor, "row pos"]:
         """Where the SAE stands: not at padding, nor at tokens that bypass it."""
         return attention.bool() & ~torch.isin(ids, self.splice.bypass.to(ids.device))
 
@@ -117,7 +119,7 @@ class SplicedModel:
 
         seen: a list that gets what the SAE read, row by row.
         """
-        stands = self.stands_at(ids, attention[:, -ids.shape[1] :]).flatten()
+        stands = self.where_sae_applies(ids, attention[:, -ids.shape[1] :]).flatten()
 
         def splice(residual: Float[Tensor, "row pos *d_in"]) -> Float[Tensor, "row pos *d_in"]:
             latents = self.splice.encode(residual.flatten(0, 1), stands)
@@ -158,7 +160,7 @@ class SplicedModel:
             return Below(ids, attention, cache, start=torch.cat(parts)[places.to(parts[0].device)])
         latents = []
         for (part_ids, mask), residual in zip(layout.parts(), parts):
-            latents.append(self.splice.encode(residual, self.stands_at(part_ids, mask).flatten()))
+            latents.append(self.splice.encode(residual, self.where_sae_applies(part_ids, mask).flatten()))
         of_rows = join(latents).take(places.flatten().to(self.splice.device))
         stands = of_rows.spliced & attention.flatten().bool().to(self.splice.device)  # a column of padding may be any
         return Below(ids, attention, cache, latents=dataclasses.replace(of_rows, spliced=stands))

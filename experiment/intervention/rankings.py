@@ -33,15 +33,15 @@ class Sequences:
     """The kept questions of a batch as a ranking sees them: lists with an item each.
 
     ids: the questions'.  prompts, generated: token ids.  brackets: the place in `generated` of the last token with a [
-    in its text.  insides: the places there of the tokens inside the brackets.  rows: each one's in `trace`, which is
-    what the SAE read in the whole group.  special_ids: of the tokenizer's special tokens, BOS among them.
+    in its text.  answer_positions: the places there of the tokens inside the brackets.  rows: each one's in `trace`,
+    which is what the SAE read in the whole group.  special_ids: of the tokenizer's special tokens, BOS among them.
     """
 
     ids: list[str]
     prompts: list[list[int]]
     generated: list[list[int]]
     brackets: list[int]
-    insides: list[list[int]]
+    answer_positions: list[list[int]]
     rows: list[int]
     trace: SequenceActivations
     special_ids: Sequence[int]
@@ -127,7 +127,7 @@ def rank_by_gradient(model: SplicedModel, sequences: Sequences, seed: int) -> Sc
 
 def rank_by_gradient_of_answer(model: SplicedModel, sequences: Sequences, seed: int) -> Scores:
     """As GradSAE, but P is the probability of the answer's first token inside the brackets; no scores without one."""
-    first_places = [inside[0] if inside else None for inside in sequences.insides]
+    first_places = [inside[0] if inside else None for inside in sequences.answer_positions]
     return _score_by_gradient(model, sequences, first_places)
 
 

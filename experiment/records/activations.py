@@ -26,7 +26,7 @@ from experiment.records.schema import Provenance, PublishedQuestion, RankedLaten
 if TYPE_CHECKING:
     from experiment.intervention.forward import SplicedModel
     from experiment.questions import Question
-    from experiment.rounds import Round  # which stands on this module
+    from experiment.rounds import Experiment  # which stands on this module
 
 OF_RANKING = (*SETTINGS, "ranking")
 
@@ -36,9 +36,9 @@ def name_file(options: Options, ranking: str) -> Path:
     return options.activations or options.output_dir / f"activations_{own_rankings.name_of(ranking)}.json"
 
 
-def refuse_others(round_: Round) -> None:
+def refuse_others(experiment: Experiment) -> None:
     """Refuses, before anything is run, to replace the activations of another run, or a file that is none."""
-    options = round_.options
+    options = experiment.options
     if options.overwrite:
         return
     for ranking in options.ranking:
@@ -48,16 +48,16 @@ def refuse_others(round_: Round) -> None:
             paths.append(files.name_mean_file(path))
         for file in paths:
             if file.exists():
-                refuse_other_file(round_, ranking, file)
+                refuse_other_file(experiment, ranking, file)
 
 
-def refuse_other_file(round_: Round, ranking: str, file: Path) -> None:
+def refuse_other_file(experiment: Experiment, ranking: str, file: Path) -> None:
     """Raises UserError for a file of activations that round 1 may not replace."""
     made, _ = files.read_activations(file)
     if made is None:
         raise UserError(f"{file}: is the authors' published file: give another --activations, or --overwrite")
-    if round_.options.activations or not round_.is_begun(ranking):
-        wanted = round_.find_wanted(round_.provenance_of(ranking), made)
+    if experiment.options.activations or not experiment.is_begun(ranking):
+        wanted = experiment.find_wanted(experiment.provenance_of(ranking), made)
         refuse_other_run(file, made, wanted, (*RANKED, *SELECTION))
 
 
@@ -85,72 +85,74 @@ class RankedFile:
         return {"activations": digest_ranked(self.questions, self.side, ids)}
 
 
-def read_ranked(round_: Round, ranking: str, side: Side) -> RankedFile:
+def read_ranked(experiment: Experiment, ranking: str, side: Side) -> RankedFile:
     """The RankedFile of one ranking, from --activations, the output folder, or the file that ships with the project."""
-    path = find_activations(round_, ranking)
+    path = find_activations(experiment, ranking)
     if not path.exists():
-        raise UserError(f"{path}: there is no such file: {advise_round_1(round_)}")
+        raise UserError(f"{path}: there is no such file: {advise_round_1(experiment)}")
     read = files.read_activations(path)
     made, ranked = read
     by_id: Mapping[str, RankedLatents]
     if read[0] is None:
         say(f"{path}: the authors' published form: model, SAE, layer and dtype that made it cannot be checked.")
-        by_id, missing = match_prompts(round_, read[1])
+        by_id, missing = match_prompts(experiment, read[1])
     else:
         made, own = read
-        if named := differences(made, round_.provenance_of(ranking), OF_RANKING):
-            advice = advise_round_1(round_, overwrite=True)
+        if named := differences(made, experiment.provenance_of(ranking), OF_RANKING):
+            advice = advise_round_1(experiment, overwrite=True)
             raise UserError(f"{path}: is of another run ({named}): repeat its options, or {advice}")
-        refuse_unasked(round_, path, made)
-        if round_.options.ablation == "mean":
-            path, own = take_from_mean_file(round_, path, made, own)
-        by_id, missing = match_ids(round_, own)
+        refuse_unasked(experiment, path, made)
+        if experiment.options.ablation == "mean":
+            path, own = take_from_mean_file(experiment, path, made, own)
+        by_id, missing = match_ids(experiment, own)
     if missing:
         named = ", ".join(repr(name[-80:]) for name in missing[:5])
         say(f"{path}: {len(missing)} of its {len(ranked)} questions are not in the data set: {named}")
-    if not any(question.id in by_id for question in round_.asked):
-        raise UserError(f"{path}: none of its questions is among the {len(round_.asked)} selected ones")
+    if not any(question.id in by_id for question in experiment.asked):
+        raise UserError(f"{path}: none of its questions is among the {len(experiment.asked)} selected ones")
     if ranking == "matched":
-        refuse_untold(round_, path, by_id, side)
+        refuse_untold(experiment, path, by_id, side)
     file = RankedFile(
-        provenance=mask_provenance(round_, ranking, side, made),
+        provenance=mask_provenance(experiment, ranking, side, made),
         path=path,
-        name=path.name if path.parent in (round_.options.output_dir, ROOT) else str(path.resolve()),
+        name=path.name if path.parent in (experiment.options.output_dir, ROOT) else str(path.resolve()),
         questions=by_id,
         side=side,
         missing=missing,
         selection={name: getattr(made, name) for name in SELECTION} if made else None,
     )
-    used = file.digest_used(round_.asked)
+    used = file.digest_used(experiment.asked)
     return dataclasses.replace(file, provenance=file.provenance.with_fields(**used))
 
 
-def mask_provenance(round_: Round, ranking: str, side: Side, made: Provenance | None) -> Provenance:
+def mask_provenance(experiment: Experiment, ranking: str, side: Side, made: Provenance | None) -> Provenance:
     """The provenance of a round that masks one side of a file that `made` made; what only that knows is of it."""
-    provenance = round_.provenance_of(ranking).with_fields(masked=side, ablation=round_.options.ablation)
+    provenance = experiment.provenance_of(ranking).with_fields(masked=side, ablation=experiment.options.ablation)
     known = made.fields() if made else {}
     of_file = {name: known[name] for name in ("ranking_seed", "hook_name", "d_sae") if name in known}
     return provenance.with_fields(**of_file)
 
 
-def refuse_untold(round_: Round, path: Path, ranked: Mapping[str, RankedLatents], side: Side) -> None:
+def refuse_untold(experiment: Experiment, path: Path, ranked: Mapping[str, RankedLatents], side: Side) -> None:
     """Raises UserError for a matched ranking's file that does not say what its latents and the baseline's remove."""
     for question in ranked.values():
         if question.target(side) is None or question.removed(side) is None:
-            advice = advise_round_1(round_, overwrite=True)
+            advice = advise_round_1(experiment, overwrite=True)
             raise UserError(f"{path}: does not say what the baseline's latents remove: {advice}")
 
 
-def advise_round_1(round_: Round, **changed: object) -> str:
+def advise_round_1(experiment: Experiment, **changed: object) -> str:
     """What to do where a masked round lacks what round 1 makes: the command, with the round's own options."""
-    leave_out = "leave --activations out and " if round_.options.activations else ""  # it may be somebody else's file
-    return f"{leave_out}run this first: {write_command(round_.options, activations=None, **changed)}"
+    leave_out = (
+        "leave --activations out and " if experiment.options.activations else ""
+    )  # it may be somebody else's file
+    return f"{leave_out}run this first: {write_command(experiment.options, activations=None, **changed)}"
 
 
-def refuse_unasked(round_: Round, path: Path, made: Provenance) -> None:
+def refuse_unasked(experiment: Experiment, path: Path, made: Provenance) -> None:
     """Raises UserError where questions are selected that round 1 never asked. made: the provenance of its file."""
-    asked = {question.id for question in round_.select_as(made)}
-    unasked = [question.id for question in round_.asked if question.id not in asked]
+    asked = {question.id for question in experiment.select_as(made)}
+    unasked = [question.id for question in experiment.asked if question.id not in asked]
     if not unasked:
         return
     selection = []
@@ -158,29 +160,29 @@ def refuse_unasked(round_: Round, path: Path, made: Provenance) -> None:
         value = getattr(made, name)
         if value is not None:
             selection.append(f"--{name} {value}")
-    goes_on = asked <= {question.id for question in round_.asked}
-    advice = advise_round_1(round_, overwrite=not goes_on)
+    goes_on = asked <= {question.id for question in experiment.asked}
+    advice = advise_round_1(experiment, overwrite=not goes_on)
     raise UserError(
-        f"{path}: round 1 never asked {len(unasked)} of the {len(round_.asked)} selected questions ({unasked[0]}): "
+        f"{path}: round 1 never asked {len(unasked)} of the {len(experiment.asked)} selected questions ({unasked[0]}): "
         f"give {' '.join(selection)}, as in round 1, or {advice}"
     )
 
 
-def find_activations(round_: Round, ranking: str) -> Path:
+def find_activations(experiment: Experiment, ranking: str) -> Path:
     """The file of a ranking's activations: the one that ships is used where the folder has none of its own."""
-    path = name_file(round_.options, ranking)
+    path = name_file(experiment.options, ranking)
     shipped = ROOT / f"activations_{own_rankings.name_of(ranking)}.json"
-    if round_.options.activations is None and not path.exists() and shipped.exists():
+    if experiment.options.activations is None and not path.exists() and shipped.exists():
         made, _ = files.read_activations(shipped)
         assert made is not None  # what ships is of the form that round 1 writes
-        if not differences(made, round_.provenance_of(ranking), OF_RANKING):
+        if not differences(made, experiment.provenance_of(ranking), OF_RANKING):
             say(f"{path} is not there: using {shipped.name}, which ships with the project.")
             return shipped
     return path
 
 
 def take_from_mean_file(
-    round_: Round, path: Path, made: Provenance, ranked: list[RankedQuestion]
+    experiment: Experiment, path: Path, made: Provenance, ranked: list[RankedQuestion]
 ) -> tuple[Path, list[RankedQuestion]]:
     """The file beside a ranking's own and its questions: the same lists, and what mean ablation of them changes.
 
@@ -189,7 +191,7 @@ def take_from_mean_file(
     """
     beside = files.name_mean_file(path)
     if not beside.exists():
-        raise UserError(f"{beside}: there is no such file: {advise_round_1(round_)}")
+        raise UserError(f"{beside}: there is no such file: {advise_round_1(experiment)}")
     read = files.read_activations(beside)
     if read[0] is None or differences(read[0], made, OF_RANKING):
         problem = f"is of another run than {path.name}"
@@ -197,7 +199,7 @@ def take_from_mean_file(
         problem = f"has other lists than {path.name}"
     else:
         return beside, read[1]
-    raise UserError(f"{beside}: {problem}: {advise_round_1(round_, overwrite=True)}")
+    raise UserError(f"{beside}: {problem}: {advise_round_1(experiment, overwrite=True)}")
 
 
 def select_lists(ranked: list[RankedQuestion]) -> list[tuple]:
@@ -205,9 +207,9 @@ def select_lists(ranked: list[RankedQuestion]) -> list[tuple]:
     return [(question.id, *map(question.latents, SIDES)) for question in ranked]
 
 
-def match_ids(round_: Round, ranked: list[RankedQuestion]) -> tuple[dict[str, RankedQuestion], list[str]]:
+def match_ids(experiment: Experiment, ranked: list[RankedQuestion]) -> tuple[dict[str, RankedQuestion], list[str]]:
     """Ranked questions by id, and the ids that the data set lacks."""
-    known = {question.id for question in round_.questions}
+    known = {question.id for question in experiment.questions}
     by_id = {}
     missing = []
     for question in ranked:
@@ -218,11 +220,13 @@ def match_ids(round_: Round, ranked: list[RankedQuestion]) -> tuple[dict[str, Ra
     return by_id, missing
 
 
-def match_prompts(round_: Round, ranked: list[PublishedQuestion]) -> tuple[dict[str, PublishedQuestion], list[str]]:
+def match_prompts(
+    experiment: Experiment, ranked: list[PublishedQuestion]
+) -> tuple[dict[str, PublishedQuestion], list[str]]:
     """Ranked questions of the authors' file by question id, and the prompts that no question has."""
     ids_of_prompt: dict[str, list[str]] = {}
-    for question in round_.questions:
-        ids_of_prompt.setdefault(round_.prompt(question), []).append(question.id)
+    for question in experiment.questions:
+        ids_of_prompt.setdefault(experiment.prompt(question), []).append(question.id)
     by_id = {}
     missing = []
     for sample in ranked:
@@ -234,22 +238,22 @@ def match_prompts(round_: Round, ranked: list[PublishedQuestion]) -> tuple[dict[
     return by_id, missing
 
 
-def find_asked(round_: Round, ranked: dict[str, RankedFile]) -> list[Question]:
+def find_asked(experiment: Experiment, ranked: dict[str, RankedFile]) -> list[Question]:
     """The questions that are masked: those selected that the files have.
 
     Raises UserError where the files are not of the same unmasked answers: one draft, and one reference, stands for all.
     """
     first, *others = ranked.values()
-    for question in round_.asked:
+    for question in experiment.asked:
         for other in others:
             if same_answer(first.questions.get(question.id), other.questions.get(question.id)):
                 continue
-            command = write_command(round_.options, overwrite=True, **(first.selection or {}))
+            command = write_command(experiment.options, overwrite=True, **(first.selection or {}))
             raise UserError(
                 f"{first.path} and {other.path} are of different unmasked answers (question {question.id}): give "
                 f"one --ranking at a time, or answer once for all of them: {command}"
             )
-    return [question for question in round_.asked if question.id in first.questions]
+    return [question for question in experiment.asked if question.id in first.questions]
 
 
 def check_latents(ranked: dict[str, RankedFile], model: SplicedModel) -> None:
@@ -266,12 +270,12 @@ def check_latents(ranked: dict[str, RankedFile], model: SplicedModel) -> None:
                 raise UserError(f"{where} names token {token}, but the model has {words}")
 
 
-def read_stored_means(round_: Round) -> list[float]:
+def read_stored_means(experiment: Experiment) -> list[float]:
     """The mean activation of each latent of the SAE that round 1 stored with --ablation mean."""
-    path = round_.options.output_dir / "means.json"
+    path = experiment.options.output_dir / "means.json"
     if not path.exists():
-        raise UserError(f"{path}: there is no such file: {advise_round_1(round_)}")
+        raise UserError(f"{path}: there is no such file: {advise_round_1(experiment)}")
     stored = files.read_means(path)
-    refuse_other_run(path, stored.provenance, round_.provenance, SETTINGS)
-    refuse_unasked(round_, path, stored.provenance)
+    refuse_other_run(path, stored.provenance, experiment.provenance, SETTINGS)
+    refuse_unasked(experiment, path, stored.provenance)
     return stored.means
