@@ -102,6 +102,7 @@ def answer_masked(
     rows: list[dict[int, Row]] = [{} for _ in group.masks]  # by question
 
     def run(batch: list[int]) -> None:
+        # All masks, unless memory ran out behind some of them: these are not run again.
         left = [number for number, of_mask in enumerate(rows) if batch[0] not in of_mask]
         for number, of_mask in _run_masked(model, group, batch, left, means, pool):
             for question, row in zip(batch, of_mask):

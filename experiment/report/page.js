@@ -215,7 +215,7 @@ const table = new DataTable("#questions", {
     infoFiltered: "of _MAX_",
     emptyTable: "No question was kept",
     zeroRecords: "No question fits",
-    lengthMenu: "_MENU_ a page",
+    lengthMenu: "_MENU_ per page",
   },
   columns: [
     column(
