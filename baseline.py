@@ -154,7 +154,7 @@ def find_sequences(
         brackets=brackets,
         answer_positions=[prompts.find_answer(tokenizer, tokens) for tokens in generated],
         rows=rows,
-        trace=read,
+        read=read,
         special_ids=prompts.find_special_ids(tokenizer),
     )
 

@@ -252,7 +252,7 @@ def round_1(work, batches, names=("baseline",)):
             brackets=of_part,
             answer_positions=[[place] for place in of_part],
             rows=part,
-            trace=read,
+            read=read,
             special_ids=work.special_ids,
         )
         lists, *_ = [rankings.rank(work.model, name, sequences, seed=0) for name in names]

@@ -134,7 +134,7 @@ def measure_lists(
                 ranked[number].inside or [] for number in part
             ],  # unknown in older files, and not asked for here
             rows=list(range(len(part))),
-            trace=reader.read(part),
+            read=reader.read(part),
             special_ids=prompts.find_special_ids(tokenizer),
         )
         lists = rankings.add_removed(reader.model, sequences, [ranked[number].fields() for number in part], means)

@@ -419,12 +419,12 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
     assert [kind for kind, _ in seen[:3]] == (["whole", "whole", "step"] if shares else ["whole", "step", "step"])
 
     for guess in (drafts[0][:2], drafts[1][:4], [7, *drafts[2][:1]]):  # what answers begin with: right for some
-        found, trace = conftest.answer(model, prompts, windowed.contexts, STEPS, guess)
+        found, read = conftest.answer(model, prompts, windowed.contexts, STEPS, guess)
         assert [answer.tokens for answer in found] == drafts
         sequences = [prompt + draft[:-1] for prompt, draft in zip(prompts, drafts)]
         lengths = list(map(len, sequences))
-        assert trace.rows.bincount().tolist() == lengths
-        for row, means in enumerate(rankings.mean(model, trace.select(range(len(prompts)), lengths))):
+        assert read.rows.bincount().tolist() == lengths
+        for row, means in enumerate(rankings.mean(model, read.select(range(len(prompts)), lengths))):
             acts = oracle.activations(windowed.bridge, model.splice.sae, sequences[row])
             torch.testing.assert_close(means, acts.mean(0), rtol=1e-4, atol=1e-5)
 
@@ -515,9 +515,9 @@ def test_where_nothing_is_sparse(hook_name, error_term, windowed, monkeypatch):
 
     def answer_all():
         del used[:]
-        found, trace = conftest.answer(model, windowed.prompts, windowed.contexts, STEPS)
+        found, read = conftest.answer(model, windowed.prompts, windowed.contexts, STEPS)
         masked = answer_masked(model, windowed, [answer.tokens for answer in found], masks)
-        latents = trace.select(range(len(found)), [10**6] * len(found)).latents
+        latents = read.select(range(len(found)), [10**6] * len(found)).latents
         return found, latents, masked, set(used)
 
     monkeypatch.setattr(splice, "DENSE", 1)
@@ -547,7 +547,7 @@ def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
     def generate(prompt, masked=()):
         return oracle.generate(windowed.bridge, sae, windowed.tokenizer, prompt, masked, STEPS)
 
-    found, trace = conftest.answer(model, prompts, windowed.contexts, STEPS)
+    found, read = conftest.answer(model, prompts, windowed.contexts, STEPS)
     drafts = [generate(prompt) for prompt in prompts]
     assert [answer.tokens for answer in found] == drafts
     expected = [[generate(*pair) for pair in zip(prompts, masked)] for masked in masks]
@@ -555,7 +555,7 @@ def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
 
     count, generated = len(prompts), [answer.tokens for answer in found]
     ids = [str(row) for row in range(count)]
-    sequences = rankings.Sequences(ids, prompts, generated, [3] * count, [[]] * count, range(count), trace, [])
+    sequences = rankings.Sequences(ids, prompts, generated, [3] * count, [[]] * count, range(count), read, [])
     for row, means, gradients in zip(
         range(count),
         rankings.rank_by_mean_activation(model, sequences, 0),

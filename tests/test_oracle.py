@@ -71,7 +71,7 @@ def answer_all(model, cases, most=50, guess=()):
     return conftest.answer(model, [case["prompt"] for case in cases], contexts_of(cases), most, guess)
 
 
-def make_sequences(tokenizer, cases, found, trace):
+def make_sequences(tokenizer, cases, found, read):
     """The Sequences of all these cases, as round 1 makes them."""
     generated = [one.tokens for one in found]
     return rankings.Sequences(
@@ -81,7 +81,7 @@ def make_sequences(tokenizer, cases, found, trace):
         brackets=[prompts.find_bracket(tokenizer, tokens) for tokens in generated],
         answer_positions=[prompts.find_answer(tokenizer, tokens) for tokens in generated],
         rows=list(range(len(cases))),
-        trace=trace,
+        read=read,
         special_ids=prompts.find_special_ids(tokenizer),
     )
 
@@ -143,14 +143,14 @@ def test_answers_and_rankings(demo, asked, size, share, guess):
     exact = ranked = 0
     for batch in in_batches(asked, size):
         contexts = contexts_of(batch) if share else range(len(batch))
-        found, trace = conftest.answer(model, [case["prompt"] for case in batch], contexts, 50, guess)
+        found, read = conftest.answer(model, [case["prompt"] for case in batch], contexts, 50, guess)
         assert [one.tokens for one in found] == [case["generated"] for case in batch]
         rows = [n for n, case in enumerate(batch) if case["ranking"]]
         cuts = [prompts.find_bracket(tokenizer, one.tokens) for one in found]
         assert [n for n, cut in enumerate(cuts) if cut is not None] == rows
         if not rows:
             continue
-        sequences = pick(make_sequences(tokenizer, batch, found, trace), *rows)
+        sequences = pick(make_sequences(tokenizer, batch, found, read), *rows)
         scores_of_all = rank(model, "baseline", sequences)
         for n, active, scores in zip(rows, sequences.active, scores_of_all):
             theirs = batch[n]["ranking"]
@@ -397,9 +397,9 @@ def test_a_draft_ends_at_its_first_end_token(demo, asked):
 def test_padding_is_not_encoded(demo, asked):
     model, _ = demo
     prompts = [case["prompt"] for case in asked[:9]]
-    _, trace = conftest.answer(model, prompts, range(9), 1)  # a context each: nothing is shared
-    encoded, padded = int(trace.latents.spliced.sum()), len(trace.latents.spliced)
-    assert encoded == sum(map(len, prompts)) < padded and not trace.latents.counts[~trace.latents.spliced].any()
+    _, read = conftest.answer(model, prompts, range(9), 1)  # a context each: nothing is shared
+    encoded, padded = int(read.latents.spliced.sum()), len(read.latents.spliced)
+    assert encoded == sum(map(len, prompts)) < padded and not read.latents.counts[~read.latents.spliced].any()
 
 
 def test_hook_points_set_aside_change_nothing(demo, asked):
@@ -451,10 +451,10 @@ def low_scores(asked, demo):
     _, tokenizer = demo
     whole, expected = load_with_low_scores("float32"), []
     for case in asked[:12]:
-        found, trace = answer_all(whole, [case])
+        found, read = answer_all(whole, [case])
         lists = {"topk": [case["ranking"]["topk"]]}
         masked = answer_masked(whole, [case], [found[0].tokens], lists, 1)["topk"]
-        scores = rank(whole, "gradsae", make_sequences(tokenizer, [case], found, trace))
+        scores = rank(whole, "gradsae", make_sequences(tokenizer, [case], found, read))
         expected.append((found[0], masked[0], scores[0]))
     return load_with_low_scores("float16"), expected
 
@@ -473,10 +473,10 @@ def test_padding_poisons_no_row_in_float16(way, low_scores, asked, demo, monkeyp
     (half, expected), (_, tokenizer), cases = low_scores, demo, asked[:12]
     for name, value in PADDED[way].items():
         monkeypatch.setattr(half, name, value)
-    found, trace = answer_all(half, cases)
+    found, read = answer_all(half, cases)
     lists = {"topk": [case["ranking"]["topk"] for case in cases]}
     masked = answer_masked(half, cases, [one.tokens for one in found], lists, 12)["topk"]
-    scores = rank(half, "gradsae", make_sequences(tokenizer, cases, found, trace))
+    scores = rank(half, "gradsae", make_sequences(tokenizer, cases, found, read))
     assert len({len(case["prompt"]) for case in cases}) > 3
     same = 0
     for ours, theirs in zip(zip(found, masked, scores), expected):
@@ -578,8 +578,8 @@ def test_gradient_scores_against_finite_differences(demo, sequences):
     sae = double.splice.sae.double()
     sae.dtype = torch.float64
     double.splice = splice.Splice(sae)
-    _, trace = conftest.answer(double, [prompts[n]], "x", 50)
-    scores = rank(double, "gradsae", dataclasses.replace(pick(sequences, n), rows=[0], trace=trace))[0]
+    _, read = conftest.answer(double, [prompts[n]], "x", 50)
+    scores = rank(double, "gradsae", dataclasses.replace(pick(sequences, n), rows=[0], read=read))[0]
 
     def probabilities(latent, step):
         """P when the latent is scaled by 1 + step at one position: a row for each position."""
@@ -603,11 +603,11 @@ def test_rankings_in_half_precision(demo, sequences, dtype):
     model, _ = demo
     half, _ = load("--dtype", dtype)
     sequences = pick(sequences, *range(20))
-    found, trace = conftest.answer(half, sequences.prompts, range(len(sequences.ids)), 50)
+    found, read = conftest.answer(half, sequences.prompts, range(len(sequences.ids)), 50)
     same = [n for n, one in enumerate(found) if one.tokens == sequences.generated[n]]
     assert len(same) >= 0.95 * len(found)
     exact = pick(sequences, *same)
-    ours = dataclasses.replace(exact, trace=trace)
+    ours = dataclasses.replace(exact, read=read)
     for name in ("baseline", "gradsae", "gradsae-answer"):
         lists = zip(rank(half, name, ours), rank(model, name, exact))
         shared = [shared_percent(*(rankings.top_and_bottom(scores, 6)[0] for scores in pair)) for pair in lists]
@@ -634,17 +634,17 @@ def test_random_scores(demo, sequences):
 
 def residuals(sequences):
     """The residual stream over each sequence that is ranked, [pos, d_model]."""
-    trace = sequences.ranked
-    return [trace.latents.residual[trace.rows == n] for n in range(len(sequences.ids))]
+    read = sequences.ranked
+    return [read.latents.residual[read.rows == n] for n in range(len(sequences.ids))]
 
 
 def ordinary_residuals(sequences):
     """The residual stream at the positions of each sequence whose token is not special, [pos, d_model]."""
-    trace, found = sequences.ranked, []
+    read, found = sequences.ranked, []
     for n in range(len(sequences.ids)):
         ids = sequences.prompts[n] + sequences.generated[n][: sequences.brackets[n]]
         ordinary = torch.tensor([token not in sequences.special_ids for token in ids])
-        found.append(trace.latents.residual[trace.rows == n][ordinary])
+        found.append(read.latents.residual[read.rows == n][ordinary])
     return found
 
 
@@ -681,12 +681,12 @@ def test_nothing_is_removed_where_no_position_counts(demo, sequences):
 
 def scale_bos(model, sequences, times):
     """The sequences as a model gives them whose residual stream at BOS is so many times as long as elsewhere."""
-    trace = sequences.ranked
-    residual = trace.latents.residual.clone()
-    bos = trace.columns == 0
+    read = sequences.ranked
+    residual = read.latents.residual.clone()
+    bos = read.columns == 0
     residual[bos] *= times * residual[~bos].norm(dim=1).mean() / residual[bos].norm(dim=1, keepdim=True)
-    scaled = dataclasses.replace(trace, latents=model.splice.encode(residual, trace.latents.spliced))
-    return dataclasses.replace(sequences, rows=list(range(len(sequences.ids))), trace=scaled)
+    scaled = dataclasses.replace(read, latents=model.splice.encode(residual, read.latents.spliced))
+    return dataclasses.replace(sequences, rows=list(range(len(sequences.ids))), read=scaled)
 
 
 def test_bos_does_not_rule_what_is_removed(demo, sequences):
@@ -733,9 +733,9 @@ def test_negative_activations_rank_by_their_size(demo, sequences):
     """Of an SAE whose activations may be negative BottomK are those of least size, not the most negative ones."""
     model, _ = demo
     few = pick(sequences, 0)
-    latents = few.trace.latents
+    latents = few.read.latents
     signed = dataclasses.replace(latents, values=torch.where(latents.ids % 2 == 0, -latents.values, latents.values))
-    of_signed = dataclasses.replace(few, trace=dataclasses.replace(few.trace, latents=signed))
+    of_signed = dataclasses.replace(few, read=dataclasses.replace(few.read, latents=signed))
     torch.testing.assert_close(rank(model, "baseline", of_signed), rank(model, "baseline", few))
     assert (
         rankings.rank(model, "baseline", of_signed, 42)[0]["bottomk"]
@@ -745,9 +745,9 @@ def test_negative_activations_rank_by_their_size(demo, sequences):
 
 def test_the_mean_over_no_position_is_0(demo, sequences):
     model, _ = demo
-    trace = pick(sequences, 0, 1).ranked
-    scores = rankings.mean(model, trace, where=trace.rows == 1)
-    assert not scores[0].any() and torch.equal(scores[1], rankings.mean(model, trace)[1])
+    read = pick(sequences, 0, 1).ranked
+    scores = rankings.mean(model, read, where=read.rows == 1)
+    assert not scores[0].any() and torch.equal(scores[1], rankings.mean(model, read)[1])
 
 
 def test_stored_lists_hold_100_latents(demo, sequences):
@@ -786,12 +786,12 @@ def test_special_tokens_bypass_the_sae(demo, sequences):
         everywhere = model.forward(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(everywhere, expected, rtol=1e-2, atol=1e-2)
-    _, trace = conftest.answer(other, [ids], "x", 1)
-    scores = rankings.mean(other, trace)[0]
+    _, read = conftest.answer(other, [ids], "x", 1)
+    scores = rankings.mean(other, read)[0]
     residual = seen[0][0, counted]
     acts = sae.encode(residual)
     torch.testing.assert_close(scores, acts.mean(0), rtol=1e-4, atol=1e-5)
-    bypassed = rankings.Sequences(["0"], [ids], [[]], [0], [[]], [0], trace, special)
+    bypassed = rankings.Sequences(["0"], [ids], [[]], [0], [[]], [0], read, special)
     assert torch.equal(bypassed.ordinary, counted)
     (lists,) = rankings.rank(other, "baseline", bypassed, 42)
     expected = oracle.removed_shares(sae, residual, lists["topk"][:3])

@@ -113,18 +113,18 @@ class SplicedModel:
         cache: DynamicCache | None = None,
         mask: Mask | None = None,
         outputs: Outputs | None = None,
-        seen: list[SparseActivations] | None = None,
+        read: list[SparseActivations] | None = None,
     ) -> Float[Tensor, "output vocab"]:
         """A whole pass, and the logits at `outputs` (None: at each row's last position).
 
-        seen: a list that gets what the SAE read, row by row.
+        read: a list that gets what the SAE read, row by row.
         """
         stands = self.where_sae_applies(ids, attention[:, -ids.shape[1] :]).flatten()
 
         def splice(residual: Float[Tensor, "row pos *d_in"]) -> Float[Tensor, "row pos *d_in"]:
             latents = self.splice.encode(residual.flatten(0, 1), stands)
-            if seen is not None:
-                seen.append(latents)
+            if read is not None:
+                read.append(latents)
             rows = number_rows(ids, self.splice.device)
             return self.splice.reconstruct(latents, rows, mask).view_as(residual)
 

@@ -26,7 +26,7 @@ from experiment.intervention.layout import Layout, find_shared
 from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.pool import Limits, Pool
 from experiment.intervention.rows import NO_TOKEN, Answer, Row, cut_at_end, pick_log_probs, pick_tokens
-from experiment.intervention.sequences import Seen, SequenceActivations
+from experiment.intervention.sequences import ReadInPass, SequenceActivations
 from experiment.intervention.splice import Mask, SparseActivations, join
 
 
@@ -67,22 +67,22 @@ def answer(
     """
     proposal = [*opening[: limits.max_new_tokens - 1], NO_TOKEN]
     rows = [Row(prompt, proposal) for prompt in group.prompts]
-    pool = Pool(model, limits, on_ended, keeps_seen=True)
-    seen: list[Seen] = []
+    pool = Pool(model, limits, on_ended, keeps_read=True)
+    parts: list[ReadInPass] = []
 
     def run(batch: list[int]) -> None:
         contexts = [group.contexts[number] for number in batch]
-        seen.append(_run_unmasked(model, [rows[number] for number in batch], batch, contexts, pool))
+        parts.append(_run_unmasked(model, [rows[number] for number in batch], batch, contexts, pool))
 
     with model.ready():
         for batch in group.batches:
             halve_on_oom(run, batch, pool.make_room)
         pool.decode()
     numbers = {id(row): number for number, row in enumerate(rows)}
-    for step_rows, activations in pool.seen:
-        seen.append(Seen.of_step([numbers[id(row)] for row in step_rows], activations))
+    for step_rows, activations in pool.read:
+        parts.append(ReadInPass.of_step([numbers[id(row)] for row in step_rows], activations))
     lengths = [len(row.prompt) + len(row.tokens) - 1 for row in rows]  # nothing reads the last token
-    return [row.answer() for row in rows], SequenceActivations.collect(seen, lengths)
+    return [row.answer() for row in rows], SequenceActivations.collect(parts, lengths)
 
 
 @own_mistakes()
@@ -122,7 +122,7 @@ def answer_masked(
 
 def _run_unmasked(
     model: SplicedModel, rows: list[Row], numbers: list[int], contexts: list[Hashable], pool: Pool
-) -> Seen:
+) -> ReadInPass:
     """A batch's prompts and what is proposed behind them, with nothing masked. Returns what the SAE read."""
     layout = build_layout(model, rows, contexts)
     outputs = find_outputs(rows)
@@ -131,12 +131,12 @@ def _run_unmasked(
 
     def run(ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row cached+pos"], cache: DynamicCache) -> Tensor:
         wanted = outputs if ids is layout.rest_ids else None
-        return model.forward(ids, attention, cache, outputs=wanted, seen=activations)
+        return model.forward(ids, attention, cache, outputs=wanted, read=activations)
 
     logits = model.run_shared(layout, cache, run)[-1]
     read = join(activations)
     attention = keep_agreed(rows, logits, layout.attention, cache, None, pool)
-    return Seen.of_batch(numbers, layout.places, attention, read)
+    return ReadInPass.of_batch(numbers, layout.places, attention, read)
 
 
 def _run_masked(

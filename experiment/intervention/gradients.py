@@ -10,20 +10,20 @@ from experiment.intervention.sequences import SequenceActivations
 
 
 def gradients(
-    model: SplicedModel, sequences: list[list[int]], next_ids: list[int], trace: SequenceActivations
+    model: SplicedModel, sequences: list[list[int]], next_ids: list[int], read: SequenceActivations
 ) -> tuple[Float[Tensor, "pos *d_in"], Float64[Tensor, "row"]]:
-    """The gradient of the probability of next_ids[row] after each sequence, at the reconstruction at trace's positions.
+    """The gradient of the probability of next_ids[row] after each sequence, at the reconstruction at read's positions.
 
-    sequences: lists of token ids; trace: theirs. Also returns what each row's is to be multiplied by: gradients are
+    sequences: lists of token ids; read: theirs. Also returns what each row's is to be multiplied by: gradients are
     scaled up on their way down, where float16 would lose what is small.
     The graph begins at the reconstruction, so only the layers above the SAE keep what their gradient needs.
     """
     layout = Layout(sequences, model.pad_id, model.device)
-    whole = model.splice.reconstruct(trace.latents)
-    padding = layout.ids.shape[1] - torch.tensor([len(ids) for ids in sequences], device=trace.rows.device)
-    columns = padding[trace.rows] + trace.columns
+    whole = model.splice.reconstruct(read.latents)
+    padding = layout.ids.shape[1] - torch.tensor([len(ids) for ids in sequences], device=read.rows.device)
+    columns = padding[read.rows] + read.columns
     # With --device-map auto the SAE, its place in the model and the last layer may be on three devices.
-    places = trace.rows.to(whole.device), columns.to(whole.device)
+    places = read.rows.to(whole.device), columns.to(whole.device)
     leaf = whole.new_zeros(*layout.ids.shape, *whole.shape[1:]).index_put(places, whole).requires_grad_()
     with model.ready(), torch.enable_grad():
         logits = model.forward_from(leaf, layout.ids, layout.attention)

@@ -46,17 +46,17 @@ class Waiting:
 class Pool:
     """Rows that go on wait here, over batches and masks, until enough of them are there to be decoded together.
 
-    seen: the rows of each step and what the SAE read in it; with keeps_seen alone.
+    read: the rows of each step and what the SAE read in it; with keeps_read alone.
     """
 
-    def __init__(self, model: SplicedModel, limits: Limits, on_ended: Callable[[int], None], keeps_seen: bool = False):
+    def __init__(self, model: SplicedModel, limits: Limits, on_ended: Callable[[int], None], keeps_read: bool = False):
         self.model = model
         self.limits = limits
         self.on_ended = on_ended
         self.capacity = limits.pool_tokens
         self.waiting: list[Waiting] = []
-        self.keeps_seen = keeps_seen
-        self.seen: list[tuple[list[Row], SparseActivations]] = []
+        self.keeps_read = keeps_read
+        self.read: list[tuple[list[Row], SparseActivations]] = []
 
     def add(self, rows: list[Row], cache: DynamicCache, attention: Int[Tensor, "row pos"], mask: Mask | None) -> None:
         """Takes over those rows of a batch that have not ended, with their part of the batch's cache."""
@@ -134,15 +134,15 @@ class Pool:
                 rows = [rows[place] for place in places]
             ids = torch.tensor([row.tokens[-1:] for row in rows], device=attention.device)
             attention = torch.cat([attention, torch.ones_like(attention[:, :1])], 1)
-            activations: list[SparseActivations] | None = [] if self.keeps_seen else None
-            logits = model.forward(ids, attention, cache, mask, seen=activations)
+            activations: list[SparseActivations] | None = [] if self.keeps_read else None
+            logits = model.forward(ids, attention, cache, mask, read=activations)
             chosen = pick_tokens(logits)
             log_probs = [0.0] * len(rows)
             if not all(row.is_draft for row in rows):
                 log_probs = pick_log_probs(logits, torch.tensor(chosen, device=logits.device)).tolist()
             going = [not self._has_ended(row) for row in rows]
             if activations is not None:
-                self.seen.append((list(rows), join(activations)))
+                self.read.append((list(rows), join(activations)))
             for row, goes_on, token, log_prob in zip(rows, going, chosen, log_probs):
                 if goes_on:
                     row.append(token, log_prob)

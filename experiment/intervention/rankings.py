@@ -33,7 +33,7 @@ class Sequences:
     """The kept questions of a batch as a ranking sees them: lists with an item each.
 
     ids: the questions'.  prompts, generated: token ids.  brackets: the place in `generated` of the last token with a [
-    in its text.  answer_positions: the places there of the tokens inside the brackets.  rows: each one's in `trace`,
+    in its text.  answer_positions: the places there of the tokens inside the brackets.  rows: each one's in `read`,
     which is what the SAE read in the whole group.  special_ids: of the tokenizer's special tokens, BOS among them.
     """
 
@@ -43,14 +43,14 @@ class Sequences:
     brackets: list[int]
     answer_positions: list[list[int]]
     rows: list[int]
-    trace: SequenceActivations
+    read: SequenceActivations
     special_ids: Sequence[int]
 
     def until(self, places: Sequence[int], numbers: Sequence[int] | None = None) -> SequenceActivations:
         """What the SAE read in sequences (`numbers`; None: in all) up to these places in what was generated."""
         numbers = range(len(self.rows)) if numbers is None else numbers
         ends = [len(self.prompts[number]) + place for number, place in zip(numbers, places)]
-        return self.trace.select([self.rows[number] for number in numbers], ends)
+        return self.read.select([self.rows[number] for number in numbers], ends)
 
     @functools.cached_property
     def ranked(self) -> SequenceActivations:
@@ -93,7 +93,7 @@ class Sequences:
 
 def mean(
     model: SplicedModel,
-    trace: SequenceActivations,
+    read: SequenceActivations,
     values: Float[Tensor, " entry"] | None = None,
     where: Bool[Tensor, " pos"] | None = None,
 ) -> Float[Tensor, "sequence d_sae"]:
@@ -103,7 +103,7 @@ def mean(
     The size, for there are SAEs with negative activations: of two latents the one that writes less ranks lower. In
     double precision, so that the order in which a GPU adds up does not show.
     """
-    latents, rows, d_sae = trace.latents, trace.rows, model.splice.d_sae
+    latents, rows, d_sae = read.latents, read.rows, model.splice.d_sae
     values = latents.values.abs() if values is None else values
     counted = latents.spliced if where is None else latents.spliced & where
     values = values.double() * counted.repeat_interleave(latents.counts)

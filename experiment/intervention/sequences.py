@@ -10,7 +10,7 @@ from experiment.intervention.splice import SparseActivations, join
 
 
 @dataclass(frozen=True)
-class Seen:
+class ReadInPass:
     """What the SAE read in one pass, or in the passes of one batch.
 
     rows: [pos], the number of the sequence that each position belongs to, in the order in which a sequence is read.
@@ -28,7 +28,7 @@ class Seen:
         places: Int[Tensor, "row pos"],
         attention: Int[Tensor, "row pos"],
         activations: SparseActivations,
-    ) -> "Seen":
+    ) -> "ReadInPass":
         """Of a batch's wide pass.
 
         numbers: each row's sequence.  places: where each position of the layout stands in `activations`.
@@ -39,7 +39,7 @@ class Seen:
         return cls(sequences[rows], places[rows, columns], activations)
 
     @classmethod
-    def of_step(cls, numbers: list[int], activations: SparseActivations) -> "Seen":
+    def of_step(cls, numbers: list[int], activations: SparseActivations) -> "ReadInPass":
         """Of a step, which reads one position per row. numbers: each row's sequence."""
         device = activations.counts.device
         return cls(torch.tensor(numbers, device=device), torch.arange(len(numbers), device=device), activations)
@@ -59,7 +59,7 @@ class SequenceActivations:
     positions: Int[Tensor, "pos"]
 
     @classmethod
-    def collect(cls, parts: list[Seen], lengths: list[int]) -> "SequenceActivations":
+    def collect(cls, parts: list[ReadInPass], lengths: list[int]) -> "SequenceActivations":
         """Of the parts in the order in which they were run.
 
         lengths: of the sequences, in tokens; a row may have been run beyond its end.
