@@ -110,7 +110,7 @@ def summarize(columns: Mapping[str, ArrayLike], contexts: Sequence[Hashable]) ->
     columns: {metric: a score for each question}; NaN or None where it does not count.  contexts: a key for each. A
     metric that counts nowhere is None, as is an interval over less than two contexts.
     """
-    (figures,) = _summarize_each([columns], contexts)
+    (figures,) = summarize_each([columns], contexts)
     return figures
 
 
@@ -127,7 +127,7 @@ def compare(
     for metric, column in masked.items():
         if metric in unmasked:
             drops[metric] = np.asarray(unmasked[metric], dtype=float) - np.asarray(column, dtype=float)
-    after, before, drop = _summarize_each([_leave_levels(masked), _leave_levels(unmasked), drops], contexts)
+    after, before, drop = summarize_each([_leave_levels(masked), _leave_levels(unmasked), drops], contexts)
     return after, before, drop
 
 
@@ -136,7 +136,7 @@ def _leave_levels(columns: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
     return {metric: column for metric, column in columns.items() if metric not in DROP_ONLY}
 
 
-def _summarize_each(tables: Sequence[Mapping[str, ArrayLike]], contexts: Sequence[Hashable]) -> list[Figures]:
+def summarize_each(tables: Sequence[Mapping[str, ArrayLike]], contexts: Sequence[Hashable]) -> list[Figures]:
     """`summarize` of each, with one bootstrap for all: to draw the contexts is what takes time."""
     scaled: list[np.ndarray] = []
     for columns in tables:
