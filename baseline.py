@@ -36,9 +36,8 @@ KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this 
 def main() -> None:
     chosen = options.parse(None, __doc__, masks=False)
     import common  # brings in PyTorch: only once the options are known to be good
-    from experiment import means, own_rankings, results, rounds
+    from experiment import activations, means, own_rankings, results, rounds
     from experiment.intervention import rankings
-    from experiment.records import activations
 
     # 1. The questions
     experiment = common.prepare(chosen)
