@@ -1,6 +1,6 @@
 """What the three scripts share: model and SAE loading, prompt templates, the answer parser, and the masked round.
 
-Importing it takes seconds (PyTorch): the scripts do so once the options are known to be good.
+Importing it takes seconds (PyTorch): the scripts do so once their options are known to be good.
 """
 
 import copy
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiment import UserError, activations, catalogue, patches, questions, results, rounds, saes, say
 from experiment import means as means_of_latents
+from experiment.demo import bundled
 from experiment.hub import NO_TOKENIZER, check_fit, hub_errors, prepare_libraries
 from experiment.intervention import generate, rankings
 from experiment.intervention.forward import SplicedModel
@@ -30,7 +31,7 @@ from experiment.intervention.pool import Limits
 from experiment.intervention.rows import Answer
 from experiment.intervention.splice import Splice
 from experiment.masks import Side
-from experiment.options import Options, bundled
+from experiment.options import Options
 from experiment.prompts import BRACKETS, decode, find_special_ids
 from experiment.questions import Question
 from experiment.records import lists, provenance
@@ -106,7 +107,7 @@ def parse_answer(text: str) -> str:
     return re.sub(r"[\[\]=]", "", inside).strip()
 
 
-def score(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> Record:
+def make_record(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> Record:
     """A journal's record of an Answer: its text, the answer parsed from it, and its scores."""
     text = decode(tokenizer, answer.tokens)
     parsed = parse_answer(text)
@@ -287,7 +288,7 @@ def masked_round(options: Options, side: Side) -> None:
                     for key in work.keys:
                         records = []
                         for question, answer in zip(work.questions, answers[key]):
-                            records.append(score(experiment.tokenizer, question, answer))
+                            records.append(make_record(experiment.tokenizer, question, answer))
                         journals[key].append(records)
                     bar.finish(work)
         # 5. Compare with the unmasked answers to the same questions; write and print

@@ -19,7 +19,8 @@ import torch  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM  # noqa: E402
 
 import common  # noqa: E402
-from experiment import masks, options, questions  # noqa: E402
+from experiment import masks, questions  # noqa: E402
+from experiment.demo import bundled  # noqa: E402
 from experiment.intervention import forward, generate, layout, rankings  # noqa: E402
 from experiment.intervention.generate import Group  # noqa: E402
 from experiment.intervention.memory import halve_on_oom  # noqa: E402
@@ -106,7 +107,7 @@ def load_demo(chosen):
 
 
 def demo_prompts(chosen, tokenizer):
-    found, *_ = questions.load(options.bundled(chosen.dataset), chosen.split, chosen.dataset_config)
+    found, *_ = questions.load(bundled(chosen.dataset), chosen.split, chosen.dataset_config)
     found = questions.select(found, chosen.limit, chosen.sample, chosen.seed)
     template = common.choose_template(chosen.prompt_template, tokenizer)
     prompts = [tokenize(tokenizer, build_prompt(template, q.context, q.question)) for q in found]

@@ -60,7 +60,7 @@ def own_mistakes() -> Iterator[None]:
         raise
 
 
-def guard(main: Callable[[], None]) -> int:
+def guard(main: Callable[[], object]) -> int:
     """Runs a script's main. A person's mistake is one line and exit code 2, Ctrl-C 130; only our bugs trace back."""
     # Memory that grows in place, for every batch has another width. PyTorch reads this as it is imported.
     if "PYTORCH_ALLOC_CONF" not in os.environ:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import cast
 
 from experiment import UserError, own_rankings, say
+from experiment.demo import ROOT
 from experiment.intervention.forward import SplicedModel
 from experiment.masks import SIDES, Side
-from experiment.options import ROOT, write_command
+from experiment.options import write_command
 from experiment.questions import Question
 from experiment.records import files
 from experiment.records.lists import RankedFile

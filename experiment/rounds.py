@@ -15,11 +15,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from experiment import UserError, own_rankings, questions, say
+from experiment.demo import bundled
 from experiment.intervention import plan
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.memory import memory_errors
 from experiment.intervention.plan import Sizes
-from experiment.options import Options, bundled
+from experiment.options import Options
 from experiment.prompts import build_prompt, tokenize
 from experiment.questions import Question
 from experiment.records import files

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment import UserError, questions, say
-from experiment.options import ROOT, bundled
+from experiment.demo import ROOT, bundled
 from experiment.questions import Question
 from experiment.records import files
 from experiment.records.entries import Entry, MaskedEntry, UnmaskedEntry

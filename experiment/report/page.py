@@ -13,7 +13,7 @@ from typing import IO, Any
 import jinja2
 
 from experiment import catalogue
-from experiment.options import bundled
+from experiment.demo import bundled
 from experiment.questions import Question
 from experiment.records.entries import Entry, MaskedEntry, UnmaskedEntry
 from experiment.records.journal import Journal
