@@ -1,15 +1,14 @@
 """What the three scripts share: model and SAE loading, prompt templates, the answer parser, and the masked round.
 
-Importing it takes seconds (PyTorch): the scripts do so once the options are known to be good.
+Importing it takes seconds (PyTorch): the scripts do so once their options are known to be good.
 """
 
 import copy
 import dataclasses
 import datetime
-import importlib.metadata
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,25 +19,28 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment import UserError, catalogue, patches, questions, results, rounds, saes, say
+from experiment import UserError, activations, catalogue, patches, questions, results, rounds, saes, say
 from experiment import means as means_of_latents
+from experiment.demo import bundled
 from experiment.hub import NO_TOKENIZER, check_fit, hub_errors, prepare_libraries
-from experiment.intervention import generate, plan, rankings
+from experiment.intervention import generate, rankings
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.generate import Group
 from experiment.intervention.plan import Sizes
 from experiment.intervention.pool import Limits
 from experiment.intervention.rows import Answer
 from experiment.intervention.splice import Splice
-from experiment.options import Options, bundled, parse
-from experiment.prompts import BRACKETS, build_prompt, decode, find_special_ids, tokenize
+from experiment.masks import Side
+from experiment.options import Options
+from experiment.prompts import BRACKETS, decode, find_special_ids
 from experiment.questions import Question
-from experiment.records import activations, lists, provenance
-from experiment.records.activations import RankedFile
+from experiment.records import lists, provenance
 from experiment.records.journal import Journal
-from experiment.records.schema import Provenance, Record, Side
+from experiment.records.lists import RankedFile
+from experiment.records.schema import Provenance, Record
 from experiment.report import estimates
 from experiment.rounds import Bar, Experiment, Work
+from experiment.scores import score_answer
 
 if TYPE_CHECKING:  # importing these libraries takes seconds
     from sae_lens import SAE
@@ -61,13 +63,6 @@ TEMPLATES = {
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
-# The options that a run names as they are.
-RECORDED = (
-    *("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens"),
-    *("dataset", "dataset_config", "max_new_tokens", "limit", "sample"),
-)
-OF_ONE_QUESTION = Limits(Options.max_new_tokens, pool_tokens=2**20)  # a person's own question: nothing to share
-PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +107,7 @@ def parse_answer(text: str) -> str:
     return re.sub(r"[\[\]=]", "", inside).strip()
 
 
-def score(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> Record:
+def make_record(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> Record:
     """A journal's record of an Answer: its text, the answer parsed from it, and its scores."""
     text = decode(tokenizer, answer.tokens)
     parsed = parse_answer(text)
@@ -120,7 +115,7 @@ def score(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer
         id=question.id,
         text=cast(str, tokenizer.decode(answer.tokens)),  # a list is of several sequences
         answer=parsed,
-        **questions.score(parsed, text, question.truths),
+        **score_answer(parsed, text, question.truths),
         log_probs=[round(log_prob, 4) for log_prob in answer.log_probs],
     )
 
@@ -213,42 +208,6 @@ def load(options: Options, tokenizer: PreTrainedTokenizerBase) -> SplicedModel:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From Python: examples/quickstart.py
-
-
-def open_model(*arguments: str) -> tuple[SplicedModel, PreTrainedTokenizerBase]:
-    """A model with the SAE in it, and its tokenizer. arguments: the scripts' options, as "--demo"."""
-    options = parse(list(arguments), __doc__, masks=True)
-    prepare_libraries(options)
-    tokenizer = load_tokenizer(options)
-    return load(options, tokenizer), tokenizer
-
-
-def ask(
-    model: SplicedModel, tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int] = ()
-) -> str:
-    """What the model answers with these latents masked at every position, as a round of a single question."""
-    group = _make_group_of_one(tokenizer, context, question, masked)
-    [[answer]] = generate.answer_masked(model, group, OF_ONE_QUESTION)
-    return decode(tokenizer, answer.tokens)
-
-
-def mean_activations(
-    model: SplicedModel, tokenizer: PreTrainedTokenizerBase, context: str, question: str
-) -> Float[Tensor, "d_sae"]:
-    """Each latent's mean activation over the prompt and the unmasked answer."""
-    group = _make_group_of_one(tokenizer, context, question, ())
-    _, read = generate.answer(model, group, OF_ONE_QUESTION)
-    return rankings.mean(model, read)[0]
-
-
-def _make_group_of_one(tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int]) -> Group:
-    template = choose_template("auto", tokenizer)
-    prompt = tokenize(tokenizer, build_prompt(template, context, question))
-    return Group([prompt], [context], batches=[[0]], drafts=[[]], masks=[[list(masked)]])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Rounds
 
 
@@ -272,20 +231,8 @@ def prepare(options: Options) -> Experiment:
     if unanswerable:
         say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
     asked = questions.select(all_questions, options.limit, options.sample, options.seed)
-    settings = {name: getattr(options, name) for name in RECORDED}
-    fields = {
-        **settings,
-        "ranking": "baseline",
-        "split": None if questions.is_local(options.dataset) else options.split,
-        "questions": digest,
-        "prompt_template": template,
-        "seed": options.seed if options.sample else None,
-        **provenance.digest_local(bundled(options.model), bundled(options.sae_release), options.sae_id),
-        "device": device,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-    made = Provenance.model_validate(fields)
-    experiment = Experiment(options, state, tokenizer, all_questions, asked, made)
+    provenance = rounds.make_provenance(options, template, digest, device)
+    experiment = Experiment(options, state, tokenizer, all_questions, asked, provenance)
     return rounds.leave_out_long(experiment, find_context_length(options))
 
 
@@ -304,26 +251,13 @@ def load_for(
     wanted = Provenance.model_validate(of_sae)
     for file in (ranked or {}).values():
         provenance.refuse_other_run(file.path, file.provenance, wanted, of_sae)
-    sizes = choose_sizes(options, model, journals)
+    sizes = rounds.choose_sizes(options, model, journals)
     for journal in journals.values():
         provenance.refuse_other_run(journal.path, journal.provenance, wanted, of_sae)
         of_sizes = {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}
         journal.provenance = journal.provenance.with_fields(**of_sae, **of_sizes)
     activations.check_latents(ranked or {}, model)
     return model, sizes
-
-
-def choose_sizes(options: Options, model: SplicedModel, journals: Mapping[Any, Journal]) -> Sizes:
-    """Tokens in a batch and in the pool: what is asked for, what a journal that goes on was made with, or what fits."""
-    batch = options.batch_tokens
-    pool = options.pool_tokens
-    for journal in journals.values():
-        if journal:  # it goes on: the same batches give the same last digits
-            batch = batch or journal.provenance.batch_tokens
-            pool = pool or journal.provenance.pool_tokens
-    sizes = plan.choose_sizes(model.device, model.lm.config, model.lm.dtype, batch, pool)
-    say(f"{sizes.batch} tokens in a batch, {sizes.pool} in answers that go on together.")
-    return sizes
 
 
 def masked_round(options: Options, side: Side) -> None:
@@ -354,7 +288,7 @@ def masked_round(options: Options, side: Side) -> None:
                     for key in work.keys:
                         records = []
                         for question, answer in zip(work.questions, answers[key]):
-                            records.append(score(experiment.tokenizer, question, answer))
+                            records.append(make_record(experiment.tokenizer, question, answer))
                         journals[key].append(records)
                     bar.finish(work)
         # 5. Compare with the unmasked answers to the same questions; write and print

@@ -4,16 +4,14 @@ Both are read from the libraries' private files: importing the libraries takes s
 not cost.
 """
 
-import difflib
 import functools
 import importlib.util
 import re
 import runpy
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiment import UserError
+from experiment import UserError, nearest
 
 INSTRUCTION_TUNED = re.compile(r"(?:^|[-_/.])(?:it|instruct|chat)(?:$|[-_/.])", re.IGNORECASE)  # in a model's name
 
@@ -24,12 +22,6 @@ def _locate(package: str, name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"{package} is not installed", name=package)
     return Path(spec.submodule_search_locations[0]) / name
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """A hint for an error message: the names most like `word`, or nothing where none is."""
-    close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.5)
-    return f" (nearest: {', '.join(close)})" if close else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

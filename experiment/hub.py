@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from experiment import UserError, catalogue, os_errors
-from experiment.options import ROOT, TOKEN_FILE, Options, bundled
+from experiment.demo import ROOT, bundled
+from experiment.options import TOKEN_FILE, Options
 
 if TYPE_CHECKING:  # importing SAELens takes seconds
     from sae_lens.saes.sae import SAEConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Float64
@@ -17,13 +17,9 @@ from experiment.intervention.plan import Sizes
 from experiment.intervention.pool import Limits
 from experiment.intervention.sequences import SequenceActivations
 from experiment.questions import Question
-from experiment.records import activations, files
+from experiment.records import files
 from experiment.records.schema import KeptRecord, Means, RankedQuestion
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from experiment.rounds import Experiment
+from experiment.rounds import Experiment
 
 
 def store(experiment: Experiment, model: SplicedModel, sizes: Sizes, kept: dict[Question, KeptRecord]) -> None:
@@ -40,7 +36,7 @@ def store(experiment: Experiment, model: SplicedModel, sizes: Sizes, kept: dict[
     read = Reader(experiment, model, sizes, list(kept), tokens)
     means, positions = find_means(read)
     for ranking in experiment.options.ranking:
-        path = activations.name_file(experiment.options, ranking)
+        path = experiment.activations_file(ranking)
         made = experiment.provenance_of(ranking)
         ranked: list[RankedQuestion] = []
         if kept:

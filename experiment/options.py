@@ -11,31 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiment import UserError, catalogue, own_rankings
+from experiment import UserError, catalogue, guard, own_rankings
+from experiment.demo import DEMO, ROOT, bundled
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO: dict[str, Any] = {  # what --demo changes
-    "model": "demo/model",
-    "sae_release": "demo/sae",
-    "sae_id": "",
-    "dataset": "demo/questions.jsonl",
-    "split": "",
-    "device": "cpu",
-    "dtype": "float32",
-    "batch_tokens": 16384,
-    "pool_tokens": 32768,
-}
 TOKEN_FILE = "token.txt"  # at the top of the project: used where it exists
 PAPER_DATASET = "rajpurkar/squad"
 RANKINGS = ("baseline", "gradsae", "gradsae-answer", "matched", "random")  # of intervention.rankings
 FLOATS = ("float16", "bfloat16", "float32")
-
-
-def bundled(name: str) -> str:
-    """A path of the bundled demo as it is on this machine; any other name as it is."""
-    if name in (DEMO["model"], DEMO["sae_release"], DEMO["dataset"]):
-        return str(ROOT / name)
-    return name
 
 
 def positive(text: str) -> int:
@@ -154,6 +136,13 @@ def parse(argv: list[str] | None, doc: str | None, masks: bool) -> Options:
     if options.output_dir is None:
         options = dataclasses.replace(options, output_dir=_name_output_dir(options))
     return options
+
+
+def stop_at_mistakes(doc: str | None, masks: bool) -> None:
+    """Ends the process where the command line asks for help or a list, or holds a mistake. Parameters as in parse()."""
+    code = guard(lambda: parse(None, doc, masks))
+    if code:
+        sys.exit(code)
 
 
 def write_command(options: Options, **changed: Any) -> str:

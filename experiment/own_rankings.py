@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiment import UserError, catalogue, os_errors
+from experiment import UserError, nearest, os_errors
 
 FORM = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 # Words of the names of files: predictions_RANKING_false.jsonl, activations_RANKING_mean.json.
@@ -49,8 +49,7 @@ def check(ranking: str) -> None:
         raise UserError(f"--ranking {file}: is not Python ({error})") from None
     functions = [part.name for part in tree.body if isinstance(part, ast.FunctionDef)]
     if function not in functions:
-        nearest = catalogue.nearest(function, functions)
-        raise UserError(f"--ranking {file}: has no function {function}{nearest}")
+        raise UserError(f"--ranking {file}: has no function {function}{nearest(function, functions)}")
 
 
 @functools.cache

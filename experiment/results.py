@@ -7,28 +7,17 @@ from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 from experiment import catalogue, say
+from experiment.masks import Side
 from experiment.options import Options
-from experiment.questions import Question, score
-from experiment.records import activations, files, lists
-from experiment.records.activations import RankedFile
+from experiment.questions import Question
+from experiment.records import files, lists
+from experiment.records.entries import CommonLatent, Entry, Figures, LatentStatistics, MaskedEntry, UnmaskedEntry
 from experiment.records.journal import Journal
-from experiment.records.schema import (
-    SCORES,
-    CommonLatent,
-    Entry,
-    Figures,
-    KeptRecord,
-    LatentStatistics,
-    MaskedEntry,
-    Provenance,
-    RankedLatents,
-    RankedQuestion,
-    Record,
-    Side,
-    UnmaskedEntry,
-)
+from experiment.records.lists import RankedFile
+from experiment.records.schema import SCORES, KeptRecord, Provenance, RankedLatents, RankedQuestion, Record
 from experiment.report import cells, estimates, folders, outputs, tables
 from experiment.rounds import Experiment
+from experiment.scores import score_answer
 
 ROUND_NAMES: dict[Side, str] = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
 
@@ -74,7 +63,7 @@ def store_activations(experiment: Experiment, journals: dict[str, Journal]) -> d
             if isinstance(record, KeptRecord):
                 ranked.append(record.as_ranked())
         made = journal.provenance.with_fields(asked=len(ids), kept=len(ranked))
-        path = activations.name_file(experiment.options, ranking)
+        path = experiment.activations_file(ranking)
         files.write_activations(path, made, ranked)
     first = next(iter(journals.values()))
     return find_kept(experiment, first)
@@ -242,7 +231,7 @@ def complete_scores(ranked: RankedQuestion, question: Question) -> RankedQuestio
     """A ranked question with all scores of its unmasked answer: what older files lack is scored again."""
     if all(getattr(ranked, metric) is not None for metric in SCORES):
         return ranked
-    return ranked.with_fields(**score(ranked.answer, ranked.answer, question.truths) | ranked.fields())
+    return ranked.with_fields(**score_answer(ranked.answer, ranked.answer, question.truths) | ranked.fields())
 
 
 class Masks(TypedDict):

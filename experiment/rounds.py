@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from accelerate import PartialState
@@ -13,19 +15,28 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from experiment import UserError, own_rankings, questions, say
+from experiment.demo import bundled
 from experiment.intervention import plan
+from experiment.intervention.forward import SplicedModel
 from experiment.intervention.memory import memory_errors
 from experiment.intervention.plan import Sizes
 from experiment.options import Options
 from experiment.prompts import build_prompt, tokenize
 from experiment.questions import Question
 from experiment.records import files
+from experiment.records.entries import Entry
 from experiment.records.journal import Journal, read_provenance
-from experiment.records.provenance import ALL, SELECTION, differences
-from experiment.records.schema import Entry, Provenance
+from experiment.records.provenance import ALL, SELECTION, differences, digest_local
+from experiment.records.schema import Provenance
 
 Key = TypeVar("Key")  # of a round's journals: a ranking in round 1, a ranking and a K in rounds 2 and 3
-Describe = Callable[[list[Question]], dict[str, str]]
+PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
+# The options that a provenance has as they are.
+RECORDED = (
+    *("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens"),
+    *("dataset", "dataset_config", "max_new_tokens", "limit", "sample"),
+)
+Describe = Callable[[list[str]], dict[str, str]]  # fields of a provenance that hang on the questions, by their ids
 
 
 @dataclass(frozen=True)
@@ -77,14 +88,19 @@ class Experiment:
         """
         if differences(made, wanted, ["questions"]):
             return wanted
-        earlier = self.select_as(made)
+        earlier = [question.id for question in self.select_as(made)]
         now = {question.id for question in self.asked} | set(self.left_out)
-        if not {question.id for question in earlier} <= now:
+        if not set(earlier) <= now:
             return wanted
         selected = {name: getattr(made, name) for name in SELECTION}
         if describe is not None:
             selected |= describe(earlier)
         return wanted.with_fields(**selected)
+
+    def activations_file(self, ranking: str) -> Path:
+        """Where round 1 writes a ranking's activations. ranking: as --ranking takes it."""
+        usual = self.options.output_dir / f"activations_{own_rankings.name_of(ranking)}.json"
+        return self.options.activations or usual
 
     def journal(self, name: str, provenance: Provenance, describe: Describe | None = None) -> Journal:
         """The journal of this name; of more questions than an earlier one of the same name, it goes on."""
@@ -103,6 +119,25 @@ class Experiment:
         if made is None:
             return False
         return not differences(made, self.find_wanted(wanted, made), ALL)
+
+
+def make_provenance(options: Options, template: str, questions_digest: str, device: str) -> Provenance:
+    """What makes the unmasked answers, but for what the SAE says once it is loaded.
+
+    template: the prompt template's text.  device: where the model is, or the device map that spreads it.
+    """
+    fields = {name: getattr(options, name) for name in RECORDED}
+    fields |= {
+        "ranking": "baseline",
+        "split": None if questions.is_local(options.dataset) else options.split,
+        "questions": questions_digest,
+        "prompt_template": template,
+        "seed": options.seed if options.sample else None,
+    }
+    fields |= digest_local(bundled(options.model), bundled(options.sae_release), options.sae_id)
+    fields["device"] = device
+    fields["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return Provenance.model_validate(fields)
 
 
 def leave_out_long(experiment: Experiment, context: int | None) -> Experiment:
@@ -180,6 +215,19 @@ class Work(Generic[Key]):
     def missing(self) -> int:
         """How many answers are asked for."""
         return len(self.questions) * len(self.keys)
+
+
+def choose_sizes(options: Options, model: SplicedModel, journals: Mapping[Any, Journal]) -> Sizes:
+    """Tokens in a batch and in the pool: what is asked for, what a journal that goes on was made with, or what fits."""
+    batch = options.batch_tokens
+    pool = options.pool_tokens
+    for journal in journals.values():
+        if journal:  # it goes on: the same batches give the same last digits
+            batch = batch or journal.provenance.batch_tokens
+            pool = pool or journal.provenance.pool_tokens
+    sizes = plan.choose_sizes(model.device, model.lm.config, model.lm.dtype, batch, pool)
+    say(f"{sizes.batch} tokens in a batch, {sizes.pool} in answers that go on together.")
+    return sizes
 
 
 def plan_work(

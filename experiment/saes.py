@@ -15,8 +15,9 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import Tensor
 
 from experiment import UserError, catalogue
+from experiment.demo import bundled
 from experiment.hub import hub_errors
-from experiment.options import Options, bundled
+from experiment.options import Options
 
 if TYPE_CHECKING:  # importing SAELens takes seconds
     from sae_lens import SAE

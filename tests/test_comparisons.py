@@ -8,7 +8,8 @@ import pytest
 import scipy.stats
 from test_estimates import count_covered, draw_contexts
 
-from experiment.records.schema import RankedLatents, Record, parse_entry
+from experiment.records.entries import parse_entry
+from experiment.records.schema import RankedLatents, Record
 from experiment.report import comparisons, estimates
 from experiment.report.comparisons import Effects
 from experiment.report.sentences import tell_finding

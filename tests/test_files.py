@@ -178,7 +178,7 @@ def depends_on(run):
 
 
 def write_results(path, entries):
-    files.write_results(path, [schema.parse_entry(entry) for entry in entries])
+    files.write_results(path, [parse_entry(entry) for entry in entries])
 
 
 def read_results(path, run, overwrite):

@@ -171,14 +171,16 @@ def test_nothing_slow_is_imported_for_a_mistake(tmp_path):
         ["--demo", "--device", "nowhere"],
     ]
     code = """
-import json, sys, baseline
-from experiment import guard
+import json, runpy, sys
 for arguments in json.loads(sys.argv[1]):
     for options in arguments:
-        sys.argv = ["baseline.py", *options, "--output-dir", "out"]
-        print(guard(baseline.main))
+        sys.argv = [sys.argv[0], *options, "--output-dir", "out"]
+        try:
+            runpy.run_path(SCRIPT, run_name="__main__")
+        except SystemExit as end:
+            print(end.code)
     print(*[name for name in ("torch", "transformer_lens", "sae_lens", "datasets", "pandas") if name in sys.modules])
-"""
+""".replace("SCRIPT", repr(str(ROOT / "baseline.py")))
     found = subprocess.run(
         [sys.executable, "-c", code, json.dumps([mistakes, later])],
         capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},

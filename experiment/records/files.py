@@ -6,7 +6,6 @@ A file that is damaged, or of another run, is a UserError that names it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,16 +13,15 @@ from typing import IO, Any, TypeVar
 
 import filelock
 
-from experiment import UserError, os_errors
+from experiment import UserError, os_errors, parse_json
+from experiment.records.entries import Entry, parse_entry
 from experiment.records.provenance import SETTINGS, differences, refuse_other_run
 from experiment.records.schema import (
-    Entry,
     Means,
     Provenance,
     PublishedQuestion,
     RankedLatents,
     RankedQuestion,
-    parse_entry,
     parse_stored,
     to_json,
 )
@@ -71,14 +69,6 @@ def load_json(path: Path) -> Any:
     """The value in a JSON file."""
     with os_errors(f"{path}: cannot be read"):
         return parse_json(path.read_bytes(), path)
-
-
-def parse_json(text: str | bytes, where: str | Path) -> Any:
-    """The value in a JSON text, or in its bytes. where: what names it if it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is not JSON ({error})") from None
 
 
 def write_activations(path: Path, provenance: Provenance, ranked: Iterable[RankedLatents]) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from experiment import UserError, catalogue, os_errors
-from experiment.records.schema import Provenance, RankedLatents, Side, Stored
+from experiment.masks import Side
+from experiment.records.schema import Provenance, RankedLatents, Stored
 
 # Of the unmasked answers.
 SETTINGS = (

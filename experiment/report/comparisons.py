@@ -14,7 +14,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float
 
-from experiment.records.schema import Agreement, Estimate, Excess, RankedLatents, Record
+from experiment.records.entries import Agreement, Estimate, Excess
+from experiment.records.schema import RankedLatents, Record
 from experiment.report import estimates
 
 EXCESS = ("em", "f1", "named", "answer_log_prob")  # the metrics of an Excess

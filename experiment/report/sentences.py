@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from experiment.records.schema import Entry, Excess, MaskedEntry
+from experiment.records.entries import Entry, Excess, MaskedEntry
 from experiment.report.estimates import MASKS
 
 FLOOR = 5  # percent: with an EM below it hardly an answer is left that a mask could cost

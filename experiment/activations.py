@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from experiment import UserError, own_rankings, say
-from experiment.options import ROOT, Options, write_command
+from experiment.demo import ROOT
+from experiment.intervention.forward import SplicedModel
+from experiment.masks import SIDES, Side
+from experiment.options import write_command
+from experiment.questions import Question
 from experiment.records import files
-from experiment.records.lists import SIDES
+from experiment.records.lists import RankedFile
 from experiment.records.provenance import (
     RANKED,
     SELECTION,
     SETTINGS,
     differences,
-    digest_ranked,
     refuse_other_run,
     same_answer,
 )
-from experiment.records.schema import Provenance, PublishedQuestion, RankedLatents, RankedQuestion, Side
-
-if TYPE_CHECKING:
-    from experiment.intervention.forward import SplicedModel
-    from experiment.questions import Question
-    from experiment.rounds import Experiment  # which stands on this module
+from experiment.records.schema import Provenance, PublishedQuestion, RankedLatents, RankedQuestion
+from experiment.rounds import Experiment
 
 OF_RANKING = (*SETTINGS, "ranking")
-
-
-def name_file(options: Options, ranking: str) -> Path:
-    """Round 1's file of a ranking."""
-    return options.activations or options.output_dir / f"activations_{own_rankings.name_of(ranking)}.json"
 
 
 def refuse_others(experiment: Experiment) -> None:
@@ -42,7 +35,7 @@ def refuse_others(experiment: Experiment) -> None:
     if options.overwrite:
         return
     for ranking in options.ranking:
-        path = name_file(options, ranking)
+        path = experiment.activations_file(ranking)
         paths = [path]
         if options.ablation == "mean":
             paths.append(files.name_mean_file(path))
@@ -59,30 +52,6 @@ def refuse_other_file(experiment: Experiment, ranking: str, file: Path) -> None:
     if experiment.options.activations or not experiment.is_begun(ranking):
         wanted = experiment.find_wanted(experiment.provenance_of(ranking), made)
         refuse_other_run(file, made, wanted, (*RANKED, *SELECTION))
-
-
-@dataclass(frozen=True)
-class RankedFile:
-    """The ranked latents of a file of activations, of which a round masks one side.
-
-    provenance: of that round.  path: the file's.  name: the file's in results.json, without the folder where it is the
-    output folder's own or ships.  questions: by question id.  missing: the questions that the data set lacks.
-    selection: round 1's --limit, --sample and --seed; None where the file does not say (the authors'): then it has no
-    unmasked answers either.
-    """
-
-    provenance: Provenance
-    path: Path
-    name: str
-    questions: Mapping[str, RankedLatents]
-    side: Side
-    missing: list[str]
-    selection: dict[str, int | None] | None
-
-    def digest_used(self, selected: list[Question]) -> dict[str, str]:
-        """The field of a provenance that says what a round uses of the latents of these questions."""
-        ids = [question.id for question in selected]
-        return {"activations": digest_ranked(self.questions, self.side, ids)}
 
 
 def read_ranked(experiment: Experiment, ranking: str, side: Side) -> RankedFile:
@@ -121,7 +90,7 @@ def read_ranked(experiment: Experiment, ranking: str, side: Side) -> RankedFile:
         missing=missing,
         selection={name: getattr(made, name) for name in SELECTION} if made else None,
     )
-    used = file.digest_used(experiment.asked)
+    used = file.digest_used([question.id for question in experiment.asked])
     return dataclasses.replace(file, provenance=file.provenance.with_fields(**used))
 
 
@@ -170,7 +139,7 @@ def refuse_unasked(experiment: Experiment, path: Path, made: Provenance) -> None
 
 def find_activations(experiment: Experiment, ranking: str) -> Path:
     """The file of a ranking's activations: the one that ships is used where the folder has none of its own."""
-    path = name_file(experiment.options, ranking)
+    path = experiment.activations_file(ranking)
     shipped = ROOT / f"activations_{own_rankings.name_of(ranking)}.json"
     if experiment.options.activations is None and not path.exists() and shipped.exists():
         made, _ = files.read_activations(shipped)
