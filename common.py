@@ -34,9 +34,10 @@ from experiment.masks import Side
 from experiment.options import Options
 from experiment.prompts import BRACKETS, decode, find_special_ids
 from experiment.questions import Question
-from experiment.records import lists, provenance
+from experiment.records import lists
 from experiment.records.journal import Journal
 from experiment.records.lists import RankedFile
+from experiment.records.provenance import digest_numbers, refuse_other_run
 from experiment.records.schema import Provenance, Record
 from experiment.report import estimates
 from experiment.rounds import Bar, Experiment, Work
@@ -248,12 +249,12 @@ def load_for(
     for ranking in options.ranking:
         rankings.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
-    wanted = Provenance.model_validate(of_sae)
+    provenance = Provenance.model_validate(of_sae)
     for file in (ranked or {}).values():
-        provenance.refuse_other_run(file.path, file.provenance, wanted, of_sae)
+        refuse_other_run(file.path, file.provenance, provenance, of_sae)
     sizes = rounds.choose_sizes(options, model, journals)
     for journal in journals.values():
-        provenance.refuse_other_run(journal.path, journal.provenance, wanted, of_sae)
+        refuse_other_run(journal.path, journal.provenance, provenance, of_sae)
         of_sizes = {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}
         journal.provenance = journal.provenance.with_fields(**of_sae, **of_sizes)
     activations.check_latents(ranked or {}, model)
@@ -267,16 +268,16 @@ def masked_round(options: Options, side: Side) -> None:
     """
     # 1. The latents that round 1 ranked, and the questions they are of
     experiment = prepare(options)
-    stored = activations.read_stored_means(experiment) if options.ablation == "mean" else None
+    stored_means = activations.read_stored_means(experiment) if options.ablation == "mean" else None
     ranked = {ranking: activations.read_ranked(experiment, ranking, side) for ranking in options.ranking}
     asked = activations.find_asked(experiment, ranked)
     with rounds.open_output_folder(experiment) as entries:
         # 2. What an earlier run left: a journal for each ranking and K
-        journals = open_masked_journals(experiment, ranked, side, stored)
+        journals = open_masked_journals(experiment, ranked, side, stored_means)
         if not rounds.is_finished(asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
             model, sizes = load_for(experiment, journals, ranked)
-            means = means_of_latents.load(experiment, stored, model) if stored else None
+            means = means_of_latents.load(experiment, stored_means, model) if stored_means else None
             # 4. Answer with the latents masked, a group of batches at a time, and score
             drafts = find_drafts(asked, ranked)
             share = rounds.plan_work(experiment, sizes, asked, journals, drafts)
@@ -308,10 +309,11 @@ def open_masked_journals(
     journals: dict[tuple[str, str], Journal] = {}
     for ranking, file in ranked.items():
         for k in experiment.options.k:
-            made = file.provenance.with_fields(k=k)
+            provenance = file.provenance.with_fields(k=k)
             if means:
-                made = made.with_fields(means=provenance.digest_numbers(means))
-            journals[ranking, k] = experiment.journal(results.name_journal(made, side, k), made, file.digest_used)
+                provenance = provenance.with_fields(means=digest_numbers(means))
+            name = results.name_journal(provenance, side, k)
+            journals[ranking, k] = experiment.journal(name, provenance, file.digest_used)
     return journals
 
 

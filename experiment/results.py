@@ -40,8 +40,8 @@ def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence
 
 def name_entry(entry: Entry) -> tuple[str | None, ...]:
     """What tells the entries of one folder apart."""
-    made = entry.provenance
-    return entry.round, made.ranking, entry.k, made.ablation
+    provenance = entry.provenance
+    return entry.round, provenance.ranking, entry.k, provenance.ablation
 
 
 def hash_population(asked: Iterable[Question]) -> str:
@@ -62,9 +62,9 @@ def store_activations(experiment: Experiment, journals: dict[str, Journal]) -> d
         for record in journal.finish(ids):
             if isinstance(record, KeptRecord):
                 ranked.append(record.as_ranked())
-        made = journal.provenance.with_fields(asked=len(ids), kept=len(ranked))
+        provenance = journal.provenance.with_fields(asked=len(ids), kept=len(ranked))
         path = experiment.activations_file(ranking)
-        files.write_activations(path, made, ranked)
+        files.write_activations(path, provenance, ranked)
     first = next(iter(journals.values()))
     return find_kept(experiment, first)
 
