@@ -101,10 +101,14 @@ def tell_missing(
     ranked: the others, by id.  missing: ids, or prompts, of which the end is shown.
     """
     if missing:
-        named = ", ".join(repr(name[-80:]) for name in missing[:5])
+        endings = [repr(name[-80:]) for name in missing[:5]]
+        named = ", ".join(endings)
         say(f"{path}: {len(missing)} of its {count} questions are not in the data set: {named}")
-    if not any(question.id in ranked for question in experiment.asked):
-        raise UserError(f"{path}: none of its questions is among the {len(experiment.asked)} selected ones")
+    for question in experiment.asked:
+        if question.id in ranked:
+            return
+    selected = len(experiment.asked)
+    raise UserError(f"{path}: none of its questions is among the {selected} selected ones")
 
 
 def mask_provenance(experiment: Experiment, ranking: str, side: Side, stored: Provenance | None) -> Provenance:
@@ -155,14 +159,17 @@ def refuse_unasked(experiment: Experiment, path: Path, stored: Provenance) -> No
 def find_activations(experiment: Experiment, ranking: str) -> Path:
     """The file of a ranking's activations: the one that ships is used where the folder has none of its own."""
     path = experiment.activations_file(ranking)
-    shipped = ROOT / f"activations_{own_rankings.name_of(ranking)}.json"
-    if experiment.options.activations is None and not path.exists() and shipped.exists():
-        stored, _ = files.read_activations(shipped)
-        assert stored is not None  # what ships is of the form that round 1 writes
-        if not differences(stored, experiment.provenance_of(ranking), OF_RANKING):
-            say(f"{path} is not there: using {shipped.name}, which ships with the project.")
-            return shipped
-    return path
+    name = own_rankings.name_of(ranking)
+    shipped = ROOT / f"activations_{name}.json"
+    if experiment.options.activations or path.exists() or not shipped.exists():
+        return path
+    stored, _ = files.read_activations(shipped)
+    assert stored is not None  # what ships is of the form that round 1 writes
+    provenance = experiment.provenance_of(ranking)
+    if differences(stored, provenance, OF_RANKING):
+        return path
+    say(f"{path} is not there: using {shipped.name}, which ships with the project.")
+    return shipped
 
 
 def take_from_mean_file(
@@ -238,6 +245,15 @@ def find_asked(experiment: Experiment, ranked: dict[str, RankedFile]) -> list[Qu
                 f"one --ranking at a time, or answer once for all of them: {command}"
             )
     return [question for question in experiment.asked if question.id in first.questions]
+
+
+def find_drafts(asked: list[Question], ranked: dict[str, RankedFile]) -> dict[str, list[int]]:
+    """{id: the unmasked answer's tokens}, none where the file does not have them; the same for all rankings."""
+    first = next(iter(ranked.values()))
+    drafts = {}
+    for question in asked:
+        drafts[question.id] = first.questions[question.id].tokens or []
+    return drafts
 
 
 def check_latents(ranked: dict[str, RankedFile], model: SplicedModel) -> None:

@@ -64,9 +64,13 @@ def differences(stored: Provenance, provenance: Provenance, fields: Iterable[str
     new = depends_on(provenance)
     named = []
     for field in fields:
-        is_unknown = field in KNOWN_LATER and None in (old[field], new[field])
-        if old[field] != new[field] and not is_unknown:
-            named.append(f"{field} {_show(stored, field, old)}, now {_show(provenance, field, new)}")
+        if old[field] == new[field]:
+            continue
+        if field in KNOWN_LATER and None in (old[field], new[field]):
+            continue
+        before = _show(stored, field, old)
+        now = _show(provenance, field, new)
+        named.append(f"{field} {before}, now {now}")
     return "; ".join(named)
 
 
