@@ -19,10 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment import UserError, activations, catalogue, patches, questions, results, rounds, saes, say
+from experiment import UserError, activations, catalogue, hub, patches, questions, results, rounds, saes, say
 from experiment import means as means_of_latents
 from experiment.demo import bundled
-from experiment.hub import NO_TOKENIZER, check_fit, hub_errors, prepare_libraries
 from experiment.intervention import generate, rankings
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.generate import Group
@@ -34,9 +33,10 @@ from experiment.masks import Side
 from experiment.options import Options
 from experiment.prompts import BRACKETS, decode, find_special_ids
 from experiment.questions import Question
-from experiment.records import lists, provenance
+from experiment.records import lists
 from experiment.records.journal import Journal
 from experiment.records.lists import RankedFile
+from experiment.records.provenance import digest_numbers, refuse_other_run
 from experiment.records.schema import Provenance, Record
 from experiment.report import estimates
 from experiment.rounds import Bar, Experiment, Work
@@ -127,20 +127,12 @@ def make_record(tokenizer: PreTrainedTokenizerBase, question: Question, answer: 
 def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
     """The model's tokenizer. No code that comes with a model is run."""
     name = catalogue.official_name(bundled(options.model))
-    with hub_errors(options.model):
+    with hub.hub_errors(options.model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # Where there are no tokenizer files, some families' tokenizers are made all the same, of special tokens alone.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise UserError(f"{options.model}: {NO_TOKENIZER}")
+        raise UserError(f"{options.model}: {hub.NO_TOKENIZER}")
     return tokenizer
-
-
-def find_context_length(options: Options) -> int | None:
-    """How many tokens the model can read, prompt and answer together; None where its configuration does not say."""
-    with hub_errors(options.model):
-        name = catalogue.official_name(bundled(options.model))
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_sae(options: Options) -> "SAE":
@@ -152,7 +144,7 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> "Transfo
     """The model: a TransformerBridge over Transformers' own weights, greedy and nothing else."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    with hub_errors(options.model), patches.no_processor(), patches.weights_read_in_parts():
+    with hub.hub_errors(options.model), patches.no_processor(), patches.weights_read_in_parts():
         model = TransformerBridge.boot_transformers(
             catalogue.official_name(bundled(options.model)),
             dtype=getattr(torch, options.dtype),
@@ -196,15 +188,18 @@ def load(options: Options, tokenizer: PreTrainedTokenizerBase) -> SplicedModel:
     """The model with the SAE in it. Configurations come first, for a wrong name should cost no download of weights."""
     say(f"Loading {options.sae_release} and {options.model} ...")
     start = time.monotonic()
-    check_fit(options, saes.read_config(options))
+    config = saes.read_config(options)
+    hub.check_fit(options, config)
     sae = load_sae(options)
     model = load_model(options, tokenizer)
     place = sae.cfg.metadata.hook_name
     if place not in model.hook_dict:
         raise UserError(f"{options.sae_release}: is for {place}, a place that {options.model} does not have")
-    say(f"Loaded in {time.monotonic() - start:.0f} s.")
-    bypass = find_special_ids(tokenizer) if options.exclude_special_tokens else ()
-    return SplicedModel(model, Splice(sae, options.error_term, bypass))
+    seconds = time.monotonic() - start
+    say(f"Loaded in {seconds:.0f} s.")
+    bypass = find_special_ids(tokenizer) if options.exclude_special_tokens else []
+    splice = Splice(sae, options.error_term, bypass)
+    return SplicedModel(model, splice)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,23 +212,20 @@ def prepare(options: Options) -> Experiment:
     device = options.device_map or options.device
     if state.num_processes > 1 and device == "cuda":
         options = dataclasses.replace(options, device=f"cuda:{state.local_process_index}")
-    prepare_libraries(options)
+    hub.prepare_libraries(options)
     tokenizer = load_tokenizer(options)
     template = choose_template(options.prompt_template, tokenizer)
-    in_folder = Path(bundled(options.model)).is_dir()
-    if not (tokenizer.chat_template if in_folder else catalogue.INSTRUCTION_TUNED.search(options.model)):
-        if bundled(options.model) == options.model:  # the demo's has no chat template, but was tuned
-            say(f"Warning: {options.model} looks like a base model: such a model was not trained to follow the prompt.")
-    with hub_errors(options.dataset):
-        all_questions, unanswerable, digest = questions.load(
-            bundled(options.dataset), options.split, options.dataset_config
-        )
+    hub.warn_of_base_model(options, tokenizer)
+    dataset = bundled(options.dataset)
+    with hub.hub_errors(options.dataset):
+        all_questions, unanswerable, digest = questions.load(dataset, options.split, options.dataset_config)
     if unanswerable:
         say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
     asked = questions.select(all_questions, options.limit, options.sample, options.seed)
     provenance = rounds.make_provenance(options, template, digest, device)
     experiment = Experiment(options, state, tokenizer, all_questions, asked, provenance)
-    return rounds.leave_out_long(experiment, find_context_length(options))
+    context_length = hub.find_context_length(options)
+    return rounds.leave_out_long(experiment, context_length)
 
 
 def load_for(
@@ -248,12 +240,12 @@ def load_for(
     for ranking in options.ranking:
         rankings.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
-    wanted = Provenance.model_validate(of_sae)
+    provenance = Provenance.model_validate(of_sae)
     for file in (ranked or {}).values():
-        provenance.refuse_other_run(file.path, file.provenance, wanted, of_sae)
+        refuse_other_run(file.path, file.provenance, provenance, of_sae)
     sizes = rounds.choose_sizes(options, model, journals)
     for journal in journals.values():
-        provenance.refuse_other_run(journal.path, journal.provenance, wanted, of_sae)
+        refuse_other_run(journal.path, journal.provenance, provenance, of_sae)
         of_sizes = {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}
         journal.provenance = journal.provenance.with_fields(**of_sae, **of_sizes)
     activations.check_latents(ranked or {}, model)
@@ -267,24 +259,27 @@ def masked_round(options: Options, side: Side) -> None:
     """
     # 1. The latents that round 1 ranked, and the questions they are of
     experiment = prepare(options)
-    stored = activations.read_stored_means(experiment) if options.ablation == "mean" else None
-    ranked = {ranking: activations.read_ranked(experiment, ranking, side) for ranking in options.ranking}
+    stored_means = activations.read_stored_means(experiment) if options.ablation == "mean" else None
+    ranked = {}
+    for ranking in options.ranking:
+        ranked[ranking] = activations.read_ranked(experiment, ranking, side)
     asked = activations.find_asked(experiment, ranked)
     with rounds.open_output_folder(experiment) as entries:
         # 2. What an earlier run left: a journal for each ranking and K
-        journals = open_masked_journals(experiment, ranked, side, stored)
+        journals = open_masked_journals(experiment, ranked, side, stored_means)
         if not rounds.is_finished(asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
             model, sizes = load_for(experiment, journals, ranked)
-            means = means_of_latents.load(experiment, stored, model) if stored else None
+            means = means_of_latents.load(experiment, stored_means, model) if stored_means else None
             # 4. Answer with the latents masked, a group of batches at a time, and score
-            drafts = find_drafts(asked, ranked)
+            drafts = activations.find_drafts(asked, ranked)
             share = rounds.plan_work(experiment, sizes, asked, journals, drafts)
-            with rounds.Bar(experiment, f"{estimates.MASKS[side]} masked", share, journals) as bar:
+            label = f"{estimates.MASKS[side]} masked"
+            with rounds.Bar(experiment, label, share, journals) as bar:
                 for work in share:
                     if work.is_done:
                         continue
-                    answers = answer_masked(experiment, model, sizes, work, ranked, drafts, means, bar)
+                    answers = mask_and_answer(experiment, model, sizes, work, ranked, drafts, means, bar)
                     for key in work.keys:
                         records = []
                         for question, answer in zip(work.questions, answers[key]):
@@ -295,7 +290,8 @@ def masked_round(options: Options, side: Side) -> None:
         if rounds.wait_for_all(experiment):
             fresh = []
             for (ranking, k), journal in journals.items():
-                fresh.append(results.make_masked_entry(ranked[ranking], k, journal, asked, experiment.left_out))
+                entry = results.make_masked_entry(ranked[ranking], k, journal, asked, experiment.left_out)
+                fresh.append(entry)
             results.report_results(experiment, entries, fresh)
             folder = options.output_dir
             print(f"\nAll files: {folder}\nThe page: {folder / 'results.html'}")
@@ -308,20 +304,15 @@ def open_masked_journals(
     journals: dict[tuple[str, str], Journal] = {}
     for ranking, file in ranked.items():
         for k in experiment.options.k:
-            made = file.provenance.with_fields(k=k)
+            provenance = file.provenance.with_fields(k=k)
             if means:
-                made = made.with_fields(means=provenance.digest_numbers(means))
-            journals[ranking, k] = experiment.journal(results.name_journal(made, side, k), made, file.digest_used)
+                provenance = provenance.with_fields(means=digest_numbers(means))
+            name = results.name_journal(provenance, side, k)
+            journals[ranking, k] = experiment.journal(name, provenance, file.digest_used)
     return journals
 
 
-def find_drafts(asked: list[Question], ranked: dict[str, RankedFile]) -> dict[str, list[int]]:
-    """{id: the unmasked answer's tokens}, none where the file does not have them; the same for all rankings."""
-    first = next(iter(ranked.values()))
-    return {question.id: first.questions[question.id].tokens or [] for question in asked}
-
-
-def answer_masked(
+def mask_and_answer(
     experiment: Experiment,
     model: SplicedModel,
     sizes: Sizes,
@@ -339,13 +330,13 @@ def answer_masked(
     mask_of = {}
     for ranking, k in work.keys:
         file = ranked[ranking]
-        latents = []
+        mask = []
         for question in work.questions:
-            of_question, _ = lists.find_latents_to_mask(file.questions[question.id], file.side, k)
-            latents.append(of_question)
-        if latents not in masks:
-            masks.append(latents)
-        mask_of[ranking, k] = masks.index(latents)
+            latents, _ = lists.find_latents_to_mask(file.questions[question.id], file.side, k)
+            mask.append(latents)
+        if mask not in masks:
+            masks.append(mask)
+        mask_of[ranking, k] = masks.index(mask)
     group = Group(
         prompts=[experiment.prompt_ids(question) for question in work.questions],
         contexts=[question.context for question in work.questions],

@@ -37,14 +37,14 @@ def store(experiment: Experiment, model: SplicedModel, sizes: Sizes, kept: dict[
     means, positions = find_means(read)
     for ranking in experiment.options.ranking:
         path = experiment.activations_file(ranking)
-        made = experiment.provenance_of(ranking)
+        provenance = experiment.provenance_of(ranking)
         ranked: list[RankedQuestion] = []
         if kept:
-            stored = files.read_activations(path)
-            assert stored[0] is not None  # it is this round's own
-            made, ranked = stored
+            content = files.read_activations(path)
+            assert content[0] is not None  # it is this round's own
+            provenance, ranked = content
         measured = measure_lists(read, ranking, ranked, means)
-        files.write_activations(files.name_mean_file(path), made.with_fields(ablation="mean"), measured)
+        files.write_activations(files.name_mean_file(path), provenance.with_fields(ablation="mean"), measured)
     of_latents = Means(run=experiment.provenance, positions=positions, means=means.tolist())
     files.write_means(experiment.options.output_dir / "means.json", of_latents)
 

@@ -251,17 +251,19 @@ def _settle_names(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
     """Model and SAE id where the release says them. Refuses names that do not belong together. Downloads nothing."""
     if not given.keys() & {"model", "sae_release", "sae_id"}:
         return {}
-    release: str = given.get("sae_release", defaults["sae_release"])
+    usual_release: str = defaults["sae_release"]
+    release: str = given.get("sae_release", usual_release)
     in_table = release in catalogue.sae_table()
     if "sae_release" not in given and "model" in given and in_table:
         _ask_for_release(given["model"], release)
-    usual_id = defaults["sae_id"] if release == defaults["sae_release"] else ""
+    usual_id: str = defaults["sae_id"] if release == usual_release else ""
     sae_id: str = given.get("sae_id", usual_id)
+    is_folder = Path(bundled(release)).is_dir()
     is_repository = not in_table and re.fullmatch(r"\w[\w.-]*/[\w.-]+", release)
-    if is_repository and not Path(release).is_dir():
+    if is_repository and not is_folder:
         _refuse_repository_of_table(release)
-    if is_repository or Path(bundled(release)).is_dir():
-        return {"sae_id": sae_id}  # a folder, or a repository on the Hub, may hold one SAE that has no id
+    if is_repository or is_folder:
+        return {"sae_id": sae_id}  # it may hold one SAE that has no id
     its_model, sae_id = catalogue.find_sae(release, sae_id)
     usual_model = DEMO["model"] if "demo" in given else its_model
     model: str = given.get("model", usual_model)

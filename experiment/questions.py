@@ -48,18 +48,22 @@ def load(dataset: str, split: str | None, config: str | None = None) -> tuple[li
     questions: list[Question] = []
     ids: set[str] = set()
     sha = hashlib.sha256()
-    for where, row in _read_rows(dataset, split, config):
-        question = _make_question(row, f"{dataset}, {where}")
+    for place, row in _read_rows(dataset, split, config):
+        where = f"{dataset}, {place}"
+        question = _make_question(row, where)
         if question.id in ids:
-            raise UserError(f"{dataset}, {where}: the id {question.id!r} stands twice")
+            raise UserError(f"{where}: the id {question.id!r} stands twice")
         ids.add(question.id)
-        if question.truths:
-            questions.append(question)
-            fields = [question.id, question.context, question.question, question.truths]
-            sha.update(json.dumps(fields).encode())
+        if not question.truths:
+            continue
+        questions.append(question)
+        fields = [question.id, question.context, question.question, question.truths]
+        text = json.dumps(fields)
+        sha.update(text.encode())
     if not questions:
         raise UserError(f"{dataset}: no question with a ground truth in it")
-    return questions, len(ids) - len(questions), sha.hexdigest()
+    left_out = len(ids) - len(questions)
+    return questions, left_out, sha.hexdigest()
 
 
 def is_local(dataset: str) -> bool:
@@ -104,7 +108,7 @@ def _unfold(where: str, row: object) -> Iterator[tuple[str, object]]:
 
 
 def _read_plain(path: str) -> Iterator[tuple[str, object]]:
-    """Yields (where, row) of a .json, or of a .jsonl, an object a line. A .json may hold lines too, as `datasets` and
+    """Yields (where, row) of a .json, or of a .jsonl, an object per line. A .json may hold lines too, as `datasets` and
     pandas write them."""
     content = _parse_whole(path) if path.endswith(".json") else None
     if content is None:

@@ -27,8 +27,11 @@ def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence
 
     Entries that are no longer of what lies in the folder are left out, with a line.
     """
-    replaced = set(map(name_entry, fresh))
-    entries = [entry for entry in earlier if name_entry(entry) not in replaced]
+    replaced = {name_entry(entry) for entry in fresh}
+    entries = []
+    for entry in earlier:
+        if name_entry(entry) not in replaced:
+            entries.append(entry)
     entries += fresh
     path = experiment.options.output_dir
     folder = folders.read_folder(path, entries, experiment.questions)
@@ -40,8 +43,8 @@ def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence
 
 def name_entry(entry: Entry) -> tuple[str | None, ...]:
     """What tells the entries of one folder apart."""
-    made = entry.provenance
-    return entry.round, made.ranking, entry.k, made.ablation
+    provenance = entry.provenance
+    return entry.round, provenance.ranking, entry.k, provenance.ablation
 
 
 def hash_population(asked: Iterable[Question]) -> str:
@@ -62,9 +65,9 @@ def store_activations(experiment: Experiment, journals: dict[str, Journal]) -> d
         for record in journal.finish(ids):
             if isinstance(record, KeptRecord):
                 ranked.append(record.as_ranked())
-        made = journal.provenance.with_fields(asked=len(ids), kept=len(ranked))
+        provenance = journal.provenance.with_fields(asked=len(ids), kept=len(ranked))
         path = experiment.activations_file(ranking)
-        files.write_activations(path, made, ranked)
+        files.write_activations(path, provenance, ranked)
     first = next(iter(journals.values()))
     return find_kept(experiment, first)
 
@@ -107,8 +110,10 @@ def finish_round_1(experiment: Experiment, earlier: list[Entry], journals: dict[
 def tell_round_1(experiment: Experiment, entry: UnmaskedEntry) -> str:
     """How many questions were asked, and what became of them, in a sentence."""
     assert entry.asked is not None and entry.kept is not None  # the entries of this round have them
-    kept = f"{entry.kept} answered right and kept ({100 * entry.kept / entry.asked:.1f}%)"
-    too_long = f", {len(experiment.left_out)} left out as too long" if experiment.left_out else ""
+    percent = 100 * entry.kept / entry.asked
+    kept = f"{entry.kept} answered right and kept ({percent:.1f}%)"
+    count = len(experiment.left_out)
+    too_long = f", {count} left out as too long" if count else ""
     return (
         f"Round 1: {entry.asked} questions asked, {kept}, {entry.wrong} answered wrong, {entry.unranked} right but "
         f"without any [ to rank at{too_long}."

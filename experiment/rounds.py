@@ -76,26 +76,29 @@ class Experiment:
             provenance = provenance.with_fields(ranking_seed=self.options.seed)
         return provenance
 
-    def select_as(self, made: Provenance) -> list[Question]:
-        """The questions that another run of the same data set asks."""
-        return questions.select(self.questions, made.limit, made.sample, made.seed)
+    def select_as(self, stored: Provenance) -> list[Question]:
+        """The questions that the run of a file asked, which was of the same data set."""
+        return questions.select(self.questions, stored.limit, stored.sample, stored.seed)
 
-    def find_wanted(self, wanted: Provenance, made: Provenance, describe: Describe | None = None) -> Provenance:
-        """The provenance that a file that `made` made has to be of, so that this round can go on with it.
+    def adopt_selection(
+        self, provenance: Provenance, stored: Provenance, describe: Describe | None = None
+    ) -> Provenance:
+        """What a file has to say so that this round can go on with it, or build on it.
 
-        That is `wanted`, but for the questions: those of the file have to be some of those that are asked now.
-        describe: the fields of a provenance that hang on the questions besides.
+        That is `provenance`, but for the questions: those of the file have to be some of those that are asked now.
+        stored: what the file says.
         """
-        if differences(made, wanted, ["questions"]):
-            return wanted
-        earlier = [question.id for question in self.select_as(made)]
-        now = {question.id for question in self.asked} | set(self.left_out)
-        if not set(earlier) <= now:
-            return wanted
-        selected = {name: getattr(made, name) for name in SELECTION}
+        if differences(stored, provenance, ["questions"]):
+            return provenance
+        earlier = [question.id for question in self.select_as(stored)]
+        now = {question.id for question in self.asked}
+        now.update(self.left_out)
+        if not now.issuperset(earlier):
+            return provenance
+        selected: dict[str, object] = {name: getattr(stored, name) for name in SELECTION}
         if describe is not None:
             selected |= describe(earlier)
-        return wanted.with_fields(**selected)
+        return provenance.with_fields(**selected)
 
     def activations_file(self, ranking: str) -> Path:
         """Where round 1 writes a ranking's activations. ranking: as --ranking takes it."""
@@ -109,16 +112,16 @@ class Experiment:
             provenance,
             self.state.process_index,
             self.options.overwrite,
-            lambda made: self.find_wanted(provenance, made, describe),
+            lambda stored: self.adopt_selection(provenance, stored, describe),
         )
 
     def is_begun(self, ranking: str) -> bool:
         """Whether round 1's journal is of this run: what is there of another one, an interrupted --overwrite left."""
-        wanted = self.provenance_of(ranking)
-        made = read_provenance(self.options.output_dir / f"predictions_{wanted.ranking}.jsonl")
-        if made is None:
+        provenance = self.provenance_of(ranking)
+        stored = read_provenance(self.options.output_dir / f"predictions_{provenance.ranking}.jsonl")
+        if stored is None:
             return False
-        return not differences(made, self.find_wanted(wanted, made), ALL)
+        return not differences(stored, self.adopt_selection(provenance, stored), ALL)
 
 
 def make_provenance(options: Options, template: str, questions_digest: str, device: str) -> Provenance:

@@ -44,9 +44,12 @@ def find_latents_to_mask(question: RankedLatents, side: Side, k: str) -> tuple[l
     target = find_target(question, side, k)
     if target is None:
         count = count_masked(k, len(question.active))
-        return latents[:count], len(latents) >= count
-    removed = question.removed(side) or []
-    return latents[: count_to_reach(removed, target)], max(removed, default=0) >= target
+        is_enough = len(latents) >= count
+    else:
+        removed = question.removed(side) or []
+        count = count_to_reach(removed, target)
+        is_enough = max(removed, default=0) >= target
+    return latents[:count], is_enough
 
 
 def find_target(question: RankedLatents, side: Side, k: str) -> float | None:

@@ -69,17 +69,33 @@ class Stored(BaseModel):
 Kind = TypeVar("Kind", bound=Stored)
 
 
+class FieldMissing(ValueError):
+    """A field that has to be there is not: what stands there is another version's, or no such thing at all."""
+
+    def __init__(self, field: str):
+        super().__init__(f"{field}: Field required")
+        self.field = field
+
+
 def parse_stored(kind: type[Kind], value: object) -> Kind:
-    """A value of JSON as one of these classes. Raises ValueError, which says in one line what is wrong, and where."""
+    """A value of JSON as one of these classes. Raises ValueError (FieldMissing), which says in one line what is wrong,
+    and where."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        raise FieldMissing(place)
     says = first["msg"].removeprefix("Value error, ")
     if first["type"] == "model_type":
         says = "Input should be an object"
-    place = ".".join(map(str, first["loc"]))
     raise ValueError(f"{place}: {says}" if place else says)
+
+
+def tell_version(error: FieldMissing, instead: str) -> str:
+    """What is wrong with a file whose record lacks a field, and what to do. instead: where that version is gone."""
+    return f"lacks {error.field}: the file is of another version of this project: go on with that version, or {instead}"
 
 
 def to_json(value: object, **how: Any) -> str:
