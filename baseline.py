@@ -19,7 +19,7 @@ import sys
 from experiment import guard, options
 
 if __name__ == "__main__":
-    options.stop_at_mistakes(__doc__, masks=False)  # before PyTorch is imported, which takes seconds
+    options.stop_at_mistakes(__doc__, masks=None)  # before PyTorch is imported, which takes seconds
 
 import common
 from experiment import activations, means, own_rankings, prompts, results, rounds
@@ -40,7 +40,7 @@ KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this 
 
 
 def main() -> None:
-    chosen = options.parse(None, __doc__, masks=False)
+    chosen = options.leave_out_others(options.parse(None, __doc__, masks=None))
 
     # 1. The questions
     experiment = common.prepare(chosen)
@@ -50,7 +50,7 @@ def main() -> None:
         journals: dict[str, Journal] = {}
         for ranking in chosen.ranking:
             provenance = experiment.provenance_of(ranking)
-            journals[ranking] = experiment.journal(own_rankings.name_of(ranking), provenance)
+            journals[ranking] = experiment.journal(f"predictions_{own_rankings.name_of(ranking)}.jsonl", provenance)
         model = None
         if not rounds.is_finished(experiment.asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream

@@ -20,7 +20,7 @@ OF_ONE_QUESTION = Limits(options.Options.max_new_tokens, pool_tokens=2**20)  # n
 
 def open_model(*arguments: str) -> tuple[SplicedModel, PreTrainedTokenizerBase]:
     """A model with the SAE in it, and its tokenizer. arguments: the scripts' options, as "--demo"."""
-    chosen = options.parse(list(arguments), __doc__, masks=True)
+    chosen = options.parse(list(arguments), __doc__, masks="topk")
     prepare_libraries(chosen)
     tokenizer = common.load_tokenizer(chosen)
     return common.load(chosen, tokenizer), tokenizer

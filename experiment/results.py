@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from experiment import catalogue, say
-from experiment.masks import Side
+from experiment.masked import MaskName
+from experiment.masks import ROUND_NAMES, Side
 from experiment.options import Options
 from experiment.questions import Question
 from experiment.records import files, lists
@@ -18,8 +19,6 @@ from experiment.records.schema import SCORES, KeptRecord, Provenance, RankedLate
 from experiment.report import cells, estimates, folders, outputs, tables
 from experiment.rounds import Experiment
 from experiment.scores import score_answer
-
-ROUND_NAMES: dict[Side, str] = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
 
 
 def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence[Entry]) -> None:
@@ -43,8 +42,9 @@ def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence
 
 def name_entry(entry: Entry) -> tuple[str | None, ...]:
     """What tells the entries of one folder apart."""
-    provenance = entry.provenance
-    return entry.round, provenance.ranking, entry.k, provenance.ablation
+    made = entry.provenance
+    keeps = "keep" if made.keep_only else None
+    return entry.round, made.ranking, entry.k, made.ablation, made.control, keeps
 
 
 def hash_population(asked: Iterable[Question]) -> str:
@@ -176,60 +176,94 @@ def measure_latents(options: Options, ranking: str, kept: dict[str, dict[Questio
 # Rounds 2 and 3: what masking did
 
 
-def name_journal(provenance: Provenance, side: Side, k: str) -> str:
-    """What a masked round's journal is called: what is not the default is in its name."""
-    assert provenance.ranking is not None  # a masked round is of one
-    names = []
-    if provenance.ranking != "baseline":
-        names.append(provenance.ranking)
-    names.append(ROUND_NAMES[side])
-    if provenance.ablation != "zero":
-        names.append(provenance.ablation)
-    if k != "50%":
-        names.append(f"k{k.replace('%', 'pct')}")
-    return "_".join(names)
+def make_masked_entries(
+    experiment: Experiment,
+    lists_of: Mapping[MaskName, RankedFile],
+    journals: Mapping[MaskName, Journal],
+    asked: list[Question],
+) -> list[MaskedEntry]:
+    """An entry for each ranking, K and control, over all its draws."""
+    draws: dict[MaskName, list[MaskName]] = {}
+    for name in journals:
+        draws.setdefault(name.first, []).append(name)
+    entries = []
+    for names in draws.values():
+        drawn = [lists_of[name] for name in names]
+        of_draws = [journals[name] for name in names]
+        entries.append(make_masked_entry(drawn, of_draws, asked, experiment.left_out))
+    return entries
 
 
 def make_masked_entry(
-    file: RankedFile, k: str, journal: Journal, asked: list[Question], left_out: list[str]
+    drawn: list[RankedFile], journals: list[Journal], asked: list[Question], left_out: list[str]
 ) -> MaskedEntry:
-    """The entry of one ranking and K: means, and drops from the unmasked answers to the same questions.
+    """The entry of one mask: means, and drops from the unmasked answers to the same questions.
 
-    left_out: ids of selected questions that do not fit the model's context.
+    drawn, journals: the lists and the answers of each of its draws; figures are means over them within a question
+    first.  left_out: ids of selected questions that do not fit the model's context.
     """
-    records = journal.finish(question.id for question in asked)
+    file = drawn[0]
+    provenance = journals[0].provenance
+    assert provenance.k is not None  # of a masked round
+    asked = [question for question in asked if question.id in file.questions]
     ranked = [file.questions[question.id] for question in asked]
-    contexts = [question.context for question in asked]
-    after = estimates.collect_columns(records, ranked)
-    if file.selection:
-        unmasked = []
-        for one, question in zip(ranked, asked):
-            assert isinstance(one, RankedQuestion)  # the authors' file has no selection
-            unmasked.append(complete_scores(one, question))
-        before = estimates.collect_columns(unmasked, ranked)
-        figures, clean, drop = estimates.compare(before, after, contexts)
-    else:
-        figures = estimates.summarize(after, contexts)
-        clean = None
-        drop = None
-    masks = measure_masks(file.side, k, ranked)
-    if masks["fewer_than_k"]:
-        say(tell_fewer(file, k, ranked))
-    return MaskedEntry(
+    columns = []
+    for journal in journals:
+        records = journal.finish(question.id for question in asked)
+        columns.append(estimates.collect_columns(records, ranked))
+    after = estimates.average_columns(columns)
+    figures, clean, drop = compare_with_unmasked(file, after, asked)
+    masks = measure_masks(drawn, provenance, asked)
+    if masks["fewer_than_k"] and provenance.control is None:
+        say(tell_fewer(file, provenance.k, ranked))
+    values = {
         **figures.fields(),
-        clean=clean,
-        drop=drop,
-        round=ROUND_NAMES[file.side],
-        masked=file.side,
-        k=k,
-        run=journal.provenance,
-        journal=journal.path.name,
-        latents=file.name,
+        "clean": clean,
+        "drop": drop,
+        "round": ROUND_NAMES[file.side],
+        "masked": file.side,
+        "k": provenance.k,
+        "run": provenance,
+        "journal": journals[0].path.name,
+        "latents": file.name,
         **masks,
-        missing=file.missing,
-        left_out=[question_id for question_id in left_out if question_id in file.questions],
-        population=hash_population(asked),
-    )
+        "missing": file.missing,
+        "left_out": [question_id for question_id in left_out if question_id in file.questions],
+        "population": hash_population(asked),
+        **describe_mask(provenance, len(journals)),
+    }
+    return MaskedEntry.model_validate(values)
+
+
+def compare_with_unmasked(
+    file: RankedFile, after: estimates.Columns, asked: list[Question]
+) -> tuple[Figures, Figures | None, Figures | None]:
+    """Figures of the masked answers, of the unmasked ones to the same questions, and of the drops: `estimates.compare`.
+
+    after: columns of the masked answers.  The last two are None where the file has no unmasked answers.
+    """
+    contexts = [question.context for question in asked]
+    if not file.selection:
+        return estimates.summarize(after, contexts), None, None
+    unmasked = []
+    for question in asked:
+        ranked = file.questions[question.id]
+        assert isinstance(ranked, RankedQuestion)  # the authors' file has no selection
+        unmasked.append(complete_scores(ranked, question))
+    before = estimates.collect_columns(unmasked, unmasked)
+    return estimates.compare(before, after, contexts)
+
+
+def describe_mask(provenance: Provenance, draws: int) -> dict[str, object]:
+    """Fields of a MaskedEntry, of a mask that is not simply a ranking's."""
+    fields: dict[str, object] = {}
+    if provenance.control is not None:
+        fields["control"] = provenance.control
+    if draws > 1:
+        fields["draws"] = draws
+    if provenance.keep_only:
+        fields["keep_only"] = True
+    return fields
 
 
 def complete_scores(ranked: RankedQuestion, question: Question) -> RankedQuestion:
@@ -248,8 +282,14 @@ class Masks(TypedDict):
     missed_target: int | None
 
 
-def measure_masks(side: Side, k: str, ranked: list[RankedLatents]) -> Masks:
-    """What was masked at K."""
+def measure_masks(drawn: list[RankedFile], provenance: Provenance, asked: list[Question]) -> Masks:
+    """What was masked: means over the questions and draws. drawn: the lists of each draw."""
+    side = drawn[0].side
+    k = provenance.k
+    assert k is not None  # of a masked round
+    ranked = []
+    for file in drawn:
+        ranked += [file.questions[question.id] for question in asked]
     counts = []
     removed: list[float] = []  # of the questions for which it is known
     fewer = 0
@@ -262,11 +302,12 @@ def measure_masks(side: Side, k: str, ranked: list[RankedLatents]) -> Masks:
             removed.append(share)
         fewer += not is_enough
         missed += lists.misses_target(question, side, k)
+    is_known = len(removed) == len(ranked) and not provenance.keep_only
     return {
         "mean_k": sum(counts) / len(counts),
-        "fewer_than_k": fewer,
-        "removed": 100 * sum(removed) / len(removed) if len(removed) == len(ranked) else None,
-        "missed_target": missed if is_matched(ranked, side) else None,
+        "fewer_than_k": round(fewer / len(drawn)),
+        "removed": 100 * sum(removed) / len(removed) if is_known else None,
+        "missed_target": round(missed / len(drawn)) if is_matched(ranked, side) else None,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -105,14 +105,24 @@ class Experiment:
         usual = self.options.output_dir / f"activations_{own_rankings.name_of(ranking)}.json"
         return self.options.activations or usual
 
-    def journal(self, name: str, provenance: Provenance, describe: Describe | None = None) -> Journal:
-        """The journal of this name; of more questions than an earlier one of the same name, it goes on."""
+    def journal(
+        self,
+        name: str,
+        provenance: Provenance,
+        describe: Describe | None = None,
+        only: Collection[str] | None = None,
+    ) -> Journal:
+        """The journal of this file name; of more questions than an earlier one of the same name, it goes on.
+
+        only: as of a Journal.
+        """
         return Journal(
-            self.options.output_dir / f"predictions_{name}.jsonl",
+            self.options.output_dir / name,
             provenance,
             self.state.process_index,
             self.options.overwrite,
             lambda stored: self.adopt_selection(provenance, stored, describe),
+            only,
         )
 
     def is_begun(self, ranking: str) -> bool:
@@ -192,7 +202,7 @@ def wait_for_all(experiment: Experiment) -> bool:
 def is_finished(asked: list[Question], journals: Mapping[Any, Journal]) -> bool:
     """Whether every journal has every question; says so."""
     for journal in journals.values():
-        if any(question.id not in journal for question in asked):
+        if any(journal.lacks(question.id) for question in asked):
             return False
     say("This round is finished; --overwrite starts it again.")
     return True
@@ -271,7 +281,7 @@ def _make_work(asked: list[Question], batches: list[list[int]], journals: Mappin
         numbers.append(list(range(first, len(questions))))
     keys = []
     for key, journal in journals.items():
-        if any(question.id not in journal for question in questions):
+        if any(journal.lacks(question.id) for question in questions):
             keys.append(key)
     return Work(questions, numbers, keys)
 

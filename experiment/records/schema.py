@@ -139,6 +139,13 @@ class Provenance(Stored):
     ranking_digest: str | None = None
     """Of the file of a ranking of one's own."""
     masked: Side | None = None
+    control: Text | None = None
+    """What the same hole is made of instead of the latents that are masked: "direction", one drawn at random."""
+    control_seed: int | None = None
+    draw: int | None = None
+    """Of what is drawn several times: which one, from the second on."""
+    keep_only: bool | None = None
+    """Whether everything but these latents is masked."""
     ablation: Text = "zero"
     hook_name: Text | None = None
     d_sae: int | None = None
@@ -151,6 +158,15 @@ class Provenance(Stored):
     pool_tokens: int | None = None
     asked: int | None = None
     kept: int | None = None
+
+
+class Draw(Stored):
+    """The lists of one more draw of a ranking that draws; fields as of RankedLatents."""
+
+    topk: Latents
+    bottomk: Latents
+    removed_topk: list[float] | None = None
+    removed_bottomk: list[float] | None = None
 
 
 class RankedLatents(Stored):
@@ -169,6 +185,11 @@ class RankedLatents(Stored):
     removed_bottomk: list[float] | None = None
     target_topk: list[float] | None = None
     target_bottomk: list[float] | None = None
+    measured: Latents | None = None
+    effects: list[float] | None = None
+    scores: list[float] | None = None
+    unmeasured: int | None = None
+    more_draws: list[Draw] | None = None
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -183,6 +204,16 @@ class RankedLatents(Stored):
 
     def removed(self, side: Side) -> list[float] | None:
         return self.removed_topk if side == "topk" else self.removed_bottomk
+
+    @property
+    def draws(self) -> int:
+        """How often its lists were drawn; 1 where they are not."""
+        return 1 + len(self.more_draws or [])
+
+    def of_draw(self, draw: int) -> Self:
+        """The same with the lists of another draw, from 2 on."""
+        assert self.more_draws is not None  # activations.refuse_fewer_draws has seen to it
+        return self.with_fields(**self.more_draws[draw - 2].fields())
 
     def target(self, side: Side) -> list[float] | None:
         return self.target_topk if side == "topk" else self.target_bottomk

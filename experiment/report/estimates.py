@@ -57,6 +57,16 @@ def collect_columns(records: Sequence[Record | RankedQuestion], ranked: Sequence
     return columns
 
 
+def average_columns(draws: Sequence[Columns]) -> Columns:
+    """The mean over several draws within each question. draws: of the same questions; metrics that all of them have."""
+    averaged = {}
+    for metric, first in draws[0].items():
+        if all(metric in draw for draw in draws):
+            values = np.array([draw[metric] for draw in draws], dtype=float)
+            averaged[metric] = first if len(draws) == 1 else values.mean(0).tolist()
+    return averaged
+
+
 def _mean_or_nan(values: list[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
