@@ -213,10 +213,12 @@ def _check(options: Options) -> None:
         raise UserError("--limit and --sample cannot be combined: leave one out")
     if options.activations and len(options.ranking) > 1:
         raise UserError("--activations: such a file holds one ranking: leave it out, or give one --ranking")
-    if options.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--device-map auto: spreads one process over all GPUs: start it without a launcher")
-    if options.device_map and re.search(r":[0-9]+$", options.device):
-        raise UserError(f"--device-map auto: spreads the model over all GPUs: leave --device {options.device} out")
+    if options.device_map:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes > 1:
+            raise UserError("--device-map auto: spreads one process over all GPUs: start it without a launcher")
+        if re.search(r":[0-9]+$", options.device):
+            raise UserError(f"--device-map auto: spreads the model over all GPUs: leave --device {options.device} out")
     if options.sae_dtype == "tf32" and not options.device.startswith("cuda"):
         raise UserError(f"--sae-dtype tf32: only a CUDA device has it, not {options.device}: leave it out")
     if options.token_file and not options.token_file.is_file():
