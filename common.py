@@ -195,7 +195,9 @@ def load(options: Options, tokenizer: PreTrainedTokenizerBase) -> SplicedModel:
 
 def prepare(options: Options) -> Experiment:
     """The Experiment that these options ask for: libraries, tokenizer, template and questions."""
-    state = PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(days=30))  # waiting may take hours
+    on_cpu = options.device == "cpu"
+    longest_wait = datetime.timedelta(days=30)  # it may take hours
+    state = PartialState(cpu=on_cpu, timeout=longest_wait)
     device = options.device_map or options.device
     if state.num_processes > 1 and device == "cuda":
         options = dataclasses.replace(options, device=f"cuda:{state.local_process_index}")
@@ -294,7 +296,8 @@ def open_masked_journals(
         for k in experiment.options.k:
             provenance = file.provenance.with_fields(k=k)
             if means:
-                provenance = provenance.with_fields(means=digest_numbers(means))
+                digest = digest_numbers(means)
+                provenance = provenance.with_fields(means=digest)
             name = results.name_journal(provenance, side, k)
             journals[ranking, k] = experiment.journal(name, provenance, file.digest_used)
     return journals

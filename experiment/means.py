@@ -50,7 +50,7 @@ def store(experiment: Experiment, model: SplicedModel, sizes: Sizes, kept: dict[
 
 
 class Reader:
-    """Kept questions and their answers, whose activations are read again a batch at a time.
+    """Kept questions and their answers, whose activations are read again, one batch after another.
 
     prompts, tokens: of each question, the prompt's and the answer's token ids.
     """

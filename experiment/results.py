@@ -287,7 +287,8 @@ def tell_fewer(file: RankedFile, k: str, ranked: list[RankedLatents]) -> str:
     ranking = file.provenance.ranking
     mask = estimates.MASKS[file.side]
     name = file.path.name
-    some = f"{len(lengths)} of {len(ranked)} questions"
+    fewer = len(lengths)
+    some = f"{fewer} of {len(ranked)} questions"
     if is_matched(ranked, file.side):
         held = f"for {some} the latents that {name} holds remove less than the baseline's: these are masked."
     else:
