@@ -12,8 +12,6 @@ that is ranked (half of them, as in the paper).
 A round works off a group of batches at a time. Killed, the same command goes on behind the last group.
 """
 
-from __future__ import annotations
-
 import sys
 
 from experiment import guard, options

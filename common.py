@@ -9,7 +9,6 @@ import datetime
 import re
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -33,7 +32,7 @@ from experiment.intervention.splice import Splice
 from experiment.masked import MaskName
 from experiment.masks import Side
 from experiment.options import Options
-from experiment.prompts import BRACKETS, decode, find_special_ids
+from experiment.prompts import BRACKETS, decode, find_special_ids, read_template
 from experiment.questions import Question
 from experiment.records.journal import Journal
 from experiment.records.lists import RankedFile
@@ -86,19 +85,7 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         if marker not in vocabulary:
             raise UserError(f"--prompt-template {name}: this model's tokenizer has no {marker}: leave it to auto")
         return text
-    return _read_template(name)
-
-
-def _read_template(name: str) -> str:
-    """A template from a text file, which holds each of the two fields once."""
-    try:
-        text = Path(name).read_text(encoding="utf-8-sig")  # a BOM, as Windows writes it, is no text
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt-template {name}: neither {', '.join(TEMPLATES)} nor a text file ({error})") from None
-    for field in ("{context}", "{question}"):
-        if text.count(field) != 1:
-            raise UserError(f"--prompt-template {name}: must hold {field} exactly once")
-    return text
+    return read_template(name, named=list(TEMPLATES))
 
 
 def parse_answer(text: str) -> str:
@@ -209,7 +196,9 @@ def load(options: Options, tokenizer: PreTrainedTokenizerBase) -> SplicedModel:
 
 def prepare(options: Options) -> Experiment:
     """The Experiment that these options ask for: libraries, tokenizer, template and questions."""
-    state = PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(days=30))  # waiting may take hours
+    on_cpu = options.device == "cpu"
+    longest_wait = datetime.timedelta(days=30)  # it may take hours
+    state = PartialState(cpu=on_cpu, timeout=longest_wait)
     device = options.device_map or options.device
     if state.num_processes > 1 and device == "cuda":
         options = dataclasses.replace(options, device=f"cuda:{state.local_process_index}")
@@ -242,14 +231,15 @@ def load_for(
         rankings.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
     provenance = Provenance.model_validate(of_sae)
-    for file in (ranked or {}).values():
+    files = ranked or {}
+    for file in files.values():
         refuse_other_run(file.path, file.provenance, provenance, of_sae)
-    sizes = rounds.choose_sizes(options, model, journals)
+    sizes = rounds.settle_sizes(options, model, journals)
     for journal in journals.values():
         refuse_other_run(journal.path, journal.provenance, provenance, of_sae)
         of_sizes = {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}
         journal.provenance = journal.provenance.with_fields(**of_sae, **of_sizes)
-    activations.check_latents(ranked or {}, model)
+    activations.check_latents(files, model)
     return model, sizes
 
 

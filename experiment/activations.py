@@ -10,7 +10,7 @@ from typing import cast
 from experiment import UserError, own_rankings, say
 from experiment.demo import ROOT
 from experiment.intervention.forward import SplicedModel
-from experiment.masks import DRAWN, OTHERS, SIDES, Side
+from experiment.masks import DRAWN, OTHERS, Side
 from experiment.options import write_command
 from experiment.questions import Question
 from experiment.records import files
@@ -234,16 +234,20 @@ def take_from_mean_file(
     content = files.read_activations(beside)
     if content[0] is None or differences(content[0], stored, OF_RANKING):
         problem = f"is of another run than {path.name}"
-    elif select_lists(ranked) != select_lists(content[1]):
-        problem = f"has other lists than {path.name}"
     else:
-        return beside, content[1]
+        ranked_beside = content[1]
+        if select_lists(ranked) == select_lists(ranked_beside):
+            return beside, ranked_beside
+        problem = f"has other lists than {path.name}"
     raise UserError(f"{beside}: {problem}: {advise_round_1(experiment, overwrite=True)}")
 
 
 def select_lists(ranked: list[RankedQuestion]) -> list[tuple]:
     """The ids and the lists of latents of ranked questions."""
-    return [(question.id, *map(question.latents, SIDES)) for question in ranked]
+    lists = []
+    for question in ranked:
+        lists.append((question.id, question.topk, question.bottomk))
+    return lists
 
 
 def match_ids(experiment: Experiment, ranked: list[RankedQuestion]) -> tuple[dict[str, RankedQuestion], list[str]]:

@@ -123,14 +123,17 @@ def parse(argv: list[str] | None, doc: str | None, masks: Side | None) -> Option
     argv: its arguments; None: the command line's.  doc: the script's docstring, which --help shows.  masks: what the
     round masks, as 2 and 3 do; None: it is round 1, which lacks OF_MASKS.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     defaults = _find_defaults("--demo" in argv)
-    given = vars(_build_parser(doc, masks, defaults).parse_args(argv))
+    parser = _build_parser(doc, masks, defaults)
+    given = vars(parser.parse_args(argv))
     if "list_saes" in given:
         print(catalogue.list_saes(given["list_saes"]))
         sys.exit(0)
-    if (ROOT / TOKEN_FILE).is_file():
-        defaults["token_file"] = ROOT / TOKEN_FILE
+    token_file = ROOT / TOKEN_FILE
+    if token_file.is_file():
+        defaults["token_file"] = token_file
     for name in given.keys() & {"model", "sae_release", "sae_id", "dataset", "split"}:
         _check_text(name, given[name])  # these stand in the files of a round
     if "batch_tokens" in given:
@@ -143,7 +146,8 @@ def parse(argv: list[str] | None, doc: str | None, masks: Side | None) -> Option
     _check(options)
     _check_masks(options, masks)
     if options.output_dir is None:
-        options = dataclasses.replace(options, output_dir=_name_output_dir(options))
+        folder = _name_output_dir(options)
+        options = dataclasses.replace(options, output_dir=folder)
     return options
 
 
@@ -235,10 +239,12 @@ def _check(options: Options) -> None:
         raise UserError("--limit and --sample cannot be combined: leave one out")
     if options.activations and len(options.ranking) > 1:
         raise UserError("--activations: such a file holds one ranking: leave it out, or give one --ranking")
-    if options.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--device-map auto: spreads one process over all GPUs: start it without a launcher")
-    if options.device_map and re.search(r":[0-9]+$", options.device):
-        raise UserError(f"--device-map auto: spreads the model over all GPUs: leave --device {options.device} out")
+    if options.device_map:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes > 1:
+            raise UserError("--device-map auto: spreads one process over all GPUs: start it without a launcher")
+        if re.search(r":[0-9]+$", options.device):
+            raise UserError(f"--device-map auto: spreads the model over all GPUs: leave --device {options.device} out")
     if options.sae_dtype == "tf32" and not options.device.startswith("cuda"):
         raise UserError(f"--sae-dtype tf32: only a CUDA device has it, not {options.device}: leave it out")
     if options.token_file and not options.token_file.is_file():
@@ -306,9 +312,10 @@ def _settle_names(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
     if is_repository or is_folder:
         return {"sae_id": sae_id}  # it may hold one SAE that has no id
     its_model, sae_id = catalogue.find_sae(release, sae_id)
-    usual_model = DEMO["model"] if "demo" in given else its_model
+    demos_model: str = DEMO["model"]
+    usual_model = demos_model if "demo" in given else its_model
     model: str = given.get("model", usual_model)
-    if model == DEMO["model"] or not catalogue.same_model(model, its_model):
+    if model == demos_model or not catalogue.same_model(model, its_model):
         raise UserError(f"--sae-release {release}: belongs to {its_model}, not to {model}")
     return {"model": model, "sae_id": sae_id}
 

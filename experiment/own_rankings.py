@@ -47,9 +47,13 @@ def check(ranking: str) -> None:
         tree = ast.parse(_read(file))
     except (SyntaxError, ValueError) as error:
         raise UserError(f"--ranking {file}: is not Python ({error})") from None
-    functions = [part.name for part in tree.body if isinstance(part, ast.FunctionDef)]
+    functions = []
+    for part in tree.body:
+        if isinstance(part, ast.FunctionDef):
+            functions.append(part.name)
     if function not in functions:
-        raise UserError(f"--ranking {file}: has no function {function}{nearest(function, functions)}")
+        hint = nearest(function, functions)
+        raise UserError(f"--ranking {file}: has no function {function}{hint}")
 
 
 @functools.cache

@@ -115,7 +115,8 @@ def _read_plain(path: str) -> Iterator[tuple[str, object]]:
         with os_errors(f"{path}: cannot be read"), open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"line {number}", parse_json(line, f"{path}, line {number}")
+                    where = f"line {number}"
+                    yield where, parse_json(line, f"{path}, {where}")
     elif isinstance(content, list):
         for number, row in enumerate(content, 1):
             yield f"row {number}", row
@@ -162,7 +163,10 @@ def _read_with_datasets(dataset: str, split: str | None, config: str | None) -> 
         except ValueError as error:
             raise UserError(f"{_ask_for_split(dataset, builder.info.splits)} ({error})") from None
     for number, row in enumerate(rows, 1):
-        yield f"row {number}", _read_cells(row, f"{dataset}, row {number}") if is_csv else row
+        where = f"row {number}"
+        if is_csv:
+            row = _read_cells(row, f"{dataset}, {where}")
+        yield where, row
 
 
 def _ask_for_split(dataset: str, splits: Iterable[str]) -> str:

@@ -153,7 +153,8 @@ def make_unmasked_entry(
 def estimate_scores(records: Iterable[Record], asked: Iterable[Question]) -> Figures:
     """Mean scores of answers, with intervals over the questions' contexts."""
     columns = estimates.collect_scores(list(records))
-    return estimates.summarize(columns, [question.context for question in asked])
+    contexts = [question.context for question in asked]
+    return estimates.summarize(columns, contexts)
 
 
 def measure_latents(options: Options, ranking: str, kept: dict[str, dict[Question, KeptRecord]]) -> LatentStatistics:
@@ -162,9 +163,10 @@ def measure_latents(options: Options, ranking: str, kept: dict[str, dict[Questio
     contexts = [question.context for question in kept[ranking]]
     statistics = estimates.latent_statistics(own, contexts)
     overlap = {}
-    for other, records in kept.items():
+    for other, of_other in kept.items():
         if other != ranking:
-            overlap[other] = estimates.ranking_overlap(own, list(records.values()))
+            records = list(of_other.values())
+            overlap[other] = estimates.ranking_overlap(own, records)
     latents: list[CommonLatent] = []
     for latent in statistics.most_frequent_topk:
         page = catalogue.neuronpedia_page(options.sae_release, options.sae_id, latent.latent)
@@ -326,7 +328,8 @@ def tell_fewer(file: RankedFile, k: str, ranked: list[RankedLatents]) -> str:
     ranking = file.provenance.ranking
     mask = estimates.MASKS[file.side]
     name = file.path.name
-    some = f"{len(lengths)} of {len(ranked)} questions"
+    fewer = len(lengths)
+    some = f"{fewer} of {len(ranked)} questions"
     if is_matched(ranked, file.side):
         held = f"for {some} the latents that {name} holds remove less than the baseline's: these are masked."
     else:

@@ -183,14 +183,17 @@ def leave_out_long(experiment: Experiment, context: int | None) -> Experiment:
 def open_output_folder(experiment: Experiment) -> Iterator[list[Entry]]:
     """Keeps the output folder to this round, and gives the entries that its results.json holds already."""
     folder = experiment.options.output_dir
-    lock = files.lock(folder) if experiment.state.is_main_process else contextlib.nullcontext()
+    state = experiment.state
+    lock = files.lock(folder) if state.is_main_process else contextlib.nullcontext()
     with lock, memory_errors():
-        overwrite = experiment.options.overwrite or any(map(experiment.is_begun, experiment.options.ranking))
+        overwrite = experiment.options.overwrite
+        for ranking in experiment.options.ranking:
+            overwrite = overwrite or experiment.is_begun(ranking)
         entries = files.read_results_of(folder / "results.json", experiment.provenance, overwrite)
-        experiment.state.wait_for_everyone()
+        state.wait_for_everyone()
         yield entries
-        if experiment.state.num_processes > 1:
-            experiment.state.destroy_process_group()
+        if state.num_processes > 1:
+            state.destroy_process_group()
 
 
 def wait_for_all(experiment: Experiment) -> bool:
@@ -202,7 +205,7 @@ def wait_for_all(experiment: Experiment) -> bool:
 def is_finished(asked: list[Question], journals: Mapping[Any, Journal]) -> bool:
     """Whether every journal has every question; says so."""
     for journal in journals.values():
-        if any(journal.lacks(question.id) for question in asked):
+        if _lacks_any(journal, asked):
             return False
     say("This round is finished; --overwrite starts it again.")
     return True
@@ -230,7 +233,7 @@ class Work(Generic[Key]):
         return len(self.questions) * len(self.keys)
 
 
-def choose_sizes(options: Options, model: SplicedModel, journals: Mapping[Any, Journal]) -> Sizes:
+def settle_sizes(options: Options, model: SplicedModel, journals: Mapping[Any, Journal]) -> Sizes:
     """Tokens in a batch and in the pool: what is asked for, what a journal that goes on was made with, or what fits."""
     batch = options.batch_tokens
     pool = options.pool_tokens
@@ -261,11 +264,13 @@ def plan_work(
     for question in asked:
         draft = drafts[question.id] if drafts else []
         lengths.append(experiment.lengths[question.id] + len(draft))
-    batches = plan.plan_batches(lengths, sizes.batch, [question.context for question in asked])
+    contexts = [question.context for question in asked]
+    batches = plan.plan_batches(lengths, sizes.batch, contexts)
     share = []
     first = 0  # the number of the group's first batch: processes take turns over all of them, groups of one included
     for group in plan.plan_groups(batches, lengths, sizes.group):
-        own = group[(state.process_index - first) % state.num_processes :: state.num_processes]
+        start = (state.process_index - first) % state.num_processes
+        own = group[start :: state.num_processes]
         first += len(group)
         if own:
             share.append(_make_work(asked, own, journals))
@@ -276,14 +281,20 @@ def _make_work(asked: list[Question], batches: list[list[int]], journals: Mappin
     questions: list[Question] = []
     numbers = []
     for batch in batches:
-        first = len(questions)
-        questions += [asked[index] for index in batch]
-        numbers.append(list(range(first, len(questions))))
+        of_batch = []
+        for index in batch:
+            of_batch.append(len(questions))
+            questions.append(asked[index])
+        numbers.append(of_batch)
     keys = []
     for key, journal in journals.items():
-        if any(journal.lacks(question.id) for question in questions):
+        if _lacks_any(journal, questions):
             keys.append(key)
     return Work(questions, numbers, keys)
+
+
+def _lacks_any(journal: Journal, questions: list[Question]) -> bool:
+    return any(journal.lacks(question.id) for question in questions)
 
 
 class Bar:

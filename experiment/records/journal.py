@@ -84,7 +84,10 @@ class Journal(dict[str, Record]):
     @own_mistakes()
     def append(self, records: Iterable[Record]) -> None:
         """Writes the records that are not there yet and belong here, and syncs them to disk."""
-        fresh = {record.id: record for record in records if self.lacks(record.id)}
+        fresh = {}
+        for record in records:
+            if self.lacks(record.id):
+                fresh[record.id] = record
         if not fresh:
             return
         if self._is_whole:
@@ -107,11 +110,15 @@ class Journal(dict[str, Record]):
         """
         for part in self._find_parts():
             self._read(part)
-        ids = list(ids)
-        missing = [question_id for question_id in ids if question_id not in self]
+        records = {}
+        missing = []
+        for question_id in ids:
+            if question_id in self:
+                records[question_id] = self[question_id]
+            else:
+                missing.append(question_id)
         if missing:
             raise UserError(f"{self.path}: lacks {len(missing)} records ({missing[0]!r}): the same command goes on")
-        records = {question_id: self[question_id] for question_id in ids}
         self.clear()
         self.update(records)
         if not self.path.exists() or self.path.read_bytes() != self._to_bytes(self):

@@ -47,10 +47,12 @@ def depends_on(provenance: Provenance) -> dict[str, object]:
     """
     values = {field: getattr(provenance, field) for field in ALL}
     if provenance.model is not None:
-        values["model"] = catalogue.aliases().get(provenance.model, provenance.model)
-    for name, digest in CONTENT.items():
-        if getattr(provenance, digest) is not None:
-            values[name] = getattr(provenance, digest)
+        full_names = catalogue.aliases()
+        values["model"] = full_names.get(provenance.model, provenance.model)
+    for name, digest_field in CONTENT.items():
+        digest = getattr(provenance, digest_field)
+        if digest is not None:
+            values[name] = digest
     if provenance.ranking_digest is not None:
         values["ranking"] = f"{provenance.ranking} {provenance.ranking_digest}"  # a file may hold several functions
     if provenance.sae_digest is not None:
