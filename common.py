@@ -18,7 +18,19 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment import UserError, activations, catalogue, hub, masked, patches, questions, results, rounds, saes, say
+from experiment import (
+    UserError,
+    activations,
+    catalogue,
+    hub,
+    masked,
+    patches,
+    questions,
+    results,
+    rounds,
+    saes,
+    say,
+)
 from experiment import means as means_of_latents
 from experiment.demo import bundled
 from experiment.intervention import generate, rankings
@@ -279,7 +291,7 @@ def masked_round(options: Options, side: Side) -> None:
                     bar.finish(work)
         # 5. Compare with the unmasked answers to the same questions; write and print
         if rounds.wait_for_all(experiment):
-            fresh = results.make_masked_entries(experiment, lists, journals, asked)
+            fresh = masked.make_entries(experiment, lists, journals, asked)
             results.report_results(experiment, entries, fresh)
             folder = options.output_dir
             print(f"\nAll files: {folder}\nThe page: {folder / 'results.html'}")

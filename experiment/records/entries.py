@@ -181,6 +181,11 @@ class MaskedEntry(Entry):
     faithfulness_auc: Estimate | None = None
     completeness_auc: Estimate | None = None
 
+    @property
+    def masks_nothing(self) -> bool:
+        """Whether it is the same for all rankings and masks: K = 0 masks nothing, unless it is what nothing keeps."""
+        return self.k == "0" and not self.keep_only
+
 
 def parse_entry(value: object) -> Entry:
     """An entry of results.json. Raises ValueError."""

@@ -47,9 +47,7 @@ def find_next_on_context(ids: Sequence[str], contexts: Mapping[str, Hashable]) -
     return sources
 
 
-def draw_from_other_contexts(
-    ids: Sequence[str], contexts: Mapping[str, Hashable], seed: int | None
-) -> dict[str, str]:
+def draw_from_other_contexts(ids: Sequence[str], contexts: Mapping[str, Hashable], seed: int | None) -> dict[str, str]:
     """{id: that of a question on another context}, drawn for each; none where all are on one context."""
     if len({contexts[question_id] for question_id in ids}) < 2:
         return {}
