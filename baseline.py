@@ -12,33 +12,33 @@ that is ranked (half of them, as in the paper).
 A round works off a group of batches at a time. Killed, the same command goes on behind the last group.
 """
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING
 
 from experiment import guard, options
 
-if TYPE_CHECKING:
-    from experiment.intervention.forward import SplicedModel
-    from experiment.intervention.generate import Group
-    from experiment.intervention.plan import Sizes
-    from experiment.intervention.rankings import Sequences
-    from experiment.intervention.rows import Answer
-    from experiment.intervention.sequences import SequenceActivations
-    from experiment.records.journal import Journal
-    from experiment.records.schema import Record
-    from experiment.rounds import Bar, Experiment, Work
+if __name__ == "__main__":
+    options.stop_at_mistakes(__doc__, masks=False)  # before PyTorch is imported, which takes seconds
+
+import common
+from experiment import activations, means, own_rankings, prompts, results, rounds
+from experiment.intervention import generate, rankings
+from experiment.intervention.forward import SplicedModel
+from experiment.intervention.generate import Group
+from experiment.intervention.memory import halve_on_oom
+from experiment.intervention.plan import Sizes
+from experiment.intervention.pool import Limits
+from experiment.intervention.rankings import Sequences
+from experiment.intervention.rows import Answer
+from experiment.intervention.sequences import SequenceActivations
+from experiment.records.journal import Journal
+from experiment.records.schema import KeptRecord, Record
+from experiment.rounds import Bar, Experiment, Work
 
 KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this F1, not only exact matches
 
 
 def main() -> None:
     chosen = options.parse(None, __doc__, masks=False)
-    import common  # brings in PyTorch: only once the options are known to be good
-    from experiment import means, own_rankings, results, rounds
-    from experiment.intervention import rankings
-    from experiment.records import activations
 
     # 1. The questions
     experiment = common.prepare(chosen)
@@ -47,8 +47,8 @@ def main() -> None:
         activations.refuse_others(experiment)
         journals: dict[str, Journal] = {}
         for ranking in chosen.ranking:
-            made = experiment.provenance_of(ranking)
-            journals[ranking] = experiment.journal(own_rankings.name_of(ranking), made)
+            provenance = experiment.provenance_of(ranking)
+            journals[ranking] = experiment.journal(own_rankings.name_of(ranking), provenance)
         model = None
         if not rounds.is_finished(experiment.asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
@@ -82,25 +82,19 @@ def answer_and_rank(
 
     Answers are greedy, with the SAE spliced in and nothing masked.
     """
-    import common
-    from experiment.intervention import generate, rankings
-    from experiment.intervention.memory import halve_on_oom
-    from experiment.intervention.pool import Limits
-    from experiment.records.schema import KeptRecord
-
     tokenizer = experiment.tokenizer
-    group = generate.Group(
+    group = Group(
         prompts=[experiment.prompt_ids(question) for question in work.questions],
         contexts=[question.context for question in work.questions],
         batches=work.batches,
     )
-    # A guess that the model confirms or not: it changes no answer.
-    opening = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
+    # Proposed to the model, which takes it or not: it saves steps and changes no answer.
+    beginning = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
     limits = Limits(experiment.options.max_new_tokens, sizes.pool)
-    answers, read = generate.answer(model, group, limits, opening, bar.move)
+    answers, read = generate.answer(model, group, limits, beginning, bar.move)
     records = []
     for question, answer in zip(work.questions, answers):
-        records.append(common.score(tokenizer, question, answer))
+        records.append(common.make_record(tokenizer, question, answer))
     by_ranking = {ranking: list(records) for ranking in work.keys}
 
     def rank(part: list[int]) -> None:
@@ -135,9 +129,6 @@ def find_sequences(
 
     The last, as in the paper; the parser of answers takes the first. `Sequences.ranked` cuts there.
     """
-    from experiment import prompts
-    from experiment.intervention import rankings
-
     tokenizer = experiment.tokenizer
     rows = []
     brackets = []
@@ -147,7 +138,7 @@ def find_sequences(
             rows.append(row)
             brackets.append(bracket)
     generated = [answers[row].tokens for row in rows]
-    return rankings.Sequences(
+    return Sequences(
         ids=[records[row].id for row in rows],
         prompts=[group.prompts[row] for row in rows],
         generated=generated,

@@ -11,11 +11,14 @@ import sys
 
 from experiment import guard, options
 
+if __name__ == "__main__":
+    options.stop_at_mistakes(__doc__, masks=True)  # before PyTorch is imported, which takes seconds
+
+import common
+
 
 def main() -> None:
     chosen = options.parse(None, __doc__, masks=True)
-    import common  # brings in PyTorch: only once the options are known to be good
-
     common.masked_round(chosen, "topk")
 
 

@@ -1,16 +1,14 @@
 """What the three scripts share: model and SAE loading, prompt templates, the answer parser, and the masked round.
 
-Importing it takes seconds (PyTorch): the scripts do so once the options are known to be good.
+Importing it takes seconds (PyTorch): the scripts do so once their options are known to be good.
 """
 
 import copy
 import dataclasses
 import datetime
-import importlib.metadata
 import re
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,25 +18,28 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment import UserError, catalogue, patches, questions, results, rounds, saes, say
+from experiment import UserError, activations, catalogue, hub, patches, questions, results, rounds, saes, say
 from experiment import means as means_of_latents
-from experiment.hub import NO_TOKENIZER, check_fit, hub_errors, prepare_libraries
-from experiment.intervention import generate, plan, rankings
+from experiment.demo import bundled
+from experiment.intervention import generate, rankings
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.generate import Group
 from experiment.intervention.plan import Sizes
 from experiment.intervention.pool import Limits
 from experiment.intervention.rows import Answer
 from experiment.intervention.splice import Splice
-from experiment.options import Options, bundled, parse
-from experiment.prompts import BRACKETS, build_prompt, decode, find_special_ids, tokenize
+from experiment.masks import Side
+from experiment.options import Options
+from experiment.prompts import BRACKETS, decode, find_special_ids, read_template
 from experiment.questions import Question
-from experiment.records import activations, lists, provenance
-from experiment.records.activations import RankedFile
+from experiment.records import lists
 from experiment.records.journal import Journal
-from experiment.records.schema import Provenance, Record, Side
+from experiment.records.lists import RankedFile
+from experiment.records.provenance import digest_numbers, refuse_other_run
+from experiment.records.schema import Provenance, Record
 from experiment.report import estimates
 from experiment.rounds import Bar, Experiment, Work
+from experiment.scores import score_answer
 
 if TYPE_CHECKING:  # importing these libraries takes seconds
     from sae_lens import SAE
@@ -61,13 +62,6 @@ TEMPLATES = {
     "chatml": ("<|im_start|>", f"<|im_start|>user\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"),
 }
 END_OF_TURN = ("<end_of_turn>", "<|eot_id|>", "<|im_end|>")
-# The options that a run names as they are.
-RECORDED = (
-    *("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens"),
-    *("dataset", "dataset_config", "max_new_tokens", "limit", "sample"),
-)
-OF_ONE_QUESTION = Limits(Options.max_new_tokens, pool_tokens=2**20)  # a person's own question: nothing to share
-PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,19 +84,7 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         if marker not in vocabulary:
             raise UserError(f"--prompt-template {name}: this model's tokenizer has no {marker}: leave it to auto")
         return text
-    return _read_template(name)
-
-
-def _read_template(name: str) -> str:
-    """A template from a text file, which holds each of the two fields once."""
-    try:
-        text = Path(name).read_text(encoding="utf-8-sig")  # a BOM, as Windows writes it, is no text
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt-template {name}: neither {', '.join(TEMPLATES)} nor a text file ({error})") from None
-    for field in ("{context}", "{question}"):
-        if text.count(field) != 1:
-            raise UserError(f"--prompt-template {name}: must hold {field} exactly once")
-    return text
+    return read_template(name, named=list(TEMPLATES))
 
 
 def parse_answer(text: str) -> str:
@@ -112,7 +94,7 @@ def parse_answer(text: str) -> str:
     return re.sub(r"[\[\]=]", "", inside).strip()
 
 
-def score(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> Record:
+def make_record(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> Record:
     """A journal's record of an Answer: its text, the answer parsed from it, and its scores."""
     text = decode(tokenizer, answer.tokens)
     parsed = parse_answer(text)
@@ -120,7 +102,7 @@ def score(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer
         id=question.id,
         text=cast(str, tokenizer.decode(answer.tokens)),  # a list is of several sequences
         answer=parsed,
-        **questions.score(parsed, text, question.truths),
+        **score_answer(parsed, text, question.truths),
         log_probs=[round(log_prob, 4) for log_prob in answer.log_probs],
     )
 
@@ -132,20 +114,12 @@ def score(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer
 def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
     """The model's tokenizer. No code that comes with a model is run."""
     name = catalogue.official_name(bundled(options.model))
-    with hub_errors(options.model):
+    with hub.hub_errors(options.model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # Where there are no tokenizer files, some families' tokenizers are made all the same, of special tokens alone.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise UserError(f"{options.model}: {NO_TOKENIZER}")
+        raise UserError(f"{options.model}: {hub.NO_TOKENIZER}")
     return tokenizer
-
-
-def find_context_length(options: Options) -> int | None:
-    """How many tokens the model can read, prompt and answer together; None where its configuration does not say."""
-    with hub_errors(options.model):
-        name = catalogue.official_name(bundled(options.model))
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_sae(options: Options) -> "SAE":
@@ -157,7 +131,7 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> "Transfo
     """The model: a TransformerBridge over Transformers' own weights, greedy and nothing else."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    with hub_errors(options.model), patches.no_processor(), patches.weights_read_in_parts():
+    with hub.hub_errors(options.model), patches.no_processor(), patches.weights_read_in_parts():
         model = TransformerBridge.boot_transformers(
             catalogue.official_name(bundled(options.model)),
             dtype=getattr(torch, options.dtype),
@@ -201,51 +175,18 @@ def load(options: Options, tokenizer: PreTrainedTokenizerBase) -> SplicedModel:
     """The model with the SAE in it. Configurations come first, for a wrong name should cost no download of weights."""
     say(f"Loading {options.sae_release} and {options.model} ...")
     start = time.monotonic()
-    check_fit(options, saes.read_config(options))
+    config = saes.read_config(options)
+    hub.check_fit(options, config)
     sae = load_sae(options)
     model = load_model(options, tokenizer)
     place = sae.cfg.metadata.hook_name
     if place not in model.hook_dict:
         raise UserError(f"{options.sae_release}: is for {place}, a place that {options.model} does not have")
-    say(f"Loaded in {time.monotonic() - start:.0f} s.")
-    bypass = find_special_ids(tokenizer) if options.exclude_special_tokens else ()
-    return SplicedModel(model, Splice(sae, options.error_term, bypass))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From Python: examples/quickstart.py
-
-
-def open_model(*arguments: str) -> tuple[SplicedModel, PreTrainedTokenizerBase]:
-    """A model with the SAE in it, and its tokenizer. arguments: the scripts' options, as "--demo"."""
-    options = parse(list(arguments), __doc__, masks=True)
-    prepare_libraries(options)
-    tokenizer = load_tokenizer(options)
-    return load(options, tokenizer), tokenizer
-
-
-def ask(
-    model: SplicedModel, tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int] = ()
-) -> str:
-    """What the model answers with these latents masked at every position, as a round of a single question."""
-    group = _make_group_of_one(tokenizer, context, question, masked)
-    [[answer]] = generate.answer_masked(model, group, OF_ONE_QUESTION)
-    return decode(tokenizer, answer.tokens)
-
-
-def mean_activations(
-    model: SplicedModel, tokenizer: PreTrainedTokenizerBase, context: str, question: str
-) -> Float[Tensor, "d_sae"]:
-    """Each latent's mean activation over the prompt and the unmasked answer."""
-    group = _make_group_of_one(tokenizer, context, question, ())
-    _, read = generate.answer(model, group, OF_ONE_QUESTION)
-    return rankings.mean(model, read)[0]
-
-
-def _make_group_of_one(tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int]) -> Group:
-    template = choose_template("auto", tokenizer)
-    prompt = tokenize(tokenizer, build_prompt(template, context, question))
-    return Group([prompt], [context], batches=[[0]], drafts=[[]], masks=[[list(masked)]])
+    seconds = time.monotonic() - start
+    say(f"Loaded in {seconds:.0f} s.")
+    bypass = find_special_ids(tokenizer) if options.exclude_special_tokens else []
+    splice = Splice(sae, options.error_term, bypass)
+    return SplicedModel(model, splice)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,39 +195,26 @@ def _make_group_of_one(tokenizer: PreTrainedTokenizerBase, context: str, questio
 
 def prepare(options: Options) -> Experiment:
     """The Experiment that these options ask for: libraries, tokenizer, template and questions."""
-    state = PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(days=30))  # waiting may take hours
+    on_cpu = options.device == "cpu"
+    longest_wait = datetime.timedelta(days=30)  # it may take hours
+    state = PartialState(cpu=on_cpu, timeout=longest_wait)
     device = options.device_map or options.device
     if state.num_processes > 1 and device == "cuda":
         options = dataclasses.replace(options, device=f"cuda:{state.local_process_index}")
-    prepare_libraries(options)
+    hub.prepare_libraries(options)
     tokenizer = load_tokenizer(options)
     template = choose_template(options.prompt_template, tokenizer)
-    in_folder = Path(bundled(options.model)).is_dir()
-    if not (tokenizer.chat_template if in_folder else catalogue.INSTRUCTION_TUNED.search(options.model)):
-        if bundled(options.model) == options.model:  # the demo's has no chat template, but was tuned
-            say(f"Warning: {options.model} looks like a base model: such a model was not trained to follow the prompt.")
-    with hub_errors(options.dataset):
-        all_questions, unanswerable, digest = questions.load(
-            bundled(options.dataset), options.split, options.dataset_config
-        )
+    hub.warn_of_base_model(options, tokenizer)
+    dataset = bundled(options.dataset)
+    with hub.hub_errors(options.dataset):
+        all_questions, unanswerable, digest = questions.load(dataset, options.split, options.dataset_config)
     if unanswerable:
         say(f"{options.dataset}: {unanswerable} questions without a ground truth are left out")
     asked = questions.select(all_questions, options.limit, options.sample, options.seed)
-    settings = {name: getattr(options, name) for name in RECORDED}
-    fields = {
-        **settings,
-        "ranking": "baseline",
-        "split": None if questions.is_local(options.dataset) else options.split,
-        "questions": digest,
-        "prompt_template": template,
-        "seed": options.seed if options.sample else None,
-        **provenance.digest_local(bundled(options.model), bundled(options.sae_release), options.sae_id),
-        "device": device,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-    made = Provenance.model_validate(fields)
-    experiment = Experiment(options, state, tokenizer, all_questions, asked, made)
-    return rounds.leave_out_long(experiment, find_context_length(options))
+    provenance = rounds.make_provenance(options, template, digest, device)
+    experiment = Experiment(options, state, tokenizer, all_questions, asked, provenance)
+    context_length = hub.find_context_length(options)
+    return rounds.leave_out_long(experiment, context_length)
 
 
 def load_for(
@@ -301,29 +229,17 @@ def load_for(
     for ranking in options.ranking:
         rankings.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
-    wanted = Provenance.model_validate(of_sae)
-    for file in (ranked or {}).values():
-        provenance.refuse_other_run(file.path, file.provenance, wanted, of_sae)
-    sizes = choose_sizes(options, model, journals)
+    provenance = Provenance.model_validate(of_sae)
+    files = ranked or {}
+    for file in files.values():
+        refuse_other_run(file.path, file.provenance, provenance, of_sae)
+    sizes = rounds.settle_sizes(options, model, journals)
     for journal in journals.values():
-        provenance.refuse_other_run(journal.path, journal.provenance, wanted, of_sae)
+        refuse_other_run(journal.path, journal.provenance, provenance, of_sae)
         of_sizes = {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}
         journal.provenance = journal.provenance.with_fields(**of_sae, **of_sizes)
-    activations.check_latents(ranked or {}, model)
+    activations.check_latents(files, model)
     return model, sizes
-
-
-def choose_sizes(options: Options, model: SplicedModel, journals: Mapping[Any, Journal]) -> Sizes:
-    """Tokens in a batch and in the pool: what is asked for, what a journal that goes on was made with, or what fits."""
-    batch = options.batch_tokens
-    pool = options.pool_tokens
-    for journal in journals.values():
-        if journal:  # it goes on: the same batches give the same last digits
-            batch = batch or journal.provenance.batch_tokens
-            pool = pool or journal.provenance.pool_tokens
-    sizes = plan.choose_sizes(model.device, model.lm.config, model.lm.dtype, batch, pool)
-    say(f"{sizes.batch} tokens in a batch, {sizes.pool} in answers that go on together.")
-    return sizes
 
 
 def masked_round(options: Options, side: Side) -> None:
@@ -333,35 +249,39 @@ def masked_round(options: Options, side: Side) -> None:
     """
     # 1. The latents that round 1 ranked, and the questions they are of
     experiment = prepare(options)
-    stored = activations.read_stored_means(experiment) if options.ablation == "mean" else None
-    ranked = {ranking: activations.read_ranked(experiment, ranking, side) for ranking in options.ranking}
+    stored_means = activations.read_stored_means(experiment) if options.ablation == "mean" else None
+    ranked = {}
+    for ranking in options.ranking:
+        ranked[ranking] = activations.read_ranked(experiment, ranking, side)
     asked = activations.find_asked(experiment, ranked)
     with rounds.open_output_folder(experiment) as entries:
         # 2. What an earlier run left: a journal for each ranking and K
-        journals = open_masked_journals(experiment, ranked, side, stored)
+        journals = open_masked_journals(experiment, ranked, side, stored_means)
         if not rounds.is_finished(asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
             model, sizes = load_for(experiment, journals, ranked)
-            means = means_of_latents.load(experiment, stored, model) if stored else None
+            means = means_of_latents.load(experiment, stored_means, model) if stored_means else None
             # 4. Answer with the latents masked, a group of batches at a time, and score
-            drafts = find_drafts(asked, ranked)
+            drafts = activations.find_drafts(asked, ranked)
             share = rounds.plan_work(experiment, sizes, asked, journals, drafts)
-            with rounds.Bar(experiment, f"{estimates.MASKS[side]} masked", share, journals) as bar:
+            label = f"{estimates.MASKS[side]} masked"
+            with rounds.Bar(experiment, label, share, journals) as bar:
                 for work in share:
                     if work.is_done:
                         continue
-                    answers = answer_masked(experiment, model, sizes, work, ranked, drafts, means, bar)
+                    answers = mask_and_answer(experiment, model, sizes, work, ranked, drafts, means, bar)
                     for key in work.keys:
                         records = []
                         for question, answer in zip(work.questions, answers[key]):
-                            records.append(score(experiment.tokenizer, question, answer))
+                            records.append(make_record(experiment.tokenizer, question, answer))
                         journals[key].append(records)
                     bar.finish(work)
         # 5. Compare with the unmasked answers to the same questions; write and print
         if rounds.wait_for_all(experiment):
             fresh = []
             for (ranking, k), journal in journals.items():
-                fresh.append(results.make_masked_entry(ranked[ranking], k, journal, asked, experiment.left_out))
+                entry = results.make_masked_entry(ranked[ranking], k, journal, asked, experiment.left_out)
+                fresh.append(entry)
             results.report_results(experiment, entries, fresh)
             folder = options.output_dir
             print(f"\nAll files: {folder}\nThe page: {folder / 'results.html'}")
@@ -374,20 +294,16 @@ def open_masked_journals(
     journals: dict[tuple[str, str], Journal] = {}
     for ranking, file in ranked.items():
         for k in experiment.options.k:
-            made = file.provenance.with_fields(k=k)
+            provenance = file.provenance.with_fields(k=k)
             if means:
-                made = made.with_fields(means=provenance.digest_numbers(means))
-            journals[ranking, k] = experiment.journal(results.name_journal(made, side, k), made, file.digest_used)
+                digest = digest_numbers(means)
+                provenance = provenance.with_fields(means=digest)
+            name = results.name_journal(provenance, side, k)
+            journals[ranking, k] = experiment.journal(name, provenance, file.digest_used)
     return journals
 
 
-def find_drafts(asked: list[Question], ranked: dict[str, RankedFile]) -> dict[str, list[int]]:
-    """{id: the unmasked answer's tokens}, none where the file does not have them; the same for all rankings."""
-    first = next(iter(ranked.values()))
-    return {question.id: first.questions[question.id].tokens or [] for question in asked}
-
-
-def answer_masked(
+def mask_and_answer(
     experiment: Experiment,
     model: SplicedModel,
     sizes: Sizes,
@@ -405,13 +321,13 @@ def answer_masked(
     mask_of = {}
     for ranking, k in work.keys:
         file = ranked[ranking]
-        latents = []
+        mask = []
         for question in work.questions:
-            of_question, _ = lists.find_latents_to_mask(file.questions[question.id], file.side, k)
-            latents.append(of_question)
-        if latents not in masks:
-            masks.append(latents)
-        mask_of[ranking, k] = masks.index(latents)
+            latents, _ = lists.find_latents_to_mask(file.questions[question.id], file.side, k)
+            mask.append(latents)
+        if mask not in masks:
+            masks.append(mask)
+        mask_of[ranking, k] = masks.index(mask)
     group = Group(
         prompts=[experiment.prompt_ids(question) for question in work.questions],
         contexts=[question.context for question in work.questions],

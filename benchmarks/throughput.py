@@ -43,6 +43,7 @@ from accelerate.utils.memory import release_memory
 
 import common
 from experiment import guard, options
+from experiment.demo import bundled
 from experiment.hub import prepare_libraries
 from experiment.intervention import plan
 from experiment.intervention.forward import SplicedModel
@@ -172,7 +173,7 @@ def load_plain(args: argparse.Namespace) -> Passes:
     prepare_libraries(chosen)
     tokenizer, dtype = common.load_tokenizer(chosen), getattr(torch, chosen.dtype)
     if args.demo:
-        auto, folder = transformers.AutoModelForCausalLM, options.bundled(chosen.model)
+        auto, folder = transformers.AutoModelForCausalLM, bundled(chosen.model)
         lm = auto.from_pretrained(folder, dtype=dtype, attn_implementation="eager").to(args.device)
         (prompts, _), new_tokens = workloads.demo_prompts(chosen, tokenizer), chosen.max_new_tokens
     else:

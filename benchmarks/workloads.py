@@ -19,14 +19,14 @@ import torch  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM  # noqa: E402
 
 import common  # noqa: E402
-from experiment import options, questions  # noqa: E402
+from experiment import masks, questions  # noqa: E402
+from experiment.demo import bundled  # noqa: E402
 from experiment.intervention import forward, generate, layout, rankings  # noqa: E402
 from experiment.intervention.generate import Group  # noqa: E402
 from experiment.intervention.memory import halve_on_oom  # noqa: E402
 from experiment.intervention.pool import Limits  # noqa: E402
 from experiment.intervention.splice import Splice  # noqa: E402
 from experiment.prompts import build_prompt, find_bracket, find_special_ids, tokenize  # noqa: E402
-from experiment.records import lists  # noqa: E402
 
 QUESTIONS_A_CONTEXT = 5  # SQuAD's validation set has 10,570 questions on 2,067 contexts
 POOL_TOKENS = 32768  # as an 80 GB card has room for beside gemma-2-9b-it
@@ -107,7 +107,7 @@ def load_demo(chosen):
 
 
 def demo_prompts(chosen, tokenizer):
-    found, *_ = questions.load(options.bundled(chosen.dataset), chosen.split, chosen.dataset_config)
+    found, *_ = questions.load(bundled(chosen.dataset), chosen.split, chosen.dataset_config)
     found = questions.select(found, chosen.limit, chosen.sample, chosen.seed)
     template = common.choose_template(chosen.prompt_template, tokenizer)
     prompts = [tokenize(tokenizer, build_prompt(template, q.context, q.question)) for q in found]
@@ -232,7 +232,7 @@ class Found:
 
     def latents(self, which, k):
         """Those that rounds 2 and 3 mask."""
-        return self.lists[which][: lists.count_masked(k, self.active)]
+        return self.lists[which][: masks.count_masked(k, self.active)]
 
 
 def round_1(work, batches, names=("baseline",)):

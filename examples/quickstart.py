@@ -3,10 +3,10 @@
 python -m examples.quickstart
 """
 
-import common
+import interactive
 
 # The bundled model and SAE. Options are the scripts': "--sae-release", "gemma-scope-9b-it-res-canonical", for one.
-model, tokenizer = common.open_model("--demo")
+model, tokenizer = interactive.open_model("--demo")
 
 context = (
     "Notes from Brilby: The home of Sodra Ginwick is Fistad. The pet of Sodra Ginwick is black parrot. "
@@ -14,12 +14,12 @@ context = (
 )
 question = "What is the home of Sodra Ginwick?"
 
-answer = common.ask(model, tokenizer, context, question)
+answer = interactive.ask(model, tokenizer, context, question)
 
-scores = common.mean_activations(model, tokenizer, context, question)  # [d_sae]
+scores = interactive.mean_activations(model, tokenizer, context, question)  # [d_sae]
 latents = scores.topk(10).indices.tolist()
 
-masked_answer = common.ask(model, tokenizer, context, question, masked=latents)
+masked_answer = interactive.ask(model, tokenizer, context, question, masked=latents)
 
 print("latents that fire most:", latents)
 print("nothing masked:        ", answer)

@@ -1,11 +1,14 @@
 """What the scripts and common.py stand on. Nothing in here imports them."""
 
 import contextlib
+import difflib
 import io
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -32,6 +35,20 @@ def os_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what} ({error.strerror})") from None
 
 
+def parse_json(text: str | bytes, where: str | Path) -> Any:
+    """The value in a JSON text, or in its bytes. where: what names it if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: is not JSON ({error})") from None
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """A hint for an error message: the names most like `word`, or nothing where none is."""
+    close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.5)
+    return f" (nearest: {', '.join(close)})" if close else ""
+
+
 @contextlib.contextmanager
 def own_mistakes() -> Iterator[None]:
     """For work that processes share: a mistake shows in one of them alone, and that one has to tell it."""
@@ -43,7 +60,7 @@ def own_mistakes() -> Iterator[None]:
         raise
 
 
-def guard(main: Callable[[], None]) -> int:
+def guard(main: Callable[[], object]) -> int:
     """Runs a script's main. A person's mistake is one line and exit code 2, Ctrl-C 130; only our bugs trace back."""
     # Memory that grows in place, for every batch has another width. PyTorch reads this as it is imported.
     if "PYTORCH_ALLOC_CONF" not in os.environ:

@@ -4,16 +4,14 @@ Both are read from the libraries' private files: importing the libraries takes s
 not cost.
 """
 
-import difflib
 import functools
 import importlib.util
 import re
 import runpy
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiment import UserError
+from experiment import UserError, nearest
 
 INSTRUCTION_TUNED = re.compile(r"(?:^|[-_/.])(?:it|instruct|chat)(?:$|[-_/.])", re.IGNORECASE)  # in a model's name
 
@@ -24,12 +22,6 @@ def _locate(package: str, name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"{package} is not installed", name=package)
     return Path(spec.submodule_search_locations[0]) / name
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """A hint for an error message: the names most like `word`, or nothing where none is."""
-    close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.5)
-    return f" (nearest: {', '.join(close)})" if close else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,9 +45,11 @@ def official_name(model: str) -> str:
     """A model's full Hub name, for the short ones that TransformerLens knows; a folder or another name as it is."""
     if Path(model).is_dir():
         return model
-    if model not in aliases() and "/" not in model:
-        raise UserError(f"--model {model}: not a model TransformerLens knows, nor a folder{nearest(model, aliases())}")
-    return aliases().get(model, model)
+    full_names = aliases()
+    if model not in full_names and "/" not in model:
+        hint = nearest(model, full_names)
+        raise UserError(f"--model {model}: not a model TransformerLens knows, nor a folder{hint}")
+    return full_names.get(model, model)
 
 
 def same_model(name: str, other: str) -> bool:
@@ -96,17 +90,23 @@ def is_transcoder(release: str) -> bool:
 
 def find_sae(release: str, sae_id: str) -> tuple[str, str]:
     """The model of a release in the table, and the id of its SAE, which may be empty where it has only one."""
-    if release not in sae_table():
-        raise UserError(f"--sae-release {release}: not in SAELens' table, nor a folder{nearest(release, sae_table())}")
+    table = sae_table()
+    given = f"--sae-release {release}"
+    if release not in table:
+        hint = nearest(release, table)
+        raise UserError(f"{given}: not in SAELens' table, nor a folder{hint}")
     if is_transcoder(release):
-        raise UserError(f"--sae-release {release}: holds transcoders, not SAEs: they read one place and write another")
+        raise UserError(f"{given}: holds transcoders, not SAEs: they read one place and write another")
     ids = _ids_of(release)
-    if not sae_id and len(ids) > 1:
-        raise UserError(f"--sae-release {release}: holds {len(ids)} SAEs: give --sae-id (--list-saes {release})")
-    if sae_id and sae_id not in ids:
-        raise UserError(f"--sae-id {sae_id}: not in release {release}{nearest(sae_id, ids)}")
-    model = sae_table()[release]["model"]
-    return model, sae_id or ids[0]
+    if not sae_id:
+        if len(ids) > 1:
+            raise UserError(f"{given}: holds {len(ids)} SAEs: give --sae-id (--list-saes {release})")
+        sae_id = ids[0]
+    if sae_id not in ids:
+        hint = nearest(sae_id, ids)
+        raise UserError(f"--sae-id {sae_id}: not in release {release}{hint}")
+    model = table[release]["model"]
+    return model, sae_id
 
 
 def _ids_of(release: str) -> list[str]:
@@ -167,9 +167,13 @@ def list_saes(word: str) -> str:
         return "\n".join(_ids_of(word))
     lines = []
     for release, model in models.items():
-        if word.lower() in f"{release} {model}".lower():
-            ids = _ids_of(release)
-            lines.append(f"{release:<32} {model:<36} {len(ids):>4}  {ids[0]}")
+        names = f"{release} {model}"
+        if word.lower() not in names.lower():
+            continue
+        ids = _ids_of(release)
+        count = len(ids)
+        line = f"{release:<32} {model:<36} {count:>4}  {ids[0]}"
+        lines.append(line)
     if not lines:
         return f"No instruction-tuned release in SAELens' table has {word!r} in its name."
     head = f"{'release':<32} {'model':<36} SAEs  the first one's id"

@@ -15,8 +15,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from experiment import UserError, catalogue, os_errors
-from experiment.options import ROOT, TOKEN_FILE, Options, bundled
+from experiment import UserError, catalogue, os_errors, say
+from experiment.demo import ROOT, bundled
+from experiment.options import TOKEN_FILE, Options
 
 if TYPE_CHECKING:  # importing SAELens takes seconds
     from sae_lens.saes.sae import SAEConfig
@@ -120,6 +121,27 @@ def _use_token(file: Path, demo: bool) -> None:
         os.environ["HF_TOKEN"] = token
     elif not (demo and file == ROOT / TOKEN_FILE):
         raise UserError(f"{file}: holds no Hugging Face token (hf_...): put yours in, or remove it")
+
+
+def warn_of_base_model(options: Options, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """Warns where a model does not look instruction-tuned: by its name, or in a local folder by its chat template."""
+    folder = bundled(options.model)
+    if folder != options.model:
+        return  # the demo's has no chat template, but was tuned
+    if Path(folder).is_dir():
+        is_tuned = bool(tokenizer.chat_template)
+    else:
+        is_tuned = catalogue.INSTRUCTION_TUNED.search(options.model) is not None
+    if not is_tuned:
+        say(f"Warning: {options.model} looks like a base model: such a model was not trained to follow the prompt.")
+
+
+def find_context_length(options: Options) -> int | None:
+    """How many tokens the model can read, prompt and answer together; None where its configuration does not say."""
+    with hub_errors(options.model):
+        name = catalogue.official_name(bundled(options.model))
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

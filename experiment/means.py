@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Sequence
 
 import torch
 from jaxtyping import Float, Float64
@@ -17,13 +17,9 @@ from experiment.intervention.plan import Sizes
 from experiment.intervention.pool import Limits
 from experiment.intervention.sequences import SequenceActivations
 from experiment.questions import Question
-from experiment.records import activations, files
+from experiment.records import files
 from experiment.records.schema import KeptRecord, Means, RankedQuestion
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from experiment.rounds import Experiment
+from experiment.rounds import Experiment
 
 
 def store(experiment: Experiment, model: SplicedModel, sizes: Sizes, kept: dict[Question, KeptRecord]) -> None:
@@ -40,21 +36,21 @@ def store(experiment: Experiment, model: SplicedModel, sizes: Sizes, kept: dict[
     read = Reader(experiment, model, sizes, list(kept), tokens)
     means, positions = find_means(read)
     for ranking in experiment.options.ranking:
-        path = activations.name_file(experiment.options, ranking)
-        made = experiment.provenance_of(ranking)
+        path = experiment.activations_file(ranking)
+        provenance = experiment.provenance_of(ranking)
         ranked: list[RankedQuestion] = []
         if kept:
-            stored = files.read_activations(path)
-            assert stored[0] is not None  # it is this round's own
-            made, ranked = stored
+            content = files.read_activations(path)
+            assert content[0] is not None  # it is this round's own
+            provenance, ranked = content
         measured = measure_lists(read, ranking, ranked, means)
-        files.write_activations(files.name_mean_file(path), made.with_fields(ablation="mean"), measured)
+        files.write_activations(files.name_mean_file(path), provenance.with_fields(ablation="mean"), measured)
     of_latents = Means(run=experiment.provenance, positions=positions, means=means.tolist())
     files.write_means(experiment.options.output_dir / "means.json", of_latents)
 
 
 class Reader:
-    """Kept questions and their answers, whose activations are read again a batch at a time.
+    """Kept questions and their answers, whose activations are read again, one batch after another.
 
     prompts, tokens: of each question, the prompt's and the answer's token ids.
     """
@@ -81,13 +77,17 @@ class Reader:
 
     def read(self, part: Sequence[int]) -> SequenceActivations:
         """What the SAE reads in these questions' prompts and answers, but for the answers' last token."""
-        group = Group(
-            prompts=[self.prompts[number] + self.tokens[number][:-1] for number in part],
-            contexts=[self.contexts[number] for number in part],
-            batches=[list(range(len(part)))],
-        )
+        prompts = []
+        contexts: list[Hashable] = []
+        for number in part:
+            tokens = self.tokens[number]
+            prompts.append(self.prompts[number] + tokens[:-1])
+            contexts.append(self.contexts[number])
+        batch = list(range(len(part)))
+        group = Group(prompts, contexts, batches=[batch])
         # One token more says nothing new: what counts is what the SAE reads on the way there.
-        _, read = generate.answer(self.model, group, Limits(1, self.sizes.pool))
+        limits = Limits(1, self.sizes.pool)
+        _, read = generate.answer(self.model, group, limits)
         return read
 
 
@@ -101,13 +101,16 @@ def find_means(reader: Reader) -> tuple[Float[Tensor, d_sae], int]:
         nonlocal positions
         read = reader.read(part)
         lengths = read.rows.bincount().tolist()
-        latents = read.select(list(range(len(part))), lengths).latents
-        total.index_add_(0, latents.ids, latents.values.double())
+        rows = list(range(len(part)))
+        latents = read.select(rows, lengths).latents
+        values = latents.values.double()
+        total.index_add_(0, latents.ids, values)
         positions += int(latents.spliced.sum())
 
     for batch in reader.plan():
         halve_on_oom(add_up, batch)
-    return (total / max(1, positions)).float(), positions
+    means = total / max(1, positions)
+    return means.float(), positions
 
 
 def measure_lists(
@@ -130,9 +133,7 @@ def measure_lists(
             prompts=[reader.prompts[number] for number in part],
             generated=generated,
             brackets=brackets,
-            answer_positions=[
-                ranked[number].inside or [] for number in part
-            ],  # unknown in older files, and not asked for here
+            answer_positions=[ranked[number].inside or [] for number in part],  # unknown in older files, not asked for
             rows=list(range(len(part))),
             read=reader.read(part),
             special_ids=prompts.find_special_ids(tokenizer),

@@ -11,31 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiment import UserError, catalogue, own_rankings
+from experiment import UserError, catalogue, guard, own_rankings
+from experiment.demo import DEMO, ROOT, bundled
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO: dict[str, Any] = {  # what --demo changes
-    "model": "demo/model",
-    "sae_release": "demo/sae",
-    "sae_id": "",
-    "dataset": "demo/questions.jsonl",
-    "split": "",
-    "device": "cpu",
-    "dtype": "float32",
-    "batch_tokens": 16384,
-    "pool_tokens": 32768,
-}
 TOKEN_FILE = "token.txt"  # at the top of the project: used where it exists
 PAPER_DATASET = "rajpurkar/squad"
 RANKINGS = ("baseline", "gradsae", "gradsae-answer", "matched", "random")  # of intervention.rankings
 FLOATS = ("float16", "bfloat16", "float32")
-
-
-def bundled(name: str) -> str:
-    """A path of the bundled demo as it is on this machine; any other name as it is."""
-    if name in (DEMO["model"], DEMO["sae_release"], DEMO["dataset"]):
-        return str(ROOT / name)
-    return name
 
 
 def positive(text: str) -> int:
@@ -133,14 +115,17 @@ def parse(argv: list[str] | None, doc: str | None, masks: bool) -> Options:
     argv: its arguments; None: the command line's.  doc: the script's docstring, which --help shows.  masks: whether the
     round masks latents, as 2 and 3 do: only these have --k.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     defaults = _find_defaults("--demo" in argv)
-    given = vars(_build_parser(doc, masks, defaults).parse_args(argv))
+    parser = _build_parser(doc, masks, defaults)
+    given = vars(parser.parse_args(argv))
     if "list_saes" in given:
         print(catalogue.list_saes(given["list_saes"]))
         sys.exit(0)
-    if (ROOT / TOKEN_FILE).is_file():
-        defaults["token_file"] = ROOT / TOKEN_FILE
+    token_file = ROOT / TOKEN_FILE
+    if token_file.is_file():
+        defaults["token_file"] = token_file
     for name in given.keys() & {"model", "sae_release", "sae_id", "dataset", "split"}:
         _check_text(name, given[name])  # these stand in the files of a round
     if "batch_tokens" in given:
@@ -152,8 +137,16 @@ def parse(argv: list[str] | None, doc: str | None, masks: bool) -> Options:
     options = Options(**chosen)
     _check(options)
     if options.output_dir is None:
-        options = dataclasses.replace(options, output_dir=_name_output_dir(options))
+        folder = _name_output_dir(options)
+        options = dataclasses.replace(options, output_dir=folder)
     return options
+
+
+def stop_at_mistakes(doc: str | None, masks: bool) -> None:
+    """Ends the process where the command line asks for help or a list, or holds a mistake. Parameters as in parse()."""
+    code = guard(lambda: parse(None, doc, masks))
+    if code:
+        sys.exit(code)
 
 
 def write_command(options: Options, **changed: Any) -> str:
@@ -224,10 +217,12 @@ def _check(options: Options) -> None:
         raise UserError("--limit and --sample cannot be combined: leave one out")
     if options.activations and len(options.ranking) > 1:
         raise UserError("--activations: such a file holds one ranking: leave it out, or give one --ranking")
-    if options.device_map and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--device-map auto: spreads one process over all GPUs: start it without a launcher")
-    if options.device_map and re.search(r":[0-9]+$", options.device):
-        raise UserError(f"--device-map auto: spreads the model over all GPUs: leave --device {options.device} out")
+    if options.device_map:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if processes > 1:
+            raise UserError("--device-map auto: spreads one process over all GPUs: start it without a launcher")
+        if re.search(r":[0-9]+$", options.device):
+            raise UserError(f"--device-map auto: spreads the model over all GPUs: leave --device {options.device} out")
     if options.sae_dtype == "tf32" and not options.device.startswith("cuda"):
         raise UserError(f"--sae-dtype tf32: only a CUDA device has it, not {options.device}: leave it out")
     if options.token_file and not options.token_file.is_file():
@@ -262,21 +257,24 @@ def _settle_names(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
     """Model and SAE id where the release says them. Refuses names that do not belong together. Downloads nothing."""
     if not given.keys() & {"model", "sae_release", "sae_id"}:
         return {}
-    release: str = given.get("sae_release", defaults["sae_release"])
+    usual_release: str = defaults["sae_release"]
+    release: str = given.get("sae_release", usual_release)
     in_table = release in catalogue.sae_table()
     if "sae_release" not in given and "model" in given and in_table:
         _ask_for_release(given["model"], release)
-    usual_id = defaults["sae_id"] if release == defaults["sae_release"] else ""
+    usual_id: str = defaults["sae_id"] if release == usual_release else ""
     sae_id: str = given.get("sae_id", usual_id)
+    is_folder = Path(bundled(release)).is_dir()
     is_repository = not in_table and re.fullmatch(r"\w[\w.-]*/[\w.-]+", release)
-    if is_repository and not Path(release).is_dir():
+    if is_repository and not is_folder:
         _refuse_repository_of_table(release)
-    if is_repository or Path(bundled(release)).is_dir():
-        return {"sae_id": sae_id}  # a folder, or a repository on the Hub, may hold one SAE that has no id
+    if is_repository or is_folder:
+        return {"sae_id": sae_id}  # it may hold one SAE that has no id
     its_model, sae_id = catalogue.find_sae(release, sae_id)
-    usual_model = DEMO["model"] if "demo" in given else its_model
+    demos_model: str = DEMO["model"]
+    usual_model = demos_model if "demo" in given else its_model
     model: str = given.get("model", usual_model)
-    if model == DEMO["model"] or not catalogue.same_model(model, its_model):
+    if model == demos_model or not catalogue.same_model(model, its_model):
         raise UserError(f"--sae-release {release}: belongs to {its_model}, not to {model}")
     return {"model": model, "sae_id": sae_id}
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiment import UserError, catalogue, os_errors
+from experiment import UserError, nearest, os_errors
 
 FORM = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 # Words of the names of files: predictions_RANKING_false.jsonl, activations_RANKING_mean.json.
@@ -47,10 +47,13 @@ def check(ranking: str) -> None:
         tree = ast.parse(_read(file))
     except (SyntaxError, ValueError) as error:
         raise UserError(f"--ranking {file}: is not Python ({error})") from None
-    functions = [part.name for part in tree.body if isinstance(part, ast.FunctionDef)]
+    functions = []
+    for part in tree.body:
+        if isinstance(part, ast.FunctionDef):
+            functions.append(part.name)
     if function not in functions:
-        nearest = catalogue.nearest(function, functions)
-        raise UserError(f"--ranking {file}: has no function {function}{nearest}")
+        hint = nearest(function, functions)
+        raise UserError(f"--ranking {file}: has no function {function}{hint}")
 
 
 @functools.cache

@@ -2,11 +2,28 @@
 
 import os
 import re
+from pathlib import Path
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from experiment import UserError
+
 BRACKETS = re.compile(r"\[\s*(.*?)\s*\]")  # on one line
+
+
+def read_template(path: str, named: list[str]) -> str:
+    """A prompt template from a text file, which holds each of the two fields once. named: what --prompt-template may be
+    besides."""
+    given = f"--prompt-template {path}"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # a BOM, as Windows writes it, is no text
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{given}: neither {', '.join(named)} nor a text file ({error})") from None
+    for field in ("{context}", "{question}"):
+        if text.count(field) != 1:
+            raise UserError(f"{given}: must hold {field} exactly once")
+    return text
 
 
 def build_prompt(template: str, context: str, question: str) -> str:

@@ -1,7 +1,6 @@
-"""SQuAD questions in, scores out. Knows nothing of models."""
+"""SQuAD questions, from whatever file or data set holds them. Knows nothing of models."""
 
 import ast
-import collections
 import glob
 import hashlib
 import json
@@ -9,15 +8,12 @@ import logging
 import os
 import random
 import re
-import string
 import sys
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from experiment import UserError, os_errors
-from experiment.records.files import parse_json
+from experiment import UserError, os_errors, parse_json
 
 if TYPE_CHECKING:
     import datasets
@@ -27,11 +23,6 @@ SAVED_SPLIT = "state.json"
 SAVED_SPLITS = "dataset_dict.json"
 TRUTH_VALUES = {"true": True, "1": True, "false": False, "0": False, "": None}  # of is_impossible, in CSV
 CSV_COLUMNS = ("id", "context", "question", "answers", "is_impossible")
-# Scripts that are written without spaces between words: Thai to Myanmar, Khmer, Japanese and Chinese with all that
-# stands beside the characters themselves, halfwidth Katakana, and the supplementary ideographs.
-UNSPACED = re.compile(
-    "[\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +48,22 @@ def load(dataset: str, split: str | None, config: str | None = None) -> tuple[li
     questions: list[Question] = []
     ids: set[str] = set()
     sha = hashlib.sha256()
-    for where, row in _read_rows(dataset, split, config):
-        question = _make_question(row, f"{dataset}, {where}")
+    for place, row in _read_rows(dataset, split, config):
+        where = f"{dataset}, {place}"
+        question = _make_question(row, where)
         if question.id in ids:
-            raise UserError(f"{dataset}, {where}: the id {question.id!r} stands twice")
+            raise UserError(f"{where}: the id {question.id!r} stands twice")
         ids.add(question.id)
-        if question.truths:
-            questions.append(question)
-            fields = [question.id, question.context, question.question, question.truths]
-            sha.update(json.dumps(fields).encode())
+        if not question.truths:
+            continue
+        questions.append(question)
+        fields = [question.id, question.context, question.question, question.truths]
+        text = json.dumps(fields)
+        sha.update(text.encode())
     if not questions:
         raise UserError(f"{dataset}: no question with a ground truth in it")
-    return questions, len(ids) - len(questions), sha.hexdigest()
+    left_out = len(ids) - len(questions)
+    return questions, left_out, sha.hexdigest()
 
 
 def is_local(dataset: str) -> bool:
@@ -113,14 +108,15 @@ def _unfold(where: str, row: object) -> Iterator[tuple[str, object]]:
 
 
 def _read_plain(path: str) -> Iterator[tuple[str, object]]:
-    """Yields (where, row) of a .json, or of a .jsonl, an object a line. A .json may hold lines too, as `datasets` and
+    """Yields (where, row) of a .json, or of a .jsonl, an object per line. A .json may hold lines too, as `datasets` and
     pandas write them."""
     content = _parse_whole(path) if path.endswith(".json") else None
     if content is None:
         with os_errors(f"{path}: cannot be read"), open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"line {number}", parse_json(line, f"{path}, line {number}")
+                    where = f"line {number}"
+                    yield where, parse_json(line, f"{path}, {where}")
     elif isinstance(content, list):
         for number, row in enumerate(content, 1):
             yield f"row {number}", row
@@ -167,7 +163,10 @@ def _read_with_datasets(dataset: str, split: str | None, config: str | None) -> 
         except ValueError as error:
             raise UserError(f"{_ask_for_split(dataset, builder.info.splits)} ({error})") from None
     for number, row in enumerate(rows, 1):
-        yield f"row {number}", _read_cells(row, f"{dataset}, row {number}") if is_csv else row
+        where = f"row {number}"
+        if is_csv:
+            row = _read_cells(row, f"{dataset}, {where}")
+        yield where, row
 
 
 def _ask_for_split(dataset: str, splits: Iterable[str]) -> str:
@@ -288,67 +287,3 @@ def select(
         return questions[:limit]
     drawn = random.Random(seed).sample(range(len(questions)), sample)
     return [questions[number] for number in sorted(drawn)]
-
-
-def normalize(text: str) -> str:
-    """SQuAD v1.1's normal form: lower case, no punctuation, no articles, single spaces."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    text = re.sub(r"\b(a|an|the)\b", " ", text)
-    return " ".join(text.split())
-
-
-def token_f1(answer: str, truth: str) -> float:
-    """Harmonic mean of precision and recall over the normal forms' words, 0 to 1; 0 where they share none."""
-    answer_words = normalize(answer).split()
-    truth_words = normalize(truth).split()
-    shared = (collections.Counter(answer_words) & collections.Counter(truth_words)).total()
-    if not shared:
-        return 0.0
-    return 2 * shared / (len(answer_words) + len(truth_words))
-
-
-def score(answer: str, text: str, truths: Sequence[str]) -> dict[str, float]:
-    """Scores of a parsed answer and of the text it was parsed from, each 0 to 1 and the best over the ground truths.
-
-    em, f1: SQuAD v1.1's.  accuracy: the stripped strings are equal.  named: em is 1, or a ground truth stands anywhere
-    in the text, whatever the format around it: as whole words, but for scripts without spaces between words.
-    """
-    em = any(normalize(answer) == normalize(truth) for truth in truths)
-    f1 = max(token_f1(answer, truth) for truth in truths)
-    accuracy = any(answer.strip() == truth.strip() for truth in truths)
-    named = em or any(_names(text, truth) for truth in truths)
-    return {"em": float(em), "f1": f1, "accuracy": float(accuracy), "named": float(named)}
-
-
-def _names(text: str, truth: str) -> bool:
-    """Whether a ground truth stands in a text, both in SQuAD's normal form."""
-    text = _normalize_apart(text)
-    truth = _normalize_apart(truth)
-    if not truth:
-        return False
-    start = text.find(truth)
-    while start >= 0:
-        end = start + len(truth)
-        begins_word = _is_boundary(text[start - 1 : start], truth[0])
-        ends_word = _is_boundary(truth[-1], text[end : end + 1])
-        if begins_word and ends_word:
-            return True
-        start = text.find(truth, start + 1)
-    return False
-
-
-def _normalize_apart(text: str) -> str:
-    """SQuAD's normal form with brackets as spaces: else "[[Oslo]]<end_of_turn>" is the one word "osloendofturn"."""
-    return normalize(re.sub(r"[\[\]{}()<>=]", " ", text))
-
-
-def _is_boundary(before: str, after: str) -> bool:
-    """Whether a word may end between two characters, "" for none: not inside a word of a script with spaces."""
-    return not (_is_in_word(before) and _is_in_word(after))
-
-
-def _is_in_word(character: str) -> bool:
-    """Whether a character is a letter, mark or digit of a script with spaces between words."""
-    if not character or UNSPACED.match(character):
-        return False
-    return unicodedata.category(character)[0] in "LMN"

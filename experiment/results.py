@@ -7,28 +7,17 @@ from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 from experiment import catalogue, say
+from experiment.masks import Side
 from experiment.options import Options
-from experiment.questions import Question, score
-from experiment.records import activations, files, lists
-from experiment.records.activations import RankedFile
+from experiment.questions import Question
+from experiment.records import files, lists
+from experiment.records.entries import CommonLatent, Entry, Figures, LatentStatistics, MaskedEntry, UnmaskedEntry
 from experiment.records.journal import Journal
-from experiment.records.schema import (
-    SCORES,
-    CommonLatent,
-    Entry,
-    Figures,
-    KeptRecord,
-    LatentStatistics,
-    MaskedEntry,
-    Provenance,
-    RankedLatents,
-    RankedQuestion,
-    Record,
-    Side,
-    UnmaskedEntry,
-)
+from experiment.records.lists import RankedFile
+from experiment.records.schema import SCORES, KeptRecord, Provenance, RankedLatents, RankedQuestion, Record
 from experiment.report import cells, estimates, folders, outputs, tables
 from experiment.rounds import Experiment
+from experiment.scores import score_answer
 
 ROUND_NAMES: dict[Side, str] = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
 
@@ -38,8 +27,11 @@ def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence
 
     Entries that are no longer of what lies in the folder are left out, with a line.
     """
-    replaced = set(map(name_entry, fresh))
-    entries = [entry for entry in earlier if name_entry(entry) not in replaced]
+    replaced = {name_entry(entry) for entry in fresh}
+    entries = []
+    for entry in earlier:
+        if name_entry(entry) not in replaced:
+            entries.append(entry)
     entries += fresh
     path = experiment.options.output_dir
     folder = folders.read_folder(path, entries, experiment.questions)
@@ -51,8 +43,8 @@ def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence
 
 def name_entry(entry: Entry) -> tuple[str | None, ...]:
     """What tells the entries of one folder apart."""
-    made = entry.provenance
-    return entry.round, made.ranking, entry.k, made.ablation
+    provenance = entry.provenance
+    return entry.round, provenance.ranking, entry.k, provenance.ablation
 
 
 def hash_population(asked: Iterable[Question]) -> str:
@@ -73,9 +65,9 @@ def store_activations(experiment: Experiment, journals: dict[str, Journal]) -> d
         for record in journal.finish(ids):
             if isinstance(record, KeptRecord):
                 ranked.append(record.as_ranked())
-        made = journal.provenance.with_fields(asked=len(ids), kept=len(ranked))
-        path = activations.name_file(experiment.options, ranking)
-        files.write_activations(path, made, ranked)
+        provenance = journal.provenance.with_fields(asked=len(ids), kept=len(ranked))
+        path = experiment.activations_file(ranking)
+        files.write_activations(path, provenance, ranked)
     first = next(iter(journals.values()))
     return find_kept(experiment, first)
 
@@ -118,8 +110,10 @@ def finish_round_1(experiment: Experiment, earlier: list[Entry], journals: dict[
 def tell_round_1(experiment: Experiment, entry: UnmaskedEntry) -> str:
     """How many questions were asked, and what became of them, in a sentence."""
     assert entry.asked is not None and entry.kept is not None  # the entries of this round have them
-    kept = f"{entry.kept} answered right and kept ({100 * entry.kept / entry.asked:.1f}%)"
-    too_long = f", {len(experiment.left_out)} left out as too long" if experiment.left_out else ""
+    percent = 100 * entry.kept / entry.asked
+    kept = f"{entry.kept} answered right and kept ({percent:.1f}%)"
+    count = len(experiment.left_out)
+    too_long = f", {count} left out as too long" if count else ""
     return (
         f"Round 1: {entry.asked} questions asked, {kept}, {entry.wrong} answered wrong, {entry.unranked} right but "
         f"without any [ to rank at{too_long}."
@@ -159,7 +153,8 @@ def make_unmasked_entry(
 def estimate_scores(records: Iterable[Record], asked: Iterable[Question]) -> Figures:
     """Mean scores of answers, with intervals over the questions' contexts."""
     columns = estimates.collect_scores(list(records))
-    return estimates.summarize(columns, [question.context for question in asked])
+    contexts = [question.context for question in asked]
+    return estimates.summarize(columns, contexts)
 
 
 def measure_latents(options: Options, ranking: str, kept: dict[str, dict[Question, KeptRecord]]) -> LatentStatistics:
@@ -168,9 +163,10 @@ def measure_latents(options: Options, ranking: str, kept: dict[str, dict[Questio
     contexts = [question.context for question in kept[ranking]]
     statistics = estimates.latent_statistics(own, contexts)
     overlap = {}
-    for other, records in kept.items():
+    for other, of_other in kept.items():
         if other != ranking:
-            overlap[other] = estimates.ranking_overlap(own, list(records.values()))
+            records = list(of_other.values())
+            overlap[other] = estimates.ranking_overlap(own, records)
     latents: list[CommonLatent] = []
     for latent in statistics.most_frequent_topk:
         page = catalogue.neuronpedia_page(options.sae_release, options.sae_id, latent.latent)
@@ -242,7 +238,7 @@ def complete_scores(ranked: RankedQuestion, question: Question) -> RankedQuestio
     """A ranked question with all scores of its unmasked answer: what older files lack is scored again."""
     if all(getattr(ranked, metric) is not None for metric in SCORES):
         return ranked
-    return ranked.with_fields(**score(ranked.answer, ranked.answer, question.truths) | ranked.fields())
+    return ranked.with_fields(**score_answer(ranked.answer, ranked.answer, question.truths) | ranked.fields())
 
 
 class Masks(TypedDict):
@@ -291,7 +287,8 @@ def tell_fewer(file: RankedFile, k: str, ranked: list[RankedLatents]) -> str:
     ranking = file.provenance.ranking
     mask = estimates.MASKS[file.side]
     name = file.path.name
-    some = f"{len(lengths)} of {len(ranked)} questions"
+    fewer = len(lengths)
+    some = f"{fewer} of {len(ranked)} questions"
     if is_matched(ranked, file.side):
         held = f"for {some} the latents that {name} holds remove less than the baseline's: these are masked."
     else:

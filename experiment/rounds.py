@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from accelerate import PartialState
@@ -13,19 +15,28 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from experiment import UserError, own_rankings, questions, say
+from experiment.demo import bundled
 from experiment.intervention import plan
+from experiment.intervention.forward import SplicedModel
 from experiment.intervention.memory import memory_errors
 from experiment.intervention.plan import Sizes
 from experiment.options import Options
 from experiment.prompts import build_prompt, tokenize
 from experiment.questions import Question
 from experiment.records import files
+from experiment.records.entries import Entry
 from experiment.records.journal import Journal, read_provenance
-from experiment.records.provenance import ALL, SELECTION, differences
-from experiment.records.schema import Entry, Provenance
+from experiment.records.provenance import ALL, SELECTION, differences, digest_local
+from experiment.records.schema import Provenance
 
 Key = TypeVar("Key")  # of a round's journals: a ranking in round 1, a ranking and a K in rounds 2 and 3
-Describe = Callable[[list[Question]], dict[str, str]]
+PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
+# The options that a provenance has as they are.
+RECORDED = (
+    *("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens"),
+    *("dataset", "dataset_config", "max_new_tokens", "limit", "sample"),
+)
+Describe = Callable[[list[str]], dict[str, str]]  # fields of a provenance that hang on the questions, by their ids
 
 
 @dataclass(frozen=True)
@@ -65,26 +76,34 @@ class Experiment:
             provenance = provenance.with_fields(ranking_seed=self.options.seed)
         return provenance
 
-    def select_as(self, made: Provenance) -> list[Question]:
-        """The questions that another run of the same data set asks."""
-        return questions.select(self.questions, made.limit, made.sample, made.seed)
+    def select_as(self, stored: Provenance) -> list[Question]:
+        """The questions that the run of a file asked, which was of the same data set."""
+        return questions.select(self.questions, stored.limit, stored.sample, stored.seed)
 
-    def find_wanted(self, wanted: Provenance, made: Provenance, describe: Describe | None = None) -> Provenance:
-        """The provenance that a file that `made` made has to be of, so that this round can go on with it.
+    def adopt_selection(
+        self, provenance: Provenance, stored: Provenance, describe: Describe | None = None
+    ) -> Provenance:
+        """What a file has to say so that this round can go on with it, or build on it.
 
-        That is `wanted`, but for the questions: those of the file have to be some of those that are asked now.
-        describe: the fields of a provenance that hang on the questions besides.
+        That is `provenance`, but for the questions: those of the file have to be some of those that are asked now.
+        stored: what the file says.
         """
-        if differences(made, wanted, ["questions"]):
-            return wanted
-        earlier = self.select_as(made)
-        now = {question.id for question in self.asked} | set(self.left_out)
-        if not {question.id for question in earlier} <= now:
-            return wanted
-        selected = {name: getattr(made, name) for name in SELECTION}
+        if differences(stored, provenance, ["questions"]):
+            return provenance
+        earlier = [question.id for question in self.select_as(stored)]
+        now = {question.id for question in self.asked}
+        now.update(self.left_out)
+        if not now.issuperset(earlier):
+            return provenance
+        selected: dict[str, object] = {name: getattr(stored, name) for name in SELECTION}
         if describe is not None:
             selected |= describe(earlier)
-        return wanted.with_fields(**selected)
+        return provenance.with_fields(**selected)
+
+    def activations_file(self, ranking: str) -> Path:
+        """Where round 1 writes a ranking's activations. ranking: as --ranking takes it."""
+        usual = self.options.output_dir / f"activations_{own_rankings.name_of(ranking)}.json"
+        return self.options.activations or usual
 
     def journal(self, name: str, provenance: Provenance, describe: Describe | None = None) -> Journal:
         """The journal of this name; of more questions than an earlier one of the same name, it goes on."""
@@ -93,16 +112,35 @@ class Experiment:
             provenance,
             self.state.process_index,
             self.options.overwrite,
-            lambda made: self.find_wanted(provenance, made, describe),
+            lambda stored: self.adopt_selection(provenance, stored, describe),
         )
 
     def is_begun(self, ranking: str) -> bool:
         """Whether round 1's journal is of this run: what is there of another one, an interrupted --overwrite left."""
-        wanted = self.provenance_of(ranking)
-        made = read_provenance(self.options.output_dir / f"predictions_{wanted.ranking}.jsonl")
-        if made is None:
+        provenance = self.provenance_of(ranking)
+        stored = read_provenance(self.options.output_dir / f"predictions_{provenance.ranking}.jsonl")
+        if stored is None:
             return False
-        return not differences(made, self.find_wanted(wanted, made), ALL)
+        return not differences(stored, self.adopt_selection(provenance, stored), ALL)
+
+
+def make_provenance(options: Options, template: str, questions_digest: str, device: str) -> Provenance:
+    """What makes the unmasked answers, but for what the SAE says once it is loaded.
+
+    template: the prompt template's text.  device: where the model is, or the device map that spreads it.
+    """
+    fields = {name: getattr(options, name) for name in RECORDED}
+    fields |= {
+        "ranking": "baseline",
+        "split": None if questions.is_local(options.dataset) else options.split,
+        "questions": questions_digest,
+        "prompt_template": template,
+        "seed": options.seed if options.sample else None,
+    }
+    fields |= digest_local(bundled(options.model), bundled(options.sae_release), options.sae_id)
+    fields["device"] = device
+    fields["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return Provenance.model_validate(fields)
 
 
 def leave_out_long(experiment: Experiment, context: int | None) -> Experiment:
@@ -135,14 +173,17 @@ def leave_out_long(experiment: Experiment, context: int | None) -> Experiment:
 def open_output_folder(experiment: Experiment) -> Iterator[list[Entry]]:
     """Keeps the output folder to this round, and gives the entries that its results.json holds already."""
     folder = experiment.options.output_dir
-    lock = files.lock(folder) if experiment.state.is_main_process else contextlib.nullcontext()
+    state = experiment.state
+    lock = files.lock(folder) if state.is_main_process else contextlib.nullcontext()
     with lock, memory_errors():
-        overwrite = experiment.options.overwrite or any(map(experiment.is_begun, experiment.options.ranking))
+        overwrite = experiment.options.overwrite
+        for ranking in experiment.options.ranking:
+            overwrite = overwrite or experiment.is_begun(ranking)
         entries = files.read_results_of(folder / "results.json", experiment.provenance, overwrite)
-        experiment.state.wait_for_everyone()
+        state.wait_for_everyone()
         yield entries
-        if experiment.state.num_processes > 1:
-            experiment.state.destroy_process_group()
+        if state.num_processes > 1:
+            state.destroy_process_group()
 
 
 def wait_for_all(experiment: Experiment) -> bool:
@@ -154,7 +195,7 @@ def wait_for_all(experiment: Experiment) -> bool:
 def is_finished(asked: list[Question], journals: Mapping[Any, Journal]) -> bool:
     """Whether every journal has every question; says so."""
     for journal in journals.values():
-        if any(question.id not in journal for question in asked):
+        if _lacks_any(journal, asked):
             return False
     say("This round is finished; --overwrite starts it again.")
     return True
@@ -182,6 +223,19 @@ class Work(Generic[Key]):
         return len(self.questions) * len(self.keys)
 
 
+def settle_sizes(options: Options, model: SplicedModel, journals: Mapping[Any, Journal]) -> Sizes:
+    """Tokens in a batch and in the pool: what is asked for, what a journal that goes on was made with, or what fits."""
+    batch = options.batch_tokens
+    pool = options.pool_tokens
+    for journal in journals.values():
+        if journal:  # it goes on: the same batches give the same last digits
+            batch = batch or journal.provenance.batch_tokens
+            pool = pool or journal.provenance.pool_tokens
+    sizes = plan.choose_sizes(model.device, model.lm.config, model.lm.dtype, batch, pool)
+    say(f"{sizes.batch} tokens in a batch, {sizes.pool} in answers that go on together.")
+    return sizes
+
+
 def plan_work(
     experiment: Experiment,
     sizes: Sizes,
@@ -200,11 +254,13 @@ def plan_work(
     for question in asked:
         draft = drafts[question.id] if drafts else []
         lengths.append(experiment.lengths[question.id] + len(draft))
-    batches = plan.plan_batches(lengths, sizes.batch, [question.context for question in asked])
+    contexts = [question.context for question in asked]
+    batches = plan.plan_batches(lengths, sizes.batch, contexts)
     share = []
     first = 0  # the number of the group's first batch: processes take turns over all of them, groups of one included
     for group in plan.plan_groups(batches, lengths, sizes.group):
-        own = group[(state.process_index - first) % state.num_processes :: state.num_processes]
+        start = (state.process_index - first) % state.num_processes
+        own = group[start :: state.num_processes]
         first += len(group)
         if own:
             share.append(_make_work(asked, own, journals))
@@ -215,14 +271,20 @@ def _make_work(asked: list[Question], batches: list[list[int]], journals: Mappin
     questions: list[Question] = []
     numbers = []
     for batch in batches:
-        first = len(questions)
-        questions += [asked[index] for index in batch]
-        numbers.append(list(range(first, len(questions))))
+        of_batch = []
+        for index in batch:
+            of_batch.append(len(questions))
+            questions.append(asked[index])
+        numbers.append(of_batch)
     keys = []
     for key, journal in journals.items():
-        if any(question.id not in journal for question in questions):
+        if _lacks_any(journal, questions):
             keys.append(key)
     return Work(questions, numbers, keys)
+
+
+def _lacks_any(journal: Journal, questions: list[Question]) -> bool:
+    return any(question.id not in journal for question in questions)
 
 
 class Bar:

@@ -15,8 +15,9 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import Tensor
 
 from experiment import UserError, catalogue
+from experiment.demo import bundled
 from experiment.hub import hub_errors
-from experiment.options import Options, bundled
+from experiment.options import Options
 
 if TYPE_CHECKING:  # importing SAELens takes seconds
     from sae_lens import SAE
@@ -80,18 +81,24 @@ def _check_files(folder: Path, options: Options) -> None:
     if not folder.is_dir():
         raise UserError(f"--sae-id {options.sae_id}: no such folder in {options.sae_release}{_name_folders(options)}")
     has_config = (folder / CONFIG).is_file()
-    if has_config and (folder / _weights_of(folder)).is_file():
+    needed = _weights_of(folder) if has_config else CONFIG
+    if has_config and (folder / needed).is_file():
         return
     no_sae = f"{name_of(options)}: no SAE that SAELens can read"
-    if any((folder / file).is_file() for file in GEMMA_SCOPE_WEIGHTS):
-        advice = []
-        for name, sae_id in catalogue.names_of_files(folder):
-            advice.append(f"--sae-release {name} --sae-id {sae_id}")
-        instead = " or ".join(advice[:4]) or "a release's name (--list-saes gemma-scope)"
-        raise UserError(f"{no_sae}, but Gemma Scope's own download: give {instead} instead of the folder")
-    if has_config:
-        raise UserError(f"{no_sae}, for it has no {_weights_of(folder)}: {FORMATS}")
-    raise UserError(f"{no_sae}, for it has no {CONFIG}: {FORMATS}{_name_folders(options)}")
+    for file in GEMMA_SCOPE_WEIGHTS:
+        if (folder / file).is_file():
+            instead = _name_release(folder)
+            raise UserError(f"{no_sae}, but Gemma Scope's own download: give {instead} instead of the folder")
+    others = "" if has_config else _name_folders(options)
+    raise UserError(f"{no_sae}, for it has no {needed}: {FORMATS}{others}")
+
+
+def _name_release(folder: Path) -> str:
+    """What to give instead of a folder of Gemma Scope's own download."""
+    advice = []
+    for name, sae_id in catalogue.names_of_files(folder):
+        advice.append(f"--sae-release {name} --sae-id {sae_id}")
+    return " or ".join(advice[:4]) or "a release's name (--list-saes gemma-scope)"
 
 
 def _name_folders(options: Options) -> str:
@@ -162,11 +169,15 @@ def _read_sparsify(
     """A converter for SAE.load_from_disk: SAELens' own for sparsify's format, told what it does not see itself."""
     from sae_lens.loading.pretrained_sae_loaders import sparsify_disk_loader
 
-    overrides = (cfg_overrides or {}) | _describe_sparsify(Path(path))
+    folder = Path(path)
+    overrides = cfg_overrides or {}
+    overrides = overrides | _describe_sparsify(folder)
     config, state = sparsify_disk_loader(path, device, overrides)
     # It turns sparsify's own W_dec, which is [d_sae, d_in] as SAELens' is, into [d_in, d_sae].
-    if state["W_dec"].shape != state["W_enc"].T.shape:
-        state["W_dec"] = state["W_dec"].T
+    decoder = state["W_dec"]
+    encoder = state["W_enc"]
+    if decoder.shape != encoder.T.shape:
+        state["W_dec"] = decoder.T
     return config, state
 
 

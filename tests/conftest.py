@@ -58,6 +58,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a thread each: two workers with two t
 import common  # noqa: E402
 from experiment import guard, questions  # noqa: E402
 from experiment import options as command_line  # noqa: E402
+from experiment.demo import bundled  # noqa: E402
 from experiment.hub import prepare_libraries  # noqa: E402
 from experiment.intervention import generate  # noqa: E402
 from experiment.intervention.generate import Group  # noqa: E402
@@ -126,7 +127,7 @@ def demo():
 
 @pytest.fixture(scope="session")
 def demo_questions():
-    found, *_ = questions.load(command_line.bundled("demo/questions.jsonl"), "")
+    found, *_ = questions.load(bundled("demo/questions.jsonl"), "")
     return found
 
 

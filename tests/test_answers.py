@@ -6,7 +6,8 @@ import oracle
 import pytest
 
 import common
-from experiment import prompts, questions
+from experiment import prompts
+from experiment.scores import normalize, score_answer
 
 PARSED = {
     "Result = [[ Oslo ]]": "Oslo",
@@ -59,7 +60,7 @@ def test_parser(text):
     ],
 )
 def test_scores(answer, truths, em, f1, accuracy):
-    score = questions.score(answer, "", truths)
+    score = score_answer(answer, "", truths)
     assert score == {"em": em, "f1": pytest.approx(f1), "accuracy": accuracy, "named": em}
 
 
@@ -98,12 +99,12 @@ def test_scores(answer, truths, em, f1, accuracy):
 )
 def test_a_ground_truth_that_is_named(text, truths, named):
     """In the generated text, not in what was parsed as the answer."""
-    assert questions.score("no such thing", text, truths)["named"] == named
-    assert questions.score(truths[0], text, truths)["named"] == 1  # what is right is named
+    assert score_answer("no such thing", text, truths)["named"] == named
+    assert score_answer(truths[0], text, truths)["named"] == 1  # what is right is named
 
 
 def test_scores_are_the_best_over_the_ground_truths():
-    score = questions.score("grey heron", "Result = [[ grey heron ]] a goat", ["a grey goat", "Grey heron.", "goat"])
+    score = score_answer("grey heron", "Result = [[ grey heron ]] a goat", ["a grey goat", "Grey heron.", "goat"])
     assert score == {"em": 1, "f1": 1, "accuracy": 0, "named": 1}
 
 
@@ -137,10 +138,10 @@ def test_scores_agree_with_a_third_party():
             {"prediction_text": answer, "id": str(number)},
             {"answers": {"text": truths, "answer_start": [0] * len(truths)}, "id": str(number)},
         )
-        ours = questions.score(answer, "", truths)
+        ours = score_answer(answer, "", truths)
         assert 100 * ours["em"] == pytest.approx(theirs["exact_match"].item()), (answer, truths)
         # Where nothing is left of either text, SQuAD v1.1's own script gives F1 0 and torchmetrics 1 (as v2.0 does).
-        if questions.normalize(answer) or all(questions.normalize(truth) for truth in truths):
+        if normalize(answer) or all(normalize(truth) for truth in truths):
             compared += 1
             assert 100 * ours["f1"] == pytest.approx(theirs["f1"].item(), abs=1e-4), (answer, truths)
     assert compared > 500

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, run_script
 
 import common
+import interactive
 from experiment import own_rankings, prompts
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,12 +67,12 @@ def test_asking_from_python_is_asking_in_a_round(demo, demo_questions):
     for question in demo_questions[:3]:
         prompt = oracle.encode_prompt(tokenizer, question.context, question.question)
         answer = oracle.generate(*naive, tokenizer, prompt)
-        asked = common.ask(model, tokenizer, question.context, question.question)
+        asked = interactive.ask(model, tokenizer, question.context, question.question)
         assert asked == prompts.decode(tokenizer, answer)
-        scores = common.mean_activations(model, tokenizer, question.context, question.question)
+        scores = interactive.mean_activations(model, tokenizer, question.context, question.question)
         assert torch.allclose(scores, oracle.activations(*naive, prompt + answer[:-1]).mean(0), atol=1e-5)
         latents = scores.topk(10).indices.tolist()
-        masked = common.ask(model, tokenizer, question.context, question.question, latents)
+        masked = interactive.ask(model, tokenizer, question.context, question.question, latents)
         assert masked == prompts.decode(tokenizer, oracle.generate(*naive, tokenizer, prompt, latents))
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from experiment import UserError, questions
 from experiment.records import files, journal, provenance, schema
+from experiment.records.entries import parse_entry
 from experiment.records.schema import Provenance
 
 SHIPPED = Path(__file__).resolve().parent.parent / "activations_baseline.json"
@@ -42,7 +43,11 @@ ACTIVATIONS = {  # name: (content, what the line says)
     "samples missing": (json.dumps({"run": RUN}), "holds no sample"),
     "samples an object": (json.dumps({"run": RUN, "samples": SAMPLE}), "holds no sample"),
     "sample a number": (json.dumps({"run": RUN, "samples": [1]}), "sample 1: Input should be an object"),
-    "no answer": (json.dumps({"run": RUN, "samples": [{"id": "x"}]}), "sample 1: active: Field required"),
+    "no answer": (
+        json.dumps({"run": RUN, "samples": [{"id": "x"}]}),
+        "sample 1: lacks active: the file is of another version of this project: "
+        "go on with that version, or run round 1 again with --overwrite",
+    ),
     "topk a text": (with_sample(topk="12"), "sample 1: topk: Input should be a valid list"),
     "topk with a float": (with_sample(topk=[1, 1.5]), "topk.1: Input should be a valid integer"),
     "topk negative": (with_sample(topk=[-1]), "topk.0: Input should be greater than or equal to 0"),
@@ -91,11 +96,23 @@ JOURNALS = {
     "a list": ('{"run": {}}\n[]\n', "line 2: is damaged"),
     "not utf-8": (b'{"run": {}}\n\xff\n', "line 2: is damaged"),
     "half a character": (with_record(text="\ud800"), "line 2: is damaged"),
-    "no id": (with_record(id=None), "line 2: is damaged (id: Field required)"),
+    "no id": (
+        with_record(id=None),
+        "line 2: lacks id: the file is of another version of this project: "
+        "go on with that version, or give --output-dir or --overwrite",
+    ),
     "id a number": (with_record(id=1), "line 2: is damaged (id: Input should be a valid string)"),
     "id twice": (with_record() + json.dumps(RECORD) + "\n", "line 3: is damaged (its id stands twice)"),
-    "no text": (with_record(text=None), "line 2: is damaged (text: Field required)"),
-    "no scores": ('{"run": {}}\n{"id": "1", "text": "", "answer": ""}\n', "line 2: is damaged (em: Field required)"),
+    "no text": (
+        with_record(text=None),
+        "line 2: lacks text: the file is of another version of this project: "
+        "go on with that version, or give --output-dir or --overwrite",
+    ),
+    "no scores": (
+        '{"run": {}}\n{"id": "1", "text": "", "answer": ""}\n',
+        "line 2: lacks em: the file is of another version of this project: "
+        "go on with that version, or give --output-dir or --overwrite",
+    ),
     "score of 7": (with_record(em=7.0), "line 2: is damaged (em: Input should be less than or equal to 1)"),
     "score a text": (with_record(f1="1.0"), "line 2: is damaged (f1: Input should be a valid number)"),
     "score not a number": (
@@ -103,7 +120,11 @@ JOURNALS = {
         "line 2: is damaged (accuracy: Input should be less than or equal to 1)",
     ),
     "named a truth value": (with_record(named=True), "line 2: is damaged (named: Input should be a valid number)"),
-    "named missing": (with_record(named=None), "line 2: is damaged (named: Field required)"),
+    "named missing": (
+        with_record(named=None),
+        "line 2: lacks named: the file is of another version of this project: "
+        "go on with that version, or give --output-dir or --overwrite",
+    ),
     "log_probs a number": (with_record(log_probs=-0.5), "line 2: is damaged (log_probs: Input should be a valid list)"),
     "inside texts": (with_latents(inside=["a"]), "line 2: is damaged (inside.0: Input should be a valid integer)"),
     "active with true": (
@@ -116,7 +137,11 @@ JOURNALS = {
     ),
     "removed_topk a text": (with_latents(removed_topk=["1"]), "line 2: is damaged (removed_topk.0: Input should be"),
     "removed_topk too long": (with_latents(removed_topk=[0.1, 0.2]), "line 2: is damaged (removed_topk is not as long"),
-    "latents without lists": (with_record(active=[1]), "line 2: is damaged (topk: Field required)"),
+    "latents without lists": (
+        with_record(active=[1]),
+        "line 2: lacks topk: the file is of another version of this project: "
+        "go on with that version, or give --output-dir or --overwrite",
+    ),
     "half a run": ('{"run": {"limit": "5"}}\n', "line 1: is damaged (run.limit: Input should be a valid integer)"),
 }
 
@@ -178,7 +203,7 @@ def depends_on(run):
 
 
 def write_results(path, entries):
-    files.write_results(path, [schema.parse_entry(entry) for entry in entries])
+    files.write_results(path, [parse_entry(entry) for entry in entries])
 
 
 def read_results(path, run, overwrite):

@@ -171,14 +171,16 @@ def test_nothing_slow_is_imported_for_a_mistake(tmp_path):
         ["--demo", "--device", "nowhere"],
     ]
     code = """
-import json, sys, baseline
-from experiment import guard
+import json, runpy, sys
 for arguments in json.loads(sys.argv[1]):
     for options in arguments:
-        sys.argv = ["baseline.py", *options, "--output-dir", "out"]
-        print(guard(baseline.main))
+        sys.argv = [sys.argv[0], *options, "--output-dir", "out"]
+        try:
+            runpy.run_path(SCRIPT, run_name="__main__")
+        except SystemExit as end:
+            print(end.code)
     print(*[name for name in ("torch", "transformer_lens", "sae_lens", "datasets", "pandas") if name in sys.modules])
-"""
+""".replace("SCRIPT", repr(str(ROOT / "baseline.py")))
     found = subprocess.run(
         [sys.executable, "-c", code, json.dumps([mistakes, later])],
         capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -228,7 +230,7 @@ def test_saes_that_do_not_fit(case, refused, tmp_path, monkeypatch, hub):
     save_sae(tmp_path / "sae", **made)
     tokenizer, asked = common.load_tokenizer(options()), len(hub.tokens)
     monkeypatch.setattr(common, "load_tokenizer", lambda _: tokenizer)  # gemma-2-9b-it's would have to be there
-    monkeypatch.setattr(common, "find_context_length", lambda _: 512)  # and so would its configuration
+    monkeypatch.setattr(hub_module, "find_context_length", lambda _: 512)  # and so would its configuration
     monkeypatch.setattr(common, "load_model", None)
     monkeypatch.setattr(common, "load_sae", None)
     arguments = ["--demo", "--sae-release", tmp_path / "sae"]
@@ -257,7 +259,7 @@ def test_an_old_sae_configuration(tmp_path):
         for found in (config, sae.cfg):
             assert (found.d_in, found.metadata.hook_name) == (d_in, old["hook_point"])
         with contextlib.nullcontext() if d_in == 128 else pytest.raises(UserError, match="reads 64 dimensions"):
-            common.check_fit(chosen, config)
+            hub_module.check_fit(chosen, config)
 
 
 def test_the_default_saes_configuration(hub):
@@ -400,7 +402,7 @@ def test_the_model_that_sparsify_names(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": "meta-llama/Meta-Llama-3-8B-Instruct"}))
     chosen = options("--model", "gemma-2b-it", "--sae-release", tmp_path / "layers.1")
     with pytest.raises(UserError, match="is for meta-llama/Meta-Llama-3-8B-Instruct, not for gemma-2b-it"):
-        common.check_fit(chosen, saes.read_config(chosen))
+        hub_module.check_fit(chosen, saes.read_config(chosen))
 
 
 @pytest.mark.parametrize("case", SPARSIFY)
@@ -496,7 +498,7 @@ def test_models_that_can_be_run(family, tmp_path):
     """Nothing of what is looked for in the others stands in the way of these."""
     FIT[family].save_pretrained(tmp_path)
     chosen = options("--model", tmp_path)
-    common.check_fit(chosen, saes.read_config(chosen))
+    hub_module.check_fit(chosen, saes.read_config(chosen))
 
 
 def test_a_package_that_only_this_model_needs(refused, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from experiment import UserError, catalogue, options
+from experiment.demo import bundled
 from experiment.intervention.rankings import RANKINGS
 from experiment.options import Options
 
@@ -158,10 +159,11 @@ def test_nothing_slow_is_imported():
     code = """
 import contextlib, io, json, sys
 from experiment import UserError, options, questions
+from experiment.demo import bundled
 for arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit, UserError):
         chosen = options.parse(arguments, "", True)
-questions.load(options.bundled(chosen.dataset), "")
+questions.load(bundled(chosen.dataset), "")
 print(*({"torch", "transformers", "datasets", "sae_lens", "transformer_lens", "pandas", "common"} & set(sys.modules)))
 """
     command = [sys.executable, "-c", code, json.dumps(runs)]
@@ -268,9 +270,9 @@ def test_device_map_and_a_launcher(monkeypatch):
 def test_bundled_files_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("demo/model", "demo/sae", "demo/questions.jsonl"):
-        assert Path(options.bundled(name)).exists()
+        assert Path(bundled(name)).exists()
     for name in ("gemma-2-9b-it", "", "cpu", "demo/other"):
-        assert options.bundled(name) == name
+        assert bundled(name) == name
 
 
 def test_output_folder_is_named_after_what_is_run(tmp_path, monkeypatch):

@@ -12,14 +12,16 @@ from conftest import load, options
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-from experiment import prompts, questions
+from experiment import prompts
 from experiment.intervention import layout, modules, rankings, splice
 from experiment.intervention.forward import Layout
 from experiment.intervention.plan import plan_batches
 from experiment.intervention.rows import pick_log_probs
-from experiment.records.lists import count_to_reach, find_latents_to_mask
+from experiment.masks import count_to_reach
+from experiment.records.lists import find_latents_to_mask
 from experiment.records.schema import RankedLatents
 from experiment.report.estimates import shared_percent
+from experiment.scores import score_answer
 
 COUNT = 36
 
@@ -817,7 +819,7 @@ def test_parser_and_f1_agree(asked, demo):
         assert common.parse_answer(text) == oracle.parse(text)
         truths = case["question"].truths
         best = max(oracle.squad_f1(oracle.parse(text), truth) for truth in truths)
-        assert questions.score(common.parse_answer(text), text, truths)["f1"] == pytest.approx(best)
+        assert score_answer(common.parse_answer(text), text, truths)["f1"] == pytest.approx(best)
 
 
 def test_tokens_of_the_answer(demo, ranked):

@@ -11,7 +11,8 @@ from conftest import ROOT
 from conftest import options as command_line
 
 import common
-from experiment import UserError, options, questions
+from experiment import UserError, questions
+from experiment.demo import bundled
 from experiment.report import folders
 
 ROWS = [
@@ -120,7 +121,7 @@ def test_every_form_gives_the_same_questions(form, tmp_path):
 def test_the_hash_is_that_of_earlier_files():
     """Files that are already out there are compared by it."""
     run = json.loads((ROOT / "activations_baseline.json").read_text())["run"]
-    loaded, unanswerable, sha = questions.load(options.bundled("demo/questions.jsonl"), "")
+    loaded, unanswerable, sha = questions.load(bundled("demo/questions.jsonl"), "")
     assert (len(loaded), unanswerable, sha) == (run["asked"], 0, run["questions"])
 
 
@@ -256,7 +257,7 @@ def test_select():
     assert drawn == sorted(set(drawn)) and len(drawn) == 10 and drawn == questions.select(numbers, sample=10, seed=7)
     assert drawn != questions.select(numbers, sample=10, seed=8)
     assert questions.select(numbers, sample=100) == questions.select(numbers, sample=101) == numbers
-    loaded, *_ = questions.load(options.bundled("demo/questions.jsonl"), "")
+    loaded, *_ = questions.load(bundled("demo/questions.jsonl"), "")
     drawn = [question.id for question in questions.select(loaded, sample=5, seed=7)]
     # As earlier versions drew them: a journal of theirs goes on with the same questions.
     assert drawn == ["questions-011-0", "questions-017-2", "questions-037-0", "questions-080-1", "questions-099-0"]

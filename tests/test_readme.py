@@ -1,5 +1,6 @@
 """Every command that README or a script's docstring shows, at a tiny size; and what README says of files and names."""
 
+import ast
 import re
 
 import pytest
@@ -94,6 +95,46 @@ def test_the_house_has_the_rooms_that_contributing_shows():
             if path.stat().st_size:
                 there.append(path.relative_to(ROOT).as_posix())
     assert sorted(shown) == sorted(there)
+
+
+def find_imports(path):
+    """The modules of this project that a file imports, also inside functions and for types alone."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}".replace(".", "/")
+                is_module = (ROOT / f"{whole}.py").exists() or (ROOT / whole).is_dir()
+                # What is no module stands in the package's own file.
+                package = "experiment.__init__" if node.module == "experiment" else node.module
+                names.add(f"{node.module}.{alias.name}" if is_module else package)
+    return {name for name in names if name.split(".")[0] in ("experiment", "common", "interactive", "baseline")}
+
+
+def test_imports_go_down_the_floors_that_contributing_shows():
+    """Seven at most; the modules of a sub-package are one room, on one floor."""
+    [floors] = re.findall(r"^ {4}the scripts.*(?:\n {4}.+)+", CONTRIBUTING, re.MULTILINE)
+    floor_of = {"baseline": 0, "baseline_after_false": 0, "baseline_after_true": 0}
+    for number, line in enumerate(floors.splitlines()):
+        for room in re.findall(r"\w+(?=[./,]|$)", line.replace(".py", "")):
+            floor_of[room] = number
+    assert max(floor_of.values()) == 6
+
+    def room_of(name):
+        parts = name.split(".")
+        return parts[1] if parts[0] == "experiment" else parts[0]
+
+    arrows = 0
+    for pattern in ("*.py", "experiment/**/*.py"):
+        for path in ROOT.glob(pattern):
+            room = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+            for name in find_imports(path):
+                target = room_of(name)
+                arrows += 1
+                assert room == target or floor_of[room] < floor_of[target], (path, name)
+    assert arrows > 100
 
 
 @pytest.mark.parametrize("path", re.findall(r"`((?:experiment/|tests/|examples/)[\w/.]+)`", CONTRIBUTING))

@@ -11,7 +11,7 @@ import sys
 import pandas
 import pytest
 
-from experiment.records import schema
+from experiment.records.entries import LatentStatistics, parse_entry
 from experiment.report import cells, figure, tables
 
 PERCENT = ("em", "f1", "accuracy", "named")
@@ -79,7 +79,7 @@ def unmasked(n=595, value=99.5, population="f00d" * 16, run=None):
 
 
 def parse(entries):
-    return [schema.parse_entry(entry) for entry in entries]
+    return [parse_entry(entry) for entry in entries]
 
 
 def build_table(entries):
@@ -95,7 +95,7 @@ def draw(entries):
 
 
 def find_published(entry):
-    return tables.find_published(schema.parse_entry(entry))
+    return tables.find_published(parse_entry(entry))
 
 
 def rows(table, *columns):
@@ -480,7 +480,7 @@ def test_statistics_in_sentences():
     }
 
     def tell(**changed):
-        return cells.tell_statistics(schema.LatentStatistics(**statistics | changed), "baseline")
+        return cells.tell_statistics(LatentStatistics(**statistics | changed), "baseline")
 
     assert tell().splitlines() == [
         "12.80 latents are active at the last position on average; K at 50% is 6.20.",

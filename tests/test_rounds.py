@@ -10,9 +10,8 @@ import torch
 from conftest import ROOT, options, read_activations, read_journal, run_script, write_activations
 
 import common
-from experiment import UserError, prompts
+from experiment import UserError, masks, prompts
 from experiment.intervention import rankings
-from experiment.records import lists
 from experiment.report import folders
 
 ROUNDS = [("baseline", "baseline"), ("baseline_after_false", "false"), ("baseline_after_true", "true")]
@@ -526,10 +525,10 @@ def test_questions_of_other_forms(demo_questions, tmp_path, monkeypatch, capsys)
 
 
 def test_k_of_a_question():
-    assert [lists.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
-    reached = [lists.count_to_reach([1.0, 2.0, 3.0], target) for target in (0.5, 1.0, 2.0, 2.5, 9.0)]
+    assert [masks.count_masked(k, 27) for k in ("50%", "10%", "1%", "7", "99", "0")] == [13, 2, 0, 7, 99, 0]
+    reached = [masks.count_to_reach([1.0, 2.0, 3.0], target) for target in (0.5, 1.0, 2.0, 2.5, 9.0)]
     assert reached == [1, 1, 2, 3, 3]  # as much is enough, and all where nothing is
-    assert lists.count_to_reach([1.0, 2.0], 0) == 0
+    assert masks.count_to_reach([1.0, 2.0], 0) == 0
 
 
 def test_activations_of_different_questions(full, tmp_path, monkeypatch, capsys):

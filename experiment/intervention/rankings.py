@@ -21,7 +21,7 @@ from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.removed import removed_shares
 from experiment.intervention.sequences import SequenceActivations
 from experiment.intervention.splice import SparseActivations, Splice
-from experiment.records.lists import SIDES, count_to_reach
+from experiment.masks import SIDES, count_to_reach
 
 STORED = 100  # latents of a list at least, so that --k 30 and --k 100 mean what they say
 LONGEST = 1000  # of the lists of the matched ranking, which takes as many latents as remove enough

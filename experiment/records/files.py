@@ -6,7 +6,6 @@ A file that is damaged, or of another run, is a UserError that names it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,17 +13,18 @@ from typing import IO, Any, TypeVar
 
 import filelock
 
-from experiment import UserError, os_errors
+from experiment import UserError, os_errors, parse_json
+from experiment.records.entries import Entry, parse_entry
 from experiment.records.provenance import SETTINGS, differences, refuse_other_run
 from experiment.records.schema import (
-    Entry,
+    FieldMissing,
     Means,
     Provenance,
     PublishedQuestion,
     RankedLatents,
     RankedQuestion,
-    parse_entry,
     parse_stored,
+    tell_version,
     to_json,
 )
 
@@ -73,14 +73,6 @@ def load_json(path: Path) -> Any:
         return parse_json(path.read_bytes(), path)
 
 
-def parse_json(text: str | bytes, where: str | Path) -> Any:
-    """The value in a JSON text, or in its bytes. where: what names it if it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is not JSON ({error})") from None
-
-
 def write_activations(path: Path, provenance: Provenance, ranked: Iterable[RankedLatents]) -> None:
     """One JSON object, a line for each question, so that it can be read by people and diffed."""
     with write_whole(path) as file:
@@ -96,7 +88,7 @@ def read_activations(path: Path) -> Activations:
     if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
         raise UserError(f"{path}: names no run: it is not round 1's file")
     try:
-        made = parse_stored(Provenance, content["run"])
+        stored = parse_stored(Provenance, content["run"])
     except ValueError as error:
         raise UserError(f"{path}: its run is damaged ({error})") from None
     ranked = _parse_ranked(path, RankedQuestion, content.get("samples"))
@@ -105,7 +97,7 @@ def read_activations(path: Path) -> Activations:
         if question.id in ids:
             raise UserError(f"{path}, sample {number}: the id {question.id!r} stands twice")
         ids.add(question.id)
-    return made, ranked
+    return stored, ranked
 
 
 def _parse_ranked(path: Path, kind: type[Ranked], values: object) -> list[Ranked]:
@@ -116,6 +108,9 @@ def _parse_ranked(path: Path, kind: type[Ranked], values: object) -> list[Ranked
         try:
             ranked.append(parse_stored(kind, value))
         except ValueError as error:
+            if isinstance(error, FieldMissing) and kind is RankedQuestion:
+                problem = tell_version(error, "run round 1 again with --overwrite")
+                raise UserError(f"{path}, sample {number}: {problem}") from None
             raise UserError(f"{path}, sample {number}: {error}") from None
     return ranked
 
@@ -174,10 +169,10 @@ def read_results(path: Path) -> list[Entry]:
     return entries
 
 
-def read_results_of(path: Path, wanted: Provenance, overwrite: bool) -> list[Entry]:
+def read_results_of(path: Path, provenance: Provenance, overwrite: bool) -> list[Entry]:
     """The entries of results.json, of any ranking. Those of another run are refused, or left out if `overwrite`."""
     entries = read_results(path)
     if not overwrite:
         for entry in entries:
-            refuse_other_run(path, entry.provenance, wanted, SETTINGS)
-    return [entry for entry in entries if not differences(entry.provenance, wanted, SETTINGS)]
+            refuse_other_run(path, entry.provenance, provenance, SETTINGS)
+    return [entry for entry in entries if not differences(entry.provenance, provenance, SETTINGS)]

@@ -10,11 +10,20 @@ from pathlib import Path
 from experiment import UserError, os_errors, own_mistakes, say
 from experiment.records import files
 from experiment.records.provenance import ALL, SELECTION, refuse_other_run
-from experiment.records.schema import JournalHead, Provenance, Record, parse_record, parse_stored, to_json
+from experiment.records.schema import (
+    FieldMissing,
+    JournalHead,
+    Provenance,
+    Record,
+    parse_record,
+    parse_stored,
+    tell_version,
+    to_json,
+)
 
 
 class Journal(dict[str, Record]):
-    """A round's records, id -> record; on disk one JSON object a line, the first line {"run": ...}.
+    """A round's records, id -> record; on disk one JSON object per line, the first line {"run": ...}.
 
     Written and synced a group of batches at a time. The file appears with the first group: until then an older one
     stays.
@@ -31,21 +40,21 @@ class Journal(dict[str, Record]):
         provenance: Provenance,
         process: int = 0,
         overwrite: bool = False,
-        find_wanted: Callable[[Provenance], Provenance] | None = None,
+        adopt_selection: Callable[[Provenance], Provenance] | None = None,
     ):
         """provenance: what makes these records. `self.provenance` is that of the files that are there, if any: it
         differs in nothing that is compared. overwrite: starts again, and reads nothing.
 
-        find_wanted: for the provenance of a file, the one that it has to be of, so that a journal of fewer questions
-        can go on as one of more; without it, that is `provenance`.
+        adopt_selection: for what a file says, what it has to say, so that a journal of fewer questions can go on as one
+        of more; without it, that is `provenance`.
 
         Raises UserError for files that are damaged or of another run.
         """
         super().__init__()
         self.path = path
         self.provenance = provenance
-        self._wanted = provenance
-        self._find_wanted = find_wanted or (lambda made: provenance)
+        self._provenance_now = provenance
+        self._adopt_selection = adopt_selection or (lambda stored: provenance)
         self._own = path if process == 0 else path.with_name(f"{path.stem}.part{process}{path.suffix}")
         self._is_whole = False  # whether our own file ends with a whole line that was written here
         if overwrite:
@@ -66,7 +75,10 @@ class Journal(dict[str, Record]):
     @own_mistakes()
     def append(self, records: Iterable[Record]) -> None:
         """Writes the records that are not there yet, and syncs them to disk."""
-        fresh = {record.id: record for record in records if record.id not in self}
+        fresh = {}
+        for record in records:
+            if record.id not in self:
+                fresh[record.id] = record
         if not fresh:
             return
         if self._is_whole:
@@ -89,11 +101,15 @@ class Journal(dict[str, Record]):
         """
         for part in self._find_parts():
             self._read(part)
-        ids = list(ids)
-        missing = [question_id for question_id in ids if question_id not in self]
+        records = {}
+        missing = []
+        for question_id in ids:
+            if question_id in self:
+                records[question_id] = self[question_id]
+            else:
+                missing.append(question_id)
         if missing:
             raise UserError(f"{self.path}: lacks {len(missing)} records ({missing[0]!r}): the same command goes on")
-        records = {question_id: self[question_id] for question_id in ids}
         self.clear()
         self.update(records)
         if not self.path.exists() or self.path.read_bytes() != self._to_bytes(self):
@@ -123,7 +139,7 @@ class Journal(dict[str, Record]):
         number = 1
         records: dict[str, Record] = {}
         try:
-            made = parse_stored(JournalHead, json.loads(lines[0] if lines else b"{}")).provenance
+            stored = parse_stored(JournalHead, json.loads(lines[0] if lines else b"{}")).provenance
             for line in lines[1:]:
                 number += 1
                 record = parse_record(json.loads(line))
@@ -131,19 +147,22 @@ class Journal(dict[str, Record]):
                     raise ValueError("its id stands twice")
                 records[record.id] = record
         except (ValueError, RecursionError) as error:
+            where = f"{path}, line {number}"
+            if isinstance(error, FieldMissing) and number > 1:
+                raise UserError(f"{where}: {tell_version(error, 'give --output-dir or --overwrite')}") from None
             damaged = "that line" if number > 1 else "the file"
-            raise UserError(f"{path}, line {number}: is damaged ({error}): remove {damaged}, or --overwrite") from None
-        refuse_other_run(path, made, self._find_wanted(made), ALL)
+            raise UserError(f"{where}: is damaged ({error}): remove {damaged}, or --overwrite") from None
+        refuse_other_run(path, stored, self._adopt_selection(stored), ALL)
         if not self:
-            self.provenance = self._widen(made)
+            self.provenance = self._widen(stored)
         self.update({**records, **self})
         return bool(cut_off)
 
-    def _widen(self, made: Provenance) -> Provenance:
+    def _widen(self, stored: Provenance) -> Provenance:
         """A file's provenance, but of all that is asked now: the file may be of fewer questions."""
-        wanted = self._wanted.fields()
-        of_questions = {name: wanted[name] for name in (*SELECTION, "activations") if name in wanted}
-        return made.with_fields(**of_questions)
+        now = self._provenance_now.fields()
+        of_questions = {name: now[name] for name in (*SELECTION, "activations") if name in now}
+        return stored.with_fields(**of_questions)
 
 
 def read_provenance(path: Path) -> Provenance | None:

@@ -1,10 +1,37 @@
-"""Which of a ranked question's latents a K masks, and what that takes away. Knows nothing of models."""
+"""What a masked round takes from a file of ranked latents: which of them a K masks, and what that takes away."""
 
 from __future__ import annotations
 
-from experiment.records.schema import RankedLatents, Side
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-SIDES: tuple[Side, Side] = ("topk", "bottomk")
+from experiment.masks import Side, count_masked, count_to_reach
+from experiment.records.provenance import digest_ranked
+from experiment.records.schema import Provenance, RankedLatents
+
+
+@dataclass(frozen=True)
+class RankedFile:
+    """The ranked latents of a file of activations, of which a round masks one side.
+
+    provenance: of that round.  path: the file's.  name: the file's in results.json, without the folder where it is the
+    output folder's own or ships.  questions: by question id.  missing: the questions that the data set lacks.
+    selection: round 1's --limit, --sample and --seed; None where the file does not say (the authors'): then it has no
+    unmasked answers either.
+    """
+
+    provenance: Provenance
+    path: Path
+    name: str
+    questions: Mapping[str, RankedLatents]
+    side: Side
+    missing: list[str]
+    selection: dict[str, int | None] | None
+
+    def digest_used(self, ids: Sequence[str]) -> dict[str, str]:
+        """The field of a provenance that says what a round uses of the latents of these questions."""
+        return {"activations": digest_ranked(self.questions, self.side, ids)}
 
 
 def find_latents_to_mask(question: RankedLatents, side: Side, k: str) -> tuple[list[int], bool]:
@@ -17,9 +44,12 @@ def find_latents_to_mask(question: RankedLatents, side: Side, k: str) -> tuple[l
     target = find_target(question, side, k)
     if target is None:
         count = count_masked(k, len(question.active))
-        return latents[:count], len(latents) >= count
-    removed = question.removed(side) or []
-    return latents[: count_to_reach(removed, target)], max(removed, default=0) >= target
+        is_enough = len(latents) >= count
+    else:
+        removed = question.removed(side) or []
+        count = count_to_reach(removed, target)
+        is_enough = max(removed, default=0) >= target
+    return latents[:count], is_enough
 
 
 def find_target(question: RankedLatents, side: Side, k: str) -> float | None:
@@ -48,15 +78,3 @@ def misses_target(question: RankedLatents, side: Side, k: str) -> bool:
     removed = find_removed(question, side, len(latents))
     assert removed is not None  # activations.refuse_untold has seen to it
     return abs(removed - target) > target / 2
-
-
-def count_masked(k: str, active: int) -> int:
-    """How many latents K is: a number, or a percentage (rounded down) of the latents that are active."""
-    return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)
-
-
-def count_to_reach(removed: list[float], target: float) -> int:
-    """The smallest number of a list's latents that remove no less than `target`, 0 for nothing; all where none do."""
-    if target <= 0:
-        return 0
-    return next((n for n, value in enumerate(removed, 1) if value >= target), len(removed))

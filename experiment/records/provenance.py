@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from experiment import UserError, catalogue, os_errors
-from experiment.records.schema import Provenance, RankedLatents, Side, Stored
+from experiment.masks import Side
+from experiment.records.schema import Provenance, RankedLatents, Stored
 
 # Of the unmasked answers.
 SETTINGS = (
@@ -45,10 +46,12 @@ def depends_on(provenance: Provenance) -> dict[str, object]:
     """
     values = {field: getattr(provenance, field) for field in ALL}
     if provenance.model is not None:
-        values["model"] = catalogue.aliases().get(provenance.model, provenance.model)
-    for name, digest in CONTENT.items():
-        if getattr(provenance, digest) is not None:
-            values[name] = getattr(provenance, digest)
+        full_names = catalogue.aliases()
+        values["model"] = full_names.get(provenance.model, provenance.model)
+    for name, digest_field in CONTENT.items():
+        digest = getattr(provenance, digest_field)
+        if digest is not None:
+            values[name] = digest
     if provenance.ranking_digest is not None:
         values["ranking"] = f"{provenance.ranking} {provenance.ranking_digest}"  # a file may hold several functions
     if provenance.sae_digest is not None:
@@ -56,15 +59,20 @@ def depends_on(provenance: Provenance) -> dict[str, object]:
     return values
 
 
-def differences(made: Provenance, wanted: Provenance, fields: Iterable[str]) -> str:
-    """Names each of `fields` in which two of them differ, with both values; an empty text where they agree."""
-    old = depends_on(made)
-    new = depends_on(wanted)
+def differences(stored: Provenance, provenance: Provenance, fields: Iterable[str]) -> str:
+    """Names each of `fields` in which what a file says differs from what is now, with both values; an empty text where
+    they agree."""
+    old = depends_on(stored)
+    new = depends_on(provenance)
     named = []
     for field in fields:
-        is_unknown = field in KNOWN_LATER and None in (old[field], new[field])
-        if old[field] != new[field] and not is_unknown:
-            named.append(f"{field} {_show(made, field, old)}, now {_show(wanted, field, new)}")
+        if old[field] == new[field]:
+            continue
+        if field in KNOWN_LATER and None in (old[field], new[field]):
+            continue
+        before = _show(stored, field, old)
+        now = _show(provenance, field, new)
+        named.append(f"{field} {before}, now {now}")
     return "; ".join(named)
 
 
@@ -85,23 +93,31 @@ def _shorten_value(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
 
 
-def refuse_other_run(path: Path, made: Provenance, wanted: Provenance, fields: Iterable[str]) -> None:
-    """Raises UserError where what made a file differs in `fields` from what is wanted now."""
-    if named := differences(made, wanted, fields):
+def refuse_other_run(path: Path, stored: Provenance, provenance: Provenance, fields: Iterable[str]) -> None:
+    """Raises UserError where what a file says of itself differs in `fields` from what is now."""
+    if named := differences(stored, provenance, fields):
         raise UserError(f"{path}: is of another run ({named}): repeat its options, or give --output-dir or --overwrite")
 
 
 def digest_local(model: str, sae_release: str, sae_id: str) -> dict[str, str]:
     """The fields of a Provenance with the digests of a local model and a local SAE; none of what is on the Hub."""
     folders = {"model_digest": Path(model), "sae_digest": Path(sae_release) / sae_id}
-    return {field: digest_folder(folder) for field, folder in folders.items() if folder.is_dir()}
+    digests = {}
+    for field, folder in folders.items():
+        if folder.is_dir():
+            digests[field] = digest_folder(folder)
+    return digests
 
 
 def digest_folder(folder: Path) -> str:
     """A hash of the names and the content of the files of a model or an SAE, in the order of their names."""
-    files = {path for pattern in WEIGHTS + CONFIGS for path in folder.glob(pattern) if path.is_file()}
+    paths: set[Path] = set()
+    for pattern in (*WEIGHTS, *CONFIGS):
+        paths.update(folder.glob(pattern))
     sha = hashlib.sha256()
-    for path in sorted(files):
+    for path in sorted(paths):
+        if not path.is_file():
+            continue
         with os_errors(f"{path}: cannot be read"), open(path, "rb") as file:
             content = hashlib.file_digest(file, "sha256")  # read in parts: weights need not fit in memory
         sha.update(f"{path.name} {content.hexdigest()}\n".encode())
@@ -119,9 +135,13 @@ def digest_ranked(ranked: Mapping[str, RankedLatents], side: Side, ids: Iterable
     fields = (*unmasked, "active", side, f"removed_{side}", f"target_{side}")
     sha = hashlib.sha256()
     for question_id in ids:
-        if question_id in ranked:
-            values = [getattr(ranked[question_id], field, None) for field in fields]
-            sha.update(json.dumps([question_id, *values]).encode())
+        question = ranked.get(question_id)
+        if question is None:
+            continue
+        values: list[object] = [question_id]
+        for field in fields:
+            values.append(getattr(question, field, None))
+        sha.update(json.dumps(values).encode())
     return sha.hexdigest()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -17,9 +17,10 @@ from pydantic import (
     FiniteFloat,
     PrivateAttr,
     ValidationError,
-    field_validator,
     model_validator,
 )
+
+from experiment.masks import Side
 
 
 def _refuse_half_characters(text: str) -> str:
@@ -28,18 +29,15 @@ def _refuse_half_characters(text: str) -> str:
     return text
 
 
-Side = Literal["topk", "bottomk"]
 Text = Annotated[str, AfterValidator(_refuse_half_characters)]
 Score = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[int, Field(ge=0, lt=2**63)]
 Latents = list[Number]
 Tokens = list[Number]
 Positions = list[Number]
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 SCORES = ("em", "f1", "accuracy", "named")  # of an answer; fields of Record, RankedQuestion and Figures
-LOG_PROBS = ("answer_log_prob", "format_log_prob")  # of the unmasked answer's tokens; fields of Figures
 
 
 class Stored(BaseModel):
@@ -71,17 +69,33 @@ class Stored(BaseModel):
 Kind = TypeVar("Kind", bound=Stored)
 
 
+class FieldMissing(ValueError):
+    """A field that has to be there is not: what stands there is another version's, or no such thing at all."""
+
+    def __init__(self, field: str):
+        super().__init__(f"{field}: Field required")
+        self.field = field
+
+
 def parse_stored(kind: type[Kind], value: object) -> Kind:
-    """A value of JSON as one of these classes. Raises ValueError, which says in one line what is wrong, and where."""
+    """A value of JSON as one of these classes. Raises ValueError (FieldMissing), which says in one line what is wrong,
+    and where."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        raise FieldMissing(place)
     says = first["msg"].removeprefix("Value error, ")
     if first["type"] == "model_type":
         says = "Input should be an object"
-    place = ".".join(map(str, first["loc"]))
     raise ValueError(f"{place}: {says}" if place else says)
+
+
+def tell_version(error: FieldMissing, instead: str) -> str:
+    """What is wrong with a file whose record lacks a field, and what to do. instead: where that version is gone."""
+    return f"lacks {error.field}: the file is of another version of this project: go on with that version, or {instead}"
 
 
 def to_json(value: object, **how: Any) -> str:
@@ -233,123 +247,3 @@ class Means(Stored):
     provenance: Provenance = Field(alias="run")
     positions: int | None = None
     means: list[FiniteFloat]
-
-
-class Figures(Stored):
-    """Means over n questions: in percent, log probabilities in nats per token; None for what counts nowhere.
-
-    intervals: 95%, low and high.  counted: over how many questions, of the metrics that do not count for all.
-    """
-
-    n: int
-    em: float | None = None
-    f1: float | None = None
-    accuracy: float | None = None
-    named: float | None = None
-    answer_log_prob: float | None = None
-    format_log_prob: float | None = None
-    intervals: dict[str, Interval | None]
-    counted: dict[str, int] | None = None
-
-    @model_validator(mode="after")
-    def _check_intervals(self) -> Self:
-        for metric in (*SCORES, *LOG_PROBS):
-            if self.mean_of(metric) is not None and metric not in self.intervals:
-                raise ValueError(f"intervals lacks {metric}")
-        return self
-
-    def mean_of(self, metric: str) -> float | None:
-        return getattr(self, metric)
-
-
-class CommonLatent(Stored):
-    """A latent in the TopK of so many questions. neuronpedia: its page there; empty where there is none."""
-
-    latent: int
-    questions: int
-    neuronpedia: Text | None = None
-
-
-class SharedPercent(Stored):
-    """What two lists have in common, in percent of their length: TopK and BottomK. n: means over so many questions."""
-
-    n: int | None = None
-    topk: float | None
-    bottomk: float | None
-
-    def percent(self, side: Side) -> float | None:
-        return self.topk if side == "topk" else self.bottomk
-
-
-class LatentStatistics(Stored):
-    """The paper's table 3 for one ranking, at K = 50%. overlap: with the other rankings, by name."""
-
-    n: int
-    active: float | None
-    k_at_half: float | None = Field(alias="k_at_50%")
-    same_context_percent: SharedPercent
-    most_frequent_topk: list[CommonLatent]
-    overlap: dict[str, SharedPercent] = {}
-
-
-class Entry(Figures):
-    """An entry of results.json: the figures of one round, ranking and K.
-
-    population: a hash of the ids of the questions.  journal: the name of the file.  left_out: ids of the questions that
-    do not fit the model's context.
-    """
-
-    provenance: Provenance = Field(alias="run")
-    round: Text
-    em: float | None
-    f1: float | None
-    k: Text | None
-    population: Text
-    journal: Text | None = None
-    left_out: list[str] = []
-
-    @field_validator("provenance")
-    @classmethod
-    def _check_ranking(cls, provenance: Provenance) -> Provenance:
-        if provenance.ranking is None:
-            raise ValueError("names no ranking")
-        return provenance
-
-
-class UnmaskedEntry(Entry):
-    """Of round 1: its own figures are those of the kept questions, `all` those of all that were asked."""
-
-    all: Figures
-    population_all: Text
-    asked: int | None = None
-    kept: int | None = None
-    wrong: int | None = None
-    unranked: int | None = None
-    statistics: LatentStatistics | None = None
-
-
-class MaskedEntry(Entry):
-    """Of a masked round. clean: the unmasked answers to the same questions; drop: unmasked minus masked, paired.
-
-    latents: the name of the file of activations.  mean_k: latents masked per question.  fewer_than_k: questions whose
-    lists are shorter than K.  removed: percent of the residual stream's norm.  missed_target: questions for which a
-    matched mask removes more or less than the baseline's by over half of it.  missing: of the file, those that the
-    data set lacks.
-    """
-
-    masked: Side
-    k: Text
-    clean: Figures | None
-    drop: Figures | None
-    latents: Text | None = None
-    mean_k: float
-    fewer_than_k: int | None = None
-    removed: float | None = None
-    missed_target: int | None = None
-    missing: list[str] = []
-
-
-def parse_entry(value: object) -> Entry:
-    """An entry of results.json. Raises ValueError."""
-    is_masked = isinstance(value, dict) and "masked" in value
-    return parse_stored(MaskedEntry if is_masked else UnmaskedEntry, value)

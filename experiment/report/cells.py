@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from experiment.records.schema import LatentStatistics, SharedPercent
+from experiment.records.entries import LatentStatistics, SharedPercent
 from experiment.report.tables import BOUNDS
 
 if TYPE_CHECKING:

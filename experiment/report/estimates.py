@@ -10,20 +10,9 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from experiment.records.lists import SIDES
-from experiment.records.schema import (
-    LOG_PROBS,
-    SCORES,
-    CommonLatent,
-    Figures,
-    KeptRecord,
-    LatentStatistics,
-    RankedLatents,
-    RankedQuestion,
-    Record,
-    SharedPercent,
-    Side,
-)
+from experiment.masks import SIDES, Side
+from experiment.records.entries import LOG_PROBS, CommonLatent, Figures, LatentStatistics, SharedPercent
+from experiment.records.schema import SCORES, KeptRecord, RankedLatents, RankedQuestion, Record
 
 # What one question's score is multiplied by in results: shares of questions become percent, log probabilities stay in
 # nats per token.

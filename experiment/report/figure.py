@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from experiment.records.schema import Entry
+from experiment.records.entries import Entry
 from experiment.report import cells, tables
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiment import UserError, questions, say
-from experiment.options import ROOT, bundled
+from experiment.demo import ROOT, bundled
 from experiment.questions import Question
 from experiment.records import files
+from experiment.records.entries import Entry, MaskedEntry, UnmaskedEntry
 from experiment.records.journal import Journal
 from experiment.records.lists import find_latents_to_mask
 from experiment.records.provenance import (
@@ -20,15 +21,7 @@ from experiment.records.provenance import (
     digest_ranked,
     same_answer,
 )
-from experiment.records.schema import (
-    Entry,
-    KeptRecord,
-    MaskedEntry,
-    Provenance,
-    RankedQuestion,
-    Record,
-    UnmaskedEntry,
-)
+from experiment.records.schema import KeptRecord, Provenance, RankedQuestion, Record
 from experiment.report import tables
 
 Ranked = dict[str, dict[str, RankedQuestion]]

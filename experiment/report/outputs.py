@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiment.records import files
-from experiment.records.schema import Entry
+from experiment.records.entries import Entry
 from experiment.report import cells, figure, page, tables
 from experiment.report.folders import Folder
 

@@ -13,10 +13,11 @@ from typing import IO, Any
 import jinja2
 
 from experiment import catalogue
-from experiment.options import bundled
+from experiment.demo import bundled
 from experiment.questions import Question
+from experiment.records.entries import Entry, MaskedEntry, UnmaskedEntry
 from experiment.records.journal import Journal
-from experiment.records.schema import Entry, MaskedEntry, RankedQuestion, Record, UnmaskedEntry
+from experiment.records.schema import RankedQuestion, Record
 from experiment.report import estimates, tables
 from experiment.report.cells import write_cells
 from experiment.report.folders import Folder, find_masked_latents

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiment.records.entries import Entry, Figures, MaskedEntry, UnmaskedEntry
 from experiment.records.provenance import KNOWN_LATER, SETTINGS, depends_on
-from experiment.records.schema import Entry, Figures, MaskedEntry, Provenance, UnmaskedEntry
+from experiment.records.schema import Provenance
 from experiment.report.estimates import DROP_ONLY, MASKS, METRICS
 
 if TYPE_CHECKING:

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from experiment import UserError, own_rankings, say
-from experiment.options import ROOT, Options, write_command
+from experiment.demo import ROOT
+from experiment.intervention.forward import SplicedModel
+from experiment.masks import Side
+from experiment.options import write_command
+from experiment.questions import Question
 from experiment.records import files
-from experiment.records.lists import SIDES
+from experiment.records.lists import RankedFile
 from experiment.records.provenance import (
     RANKED,
     SELECTION,
     SETTINGS,
     differences,
-    digest_ranked,
     refuse_other_run,
     same_answer,
 )
-from experiment.records.schema import Provenance, PublishedQuestion, RankedLatents, RankedQuestion, Side
-
-if TYPE_CHECKING:
-    from experiment.intervention.forward import SplicedModel
-    from experiment.questions import Question
-    from experiment.rounds import Experiment  # which stands on this module
+from experiment.records.schema import Provenance, PublishedQuestion, RankedLatents, RankedQuestion
+from experiment.rounds import Experiment
 
 OF_RANKING = (*SETTINGS, "ranking")
-
-
-def name_file(options: Options, ranking: str) -> Path:
-    """Round 1's file of a ranking."""
-    return options.activations or options.output_dir / f"activations_{own_rankings.name_of(ranking)}.json"
 
 
 def refuse_others(experiment: Experiment) -> None:
@@ -42,7 +35,7 @@ def refuse_others(experiment: Experiment) -> None:
     if options.overwrite:
         return
     for ranking in options.ranking:
-        path = name_file(options, ranking)
+        path = experiment.activations_file(ranking)
         paths = [path]
         if options.ablation == "mean":
             paths.append(files.name_mean_file(path))
@@ -53,36 +46,12 @@ def refuse_others(experiment: Experiment) -> None:
 
 def refuse_other_file(experiment: Experiment, ranking: str, file: Path) -> None:
     """Raises UserError for a file of activations that round 1 may not replace."""
-    made, _ = files.read_activations(file)
-    if made is None:
+    stored, _ = files.read_activations(file)
+    if stored is None:
         raise UserError(f"{file}: is the authors' published file: give another --activations, or --overwrite")
     if experiment.options.activations or not experiment.is_begun(ranking):
-        wanted = experiment.find_wanted(experiment.provenance_of(ranking), made)
-        refuse_other_run(file, made, wanted, (*RANKED, *SELECTION))
-
-
-@dataclass(frozen=True)
-class RankedFile:
-    """The ranked latents of a file of activations, of which a round masks one side.
-
-    provenance: of that round.  path: the file's.  name: the file's in results.json, without the folder where it is the
-    output folder's own or ships.  questions: by question id.  missing: the questions that the data set lacks.
-    selection: round 1's --limit, --sample and --seed; None where the file does not say (the authors'): then it has no
-    unmasked answers either.
-    """
-
-    provenance: Provenance
-    path: Path
-    name: str
-    questions: Mapping[str, RankedLatents]
-    side: Side
-    missing: list[str]
-    selection: dict[str, int | None] | None
-
-    def digest_used(self, selected: list[Question]) -> dict[str, str]:
-        """The field of a provenance that says what a round uses of the latents of these questions."""
-        ids = [question.id for question in selected]
-        return {"activations": digest_ranked(self.questions, self.side, ids)}
+        provenance = experiment.adopt_selection(experiment.provenance_of(ranking), stored)
+        refuse_other_run(file, stored, provenance, (*RANKED, *SELECTION))
 
 
 def read_ranked(experiment: Experiment, ranking: str, side: Side) -> RankedFile:
@@ -90,47 +59,66 @@ def read_ranked(experiment: Experiment, ranking: str, side: Side) -> RankedFile:
     path = find_activations(experiment, ranking)
     if not path.exists():
         raise UserError(f"{path}: there is no such file: {advise_round_1(experiment)}")
-    read = files.read_activations(path)
-    made, ranked = read
+    content = files.read_activations(path)
+    stored, ranked = content
+    selection = None
     by_id: Mapping[str, RankedLatents]
-    if read[0] is None:
+    if content[0] is None:
         say(f"{path}: the authors' published form: model, SAE, layer and dtype that made it cannot be checked.")
-        by_id, missing = match_prompts(experiment, read[1])
+        by_id, missing = match_prompts(experiment, content[1])
     else:
-        made, own = read
-        if named := differences(made, experiment.provenance_of(ranking), OF_RANKING):
+        stored, own = content
+        if named := differences(stored, experiment.provenance_of(ranking), OF_RANKING):
             advice = advise_round_1(experiment, overwrite=True)
             raise UserError(f"{path}: is of another run ({named}): repeat its options, or {advice}")
-        refuse_unasked(experiment, path, made)
+        refuse_unasked(experiment, path, stored)
         if experiment.options.ablation == "mean":
-            path, own = take_from_mean_file(experiment, path, made, own)
+            path, own = take_from_mean_file(experiment, path, stored, own)
         by_id, missing = match_ids(experiment, own)
-    if missing:
-        named = ", ".join(repr(name[-80:]) for name in missing[:5])
-        say(f"{path}: {len(missing)} of its {len(ranked)} questions are not in the data set: {named}")
-    if not any(question.id in by_id for question in experiment.asked):
-        raise UserError(f"{path}: none of its questions is among the {len(experiment.asked)} selected ones")
+        selection = {name: getattr(stored, name) for name in SELECTION}
+    tell_missing(experiment, path, by_id, missing, len(ranked))
     if ranking == "matched":
         refuse_untold(experiment, path, by_id, side)
+    is_at_home = path.parent in (experiment.options.output_dir, ROOT)
     file = RankedFile(
-        provenance=mask_provenance(experiment, ranking, side, made),
+        provenance=mask_provenance(experiment, ranking, side, stored),
         path=path,
-        name=path.name if path.parent in (experiment.options.output_dir, ROOT) else str(path.resolve()),
+        name=path.name if is_at_home else str(path.resolve()),
         questions=by_id,
         side=side,
         missing=missing,
-        selection={name: getattr(made, name) for name in SELECTION} if made else None,
+        selection=selection,
     )
-    used = file.digest_used(experiment.asked)
+    used = file.digest_used([question.id for question in experiment.asked])
     return dataclasses.replace(file, provenance=file.provenance.with_fields(**used))
 
 
-def mask_provenance(experiment: Experiment, ranking: str, side: Side, made: Provenance | None) -> Provenance:
-    """The provenance of a round that masks one side of a file that `made` made; what only that knows is of it."""
+def tell_missing(
+    experiment: Experiment, path: Path, ranked: Mapping[str, RankedLatents], missing: list[str], count: int
+) -> None:
+    """Says which of a file's `count` questions the data set lacks. Raises UserError where none is left that is asked.
+
+    ranked: the others, by id.  missing: ids, or prompts, of which the end is shown.
+    """
+    if missing:
+        endings = [repr(name[-80:]) for name in missing[:5]]
+        named = ", ".join(endings)
+        say(f"{path}: {len(missing)} of its {count} questions are not in the data set: {named}")
+    for question in experiment.asked:
+        if question.id in ranked:
+            return
+    selected = len(experiment.asked)
+    raise UserError(f"{path}: none of its questions is among the {selected} selected ones")
+
+
+def mask_provenance(experiment: Experiment, ranking: str, side: Side, stored: Provenance | None) -> Provenance:
+    """The provenance of a round that masks one side of a file: what only that says is of it. stored: the file's."""
     provenance = experiment.provenance_of(ranking).with_fields(masked=side, ablation=experiment.options.ablation)
-    known = made.fields() if made else {}
-    of_file = {name: known[name] for name in ("ranking_seed", "hook_name", "d_sae") if name in known}
-    return provenance.with_fields(**of_file)
+    known = stored.fields() if stored else {}
+    for name in ("ranking_seed", "hook_name", "d_sae"):
+        if name in known:
+            provenance = provenance.with_fields(**{name: known[name]})
+    return provenance
 
 
 def refuse_untold(experiment: Experiment, path: Path, ranked: Mapping[str, RankedLatents], side: Side) -> None:
@@ -143,21 +131,21 @@ def refuse_untold(experiment: Experiment, path: Path, ranked: Mapping[str, Ranke
 
 def advise_round_1(experiment: Experiment, **changed: object) -> str:
     """What to do where a masked round lacks what round 1 makes: the command, with the round's own options."""
-    leave_out = (
-        "leave --activations out and " if experiment.options.activations else ""
-    )  # it may be somebody else's file
-    return f"{leave_out}run this first: {write_command(experiment.options, activations=None, **changed)}"
+    command = write_command(experiment.options, activations=None, **changed)
+    if experiment.options.activations:  # it may be somebody else's file
+        return f"leave --activations out and run this first: {command}"
+    return f"run this first: {command}"
 
 
-def refuse_unasked(experiment: Experiment, path: Path, made: Provenance) -> None:
-    """Raises UserError where questions are selected that round 1 never asked. made: the provenance of its file."""
-    asked = {question.id for question in experiment.select_as(made)}
+def refuse_unasked(experiment: Experiment, path: Path, stored: Provenance) -> None:
+    """Raises UserError where questions are selected that round 1 never asked. stored: what its file says."""
+    asked = {question.id for question in experiment.select_as(stored)}
     unasked = [question.id for question in experiment.asked if question.id not in asked]
     if not unasked:
         return
     selection = []
     for name in SELECTION:
-        value = getattr(made, name)
+        value = getattr(stored, name)
         if value is not None:
             selection.append(f"--{name} {value}")
     goes_on = asked <= {question.id for question in experiment.asked}
@@ -170,41 +158,48 @@ def refuse_unasked(experiment: Experiment, path: Path, made: Provenance) -> None
 
 def find_activations(experiment: Experiment, ranking: str) -> Path:
     """The file of a ranking's activations: the one that ships is used where the folder has none of its own."""
-    path = name_file(experiment.options, ranking)
-    shipped = ROOT / f"activations_{own_rankings.name_of(ranking)}.json"
-    if experiment.options.activations is None and not path.exists() and shipped.exists():
-        made, _ = files.read_activations(shipped)
-        assert made is not None  # what ships is of the form that round 1 writes
-        if not differences(made, experiment.provenance_of(ranking), OF_RANKING):
-            say(f"{path} is not there: using {shipped.name}, which ships with the project.")
-            return shipped
-    return path
+    path = experiment.activations_file(ranking)
+    name = own_rankings.name_of(ranking)
+    shipped = ROOT / f"activations_{name}.json"
+    if experiment.options.activations or path.exists() or not shipped.exists():
+        return path
+    stored, _ = files.read_activations(shipped)
+    assert stored is not None  # what ships is of the form that round 1 writes
+    provenance = experiment.provenance_of(ranking)
+    if differences(stored, provenance, OF_RANKING):
+        return path
+    say(f"{path} is not there: using {shipped.name}, which ships with the project.")
+    return shipped
 
 
 def take_from_mean_file(
-    experiment: Experiment, path: Path, made: Provenance, ranked: list[RankedQuestion]
+    experiment: Experiment, path: Path, stored: Provenance, ranked: list[RankedQuestion]
 ) -> tuple[Path, list[RankedQuestion]]:
     """The file beside a ranking's own and its questions: the same lists, and what mean ablation of them changes.
 
-    made: the provenance of the ranking's own file.  Raises UserError where the file beside it is missing, or of another
+    stored: what the ranking's own file says.  Raises UserError where the file beside it is missing, or of another
     run or lists.
     """
     beside = files.name_mean_file(path)
     if not beside.exists():
         raise UserError(f"{beside}: there is no such file: {advise_round_1(experiment)}")
-    read = files.read_activations(beside)
-    if read[0] is None or differences(read[0], made, OF_RANKING):
+    content = files.read_activations(beside)
+    if content[0] is None or differences(content[0], stored, OF_RANKING):
         problem = f"is of another run than {path.name}"
-    elif select_lists(ranked) != select_lists(read[1]):
-        problem = f"has other lists than {path.name}"
     else:
-        return beside, read[1]
+        ranked_beside = content[1]
+        if select_lists(ranked) == select_lists(ranked_beside):
+            return beside, ranked_beside
+        problem = f"has other lists than {path.name}"
     raise UserError(f"{beside}: {problem}: {advise_round_1(experiment, overwrite=True)}")
 
 
 def select_lists(ranked: list[RankedQuestion]) -> list[tuple]:
     """The ids and the lists of latents of ranked questions."""
-    return [(question.id, *map(question.latents, SIDES)) for question in ranked]
+    lists = []
+    for question in ranked:
+        lists.append((question.id, question.topk, question.bottomk))
+    return lists
 
 
 def match_ids(experiment: Experiment, ranked: list[RankedQuestion]) -> tuple[dict[str, RankedQuestion], list[str]]:
@@ -229,12 +224,12 @@ def match_prompts(
         ids_of_prompt.setdefault(experiment.prompt(question), []).append(question.id)
     by_id = {}
     missing = []
-    for sample in ranked:
-        ids = ids_of_prompt.get(sample.prompt)
+    for published in ranked:
+        ids = ids_of_prompt.get(published.prompt)
         if ids:
-            by_id[ids.pop(0)] = sample  # the same prompt twice: the first stands for the first question, and so on
+            by_id[ids.pop(0)] = published  # the same prompt twice: the first stands for the first question, and so on
         else:
-            missing.append(sample.prompt)
+            missing.append(published.prompt)
     return by_id, missing
 
 
@@ -256,16 +251,28 @@ def find_asked(experiment: Experiment, ranked: dict[str, RankedFile]) -> list[Qu
     return [question for question in experiment.asked if question.id in first.questions]
 
 
+def find_drafts(asked: list[Question], ranked: dict[str, RankedFile]) -> dict[str, list[int]]:
+    """{id: the unmasked answer's tokens}, none where the file does not have them; the same for all rankings."""
+    first = next(iter(ranked.values()))
+    drafts = {}
+    for question in asked:
+        drafts[question.id] = first.questions[question.id].tokens or []
+    return drafts
+
+
 def check_latents(ranked: dict[str, RankedFile], model: SplicedModel) -> None:
     """Refuses latents that the SAE, and tokens that the model does not have."""
     words = cast(int, model.lm.get_input_embeddings().num_embeddings)  # PyTorch cannot say what an attribute is
+    d_sae = model.splice.d_sae
     for file in ranked.values():
         for question_id, question in file.questions.items():
             where = f"{file.path}: question {question_id}"
-            latent = max(question.latents(file.side), default=0)
-            if latent >= model.splice.d_sae:
-                raise UserError(f"{where} names latent {latent}, but the SAE has {model.splice.d_sae}")
-            token = max(question.tokens or [], default=0)
+            latents = question.latents(file.side)
+            latent = max(latents, default=0)
+            if latent >= d_sae:
+                raise UserError(f"{where} names latent {latent}, but the SAE has {d_sae}")
+            tokens = question.tokens or []
+            token = max(tokens, default=0)
             if token >= words:
                 raise UserError(f"{where} names token {token}, but the model has {words}")
 
@@ -275,7 +282,7 @@ def read_stored_means(experiment: Experiment) -> list[float]:
     path = experiment.options.output_dir / "means.json"
     if not path.exists():
         raise UserError(f"{path}: there is no such file: {advise_round_1(experiment)}")
-    stored = files.read_means(path)
-    refuse_other_run(path, stored.provenance, experiment.provenance, SETTINGS)
-    refuse_unasked(experiment, path, stored.provenance)
-    return stored.means
+    content = files.read_means(path)
+    refuse_other_run(path, content.provenance, experiment.provenance, SETTINGS)
+    refuse_unasked(experiment, path, content.provenance)
+    return content.means

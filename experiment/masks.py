@@ -1,0 +1,18 @@
+"""Which side of a ranking a mask takes, and how many latents of it. Knows nothing of files or models."""
+
+from typing import Literal
+
+Side = Literal["topk", "bottomk"]
+SIDES: tuple[Side, Side] = ("topk", "bottomk")
+
+
+def count_masked(k: str, active: int) -> int:
+    """How many latents K is: a number, or a percentage (rounded down) of the latents that are active."""
+    return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)
+
+
+def count_to_reach(removed: list[float], target: float) -> int:
+    """The smallest number of a list's latents that remove no less than `target`, 0 for nothing; all where none do."""
+    if target <= 0:
+        return 0
+    return next((n for n, value in enumerate(removed, 1) if value >= target), len(removed))
