@@ -3,7 +3,7 @@
 python -m examples.quickstart
 """
 
-import interactive
+from examples import interactive
 
 # The bundled model and SAE. Options are the scripts': "--sae-release", "gemma-scope-9b-it-res-canonical", for one.
 model, tokenizer = interactive.open_model("--demo")

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, run_script
 
 import common
-import interactive
+from examples import interactive
 from experiment import own_rankings, prompts
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
