@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from experiment import UserError, catalogue, patches, questions, results, rounds, saes, say
 from experiment import means as means_of_latents
 from experiment.hub import NO_TOKENIZER, check_fit, hub_errors, prepare_libraries
-from experiment.intervention import generate, plan, rankings
+from experiment.intervention import generate, plan, ranked_lists, rankings
+from experiment.intervention.ablations import Ablation
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.generate import Group
 from experiment.intervention.plan import Sizes
@@ -245,7 +246,7 @@ def mean_activations(
 def _make_group_of_one(tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int]) -> Group:
     template = choose_template("auto", tokenizer)
     prompt = tokenize(tokenizer, build_prompt(template, context, question))
-    return Group([prompt], [context], batches=[[0]], drafts=[[]], masks=[[list(masked)]])
+    return Group([prompt], [context], batches=[[0]], drafts=[[]], masks=[Ablation([list(masked)])])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ def load_for(
     options = experiment.options
     model = load(options, experiment.tokenizer)
     for ranking in options.ranking:
-        rankings.refuse_unmeasurable(ranking, model.splice)
+        ranked_lists.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
     wanted = Provenance.model_validate(of_sae)
     for file in (ranked or {}).values():
@@ -401,7 +402,7 @@ def answer_masked(
 
     Masks that are the same for all questions, as those of K = 0 are, are run once.
     """
-    masks: list[list[list[int]]] = []  # [mask][question][latent]
+    masks: list[Ablation] = []
     mask_of = {}
     for ranking, k in work.keys:
         file = ranked[ranking]
@@ -409,9 +410,10 @@ def answer_masked(
         for question in work.questions:
             of_question, _ = lists.find_latents_to_mask(file.questions[question.id], file.side, k)
             latents.append(of_question)
-        if latents not in masks:
-            masks.append(latents)
-        mask_of[ranking, k] = masks.index(latents)
+        ablation = Ablation(latents)
+        if ablation not in masks:
+            masks.append(ablation)
+        mask_of[ranking, k] = masks.index(ablation)
     group = Group(
         prompts=[experiment.prompt_ids(question) for question in work.questions],
         contexts=[question.context for question in work.questions],

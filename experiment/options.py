@@ -27,7 +27,15 @@ DEMO: dict[str, Any] = {  # what --demo changes
 }
 TOKEN_FILE = "token.txt"  # at the top of the project: used where it exists
 PAPER_DATASET = "rajpurkar/squad"
-RANKINGS = ("baseline", "gradsae", "gradsae-answer", "matched", "random")  # of intervention.rankings
+RANKINGS = (
+    "baseline",
+    "gradsae",
+    "gradsae-answer",
+    "attribution",
+    "effect",
+    "matched",
+    "random",
+)  # of intervention.rankings
 FLOATS = ("float16", "bfloat16", "float32")
 
 
@@ -103,6 +111,7 @@ class Options:
     ranking: tuple[str, ...] = option(
         ("baseline",), f"what to rank latents by: {', '.join(RANKINGS)}, or FILE.py:FUNCTION", **NAMES
     )
+    effects: int = option(256, "of --ranking effect: latents masked one by one, at most, per question", **NUMBER)
     activations: Path | None = option(None, "round 1's file (default: activations_RANKING.json)", type=Path)
     k: tuple[str, ...] = option(("50%",), "latents to mask: numbers, or percentages of the active ones; 0: none", **KS)
     # Never None once parse() is done.
@@ -181,12 +190,12 @@ def _find_defaults(demo: bool) -> dict[str, Any]:
 
 
 def _build_parser(doc: str | None, masks: bool, defaults: Mapping[str, Any]) -> _Parser:
-    """The parser of all options; of --k only for a round that masks."""
+    """The parser of all options; of --k only for a round that masks, of --effects only for one that ranks."""
     raw = argparse.RawDescriptionHelpFormatter
     # SUPPRESS: an option that is not given is absent, so that a release can say its model.
     parser = _Parser(description=doc, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Options):
-        if field.name == "k" and not masks:
+        if field.name == ("effects" if masks else "k"):
             continue
         default = defaults[field.name]
         settings = dict(field.metadata)

@@ -139,11 +139,33 @@ class Provenance(Stored):
     kept: int | None = None
 
 
+class Draw(Stored):
+    """Lists of a further draw of a ranking that draws, as of RankedLatents."""
+
+    topk: Latents
+    bottomk: Latents
+    removed_topk: list[float] | None = None
+    removed_bottomk: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        for name, latents, removed in (
+            ("topk", self.topk, self.removed_topk),
+            ("bottomk", self.bottomk, self.removed_bottomk),
+        ):
+            if removed is not None and len(removed) != len(latents):
+                raise ValueError(f"removed_{name} is not as long as {name}")
+        return self
+
+
 class RankedLatents(Stored):
     """The latents of a kept question: those active at the last position, TopK and BottomK.
 
     removed: what masking the first 1, 2, ... of a list takes away.  target: of the matched ranking, what the baseline's
     take away.  tokens: of the unmasked answer.  inside: the positions of those inside its brackets.
+    measured: latents whose effect on the answer was measured by masking each alone.  effects: of each of them, in nats
+    per token; in the file of the ranking by effects.  scores: the file's ranking's own, of each of them.  unmeasured:
+    active latents that were left out.  more_draws: further lists of a ranking that draws.
     """
 
     active: Latents
@@ -155,6 +177,11 @@ class RankedLatents(Stored):
     removed_bottomk: list[float] | None = None
     target_topk: list[float] | None = None
     target_bottomk: list[float] | None = None
+    measured: Latents | None = None
+    effects: list[FiniteFloat] | None = None
+    scores: list[FiniteFloat] | None = None
+    unmeasured: int | None = None
+    more_draws: list[Draw] | None = None
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
