@@ -25,9 +25,9 @@ class Ablation:
     def take(self, questions: Sequence[int]) -> "Ablation":
         """The same of these questions."""
         latents = [self.latents[question] for question in questions]
-        directions = None
-        if self.directions is not None:
-            directions = [self.directions[question] for question in questions]
+        if self.directions is None:
+            return Ablation(latents, self.keep_only)
+        directions = [self.directions[question] for question in questions]
         return Ablation(latents, self.keep_only, directions)
 
 
@@ -47,17 +47,30 @@ class Mask:
     def take(self, rows: Int[Tensor, "taken"]) -> "Mask":
         """The mask of these rows."""
         rows = rows.to(self.masked.device)
-        written = None if self.written is None else self.written[rows]
-        directions = None if self.directions is None else self.directions[rows]
-        return Mask(self.masked[rows], self.means, written, directions)
+        masked = self.masked[rows]
+        written = self.written
+        if written is not None:
+            written = written[rows]
+        directions = self.directions
+        if directions is not None:
+            directions = directions[rows]
+        return Mask(masked, self.means, written, directions)
 
     @staticmethod
     def join(masks: Sequence["Mask"]) -> "Mask":
         """The rows of several masks one after the other. Means are of all of them or of none; directions of any."""
-        masked = torch.cat([mask.masked for mask in masks])
-        of_means = [mask.written for mask in masks if mask.written is not None]
-        written = torch.cat(of_means) if of_means else None
-        return Mask(masked, masks[0].means, written, _join_directions(masks))
+        masked = []
+        written = []
+        for mask in masks:
+            masked.append(mask.masked)
+            if mask.written is not None:
+                written.append(mask.written)
+        return Mask(
+            masked=torch.cat(masked),
+            means=masks[0].means,
+            written=torch.cat(written) if written else None,
+            directions=_join_directions(masks),
+        )
 
 
 def _join_directions(masks: Sequence[Mask]) -> Float[Tensor, "row d_in"] | None:
@@ -65,22 +78,26 @@ def _join_directions(masks: Sequence[Mask]) -> Float[Tensor, "row d_in"] | None:
     drawn = [mask.directions for mask in masks if mask.directions is not None]
     if not drawn:
         return None
+    d_in = drawn[0].shape[1]
     directions = []
     for mask in masks:
-        if mask.directions is None:
-            none = drawn[0].new_zeros(len(mask.masked), drawn[0].shape[1])
-            directions.append(none)
-        else:
-            directions.append(mask.directions)
+        of_mask = mask.directions
+        if of_mask is None:
+            rows = len(mask.masked)
+            of_mask = drawn[0].new_zeros(rows, d_in)
+        directions.append(of_mask)
     return torch.cat(directions)
 
 
 def draw_directions(seeds: Sequence[str], d_in: int) -> Float[Tensor, "row d_in"]:
     """A normal vector for each seed, the same on every device and in every batch."""
     drawn = torch.empty(len(seeds), d_in)
+    generator = torch.Generator()
     for row, seed in zip(drawn, seeds):
-        digest = hashlib.sha256(seed.encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+        text = seed.encode()
+        digest = hashlib.sha256(text).digest()
+        number = int.from_bytes(digest[:8], "big")
+        generator.manual_seed(number)
         row.normal_(generator=generator)
     return drawn
 
@@ -101,10 +118,12 @@ def turn(
     x = unmasked.float()
     r = x - masked.float()
     along_x = F.normalize(x, dim=1)  # zero where x is
-    c = _dot(r, along_x)
-    size = (r - c * along_x).norm(dim=1, keepdim=True)  # sqrt(|r|^2 - c^2)
-    u = F.normalize(directions - _dot(directions, along_x) * along_x, dim=1)
-    turned = x - c * along_x - size * u
+    part = _dot(r, along_x) * along_x
+    rest = r - part
+    size = rest.norm(dim=1, keepdim=True)  # sqrt(|r|^2 - c^2)
+    across = directions - _dot(directions, along_x) * along_x
+    u = F.normalize(across, dim=1)
+    turned = x - part - size * u
     is_turned = directions.any(1, keepdim=True)
     return torch.where(is_turned, turned.to(masked), masked)
 

@@ -25,7 +25,8 @@ from experiment.intervention.modules import (
     padding_that_sees,
     stopped_at,
 )
-from experiment.intervention.splice import SparseActivations, Splice, join
+from experiment.intervention.sparse import SparseActivations, join
+from experiment.intervention.splice import Splice
 
 Outputs = tuple[Int[Tensor, "output"], Int[Tensor, "output"]]  # rows and columns of the logits that are wanted
 

@@ -28,7 +28,7 @@ from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.pool import Limits, Pool
 from experiment.intervention.rows import NO_TOKEN, Answer, Row, cut_at_end, pick_log_probs, pick_tokens
 from experiment.intervention.sequences import ReadInPass, SequenceActivations
-from experiment.intervention.splice import SparseActivations, join
+from experiment.intervention.sparse import SparseActivations, join
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from experiment.intervention.forward import SplicedModel, layers_of, new_cache, 
 from experiment.intervention.layout import Layout, close_gaps
 from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors
 from experiment.intervention.rows import Row, pick_log_probs, pick_tokens
-from experiment.intervention.splice import SparseActivations, join
+from experiment.intervention.sparse import SparseActivations, join
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,12 @@ def add_up(
     latents = read.latents
     d_sae = model.splice.d_sae
     is_counted = where.repeat_interleave(latents.counts)
-    values = values.double() * is_counted
     rows = read.rows.repeat_interleave(latents.counts)
     count = int(read.rows.max()) + 1
+    values = values.double() * is_counted
     total = values.new_zeros(count * d_sae)
-    total.index_add_(0, rows * d_sae + latents.ids, values)
+    places = rows * d_sae + latents.ids
+    total.index_add_(0, places, values)
     return total.view(count, d_sae)
 
 
@@ -60,9 +61,11 @@ def mean(
     if where is not None:
         is_counted = is_counted & where
     total = add_up(model, read, values, is_counted)
-    positions = read.rows[is_counted].bincount(minlength=len(total))
-    at_least_one = positions.clamp(min=1).unsqueeze(1)
-    return (total / at_least_one).float()
+    rows = read.rows[is_counted]
+    positions = rows.bincount(minlength=len(total))
+    at_least_one = positions.clamp(min=1)
+    means = total / at_least_one.unsqueeze(1)
+    return means.float()
 
 
 def rank_by_mean_activation(model: SplicedModel, sequences: Sequences, seed: Seed) -> Scores:
@@ -79,27 +82,39 @@ def rank_by_gradient(model: SplicedModel, sequences: Sequences, seed: Seed) -> S
 
 def rank_by_gradient_of_answer(model: SplicedModel, sequences: Sequences, seed: Seed) -> Scores:
     """As GradSAE, but P is the probability of the answer's first token inside the brackets; no scores without one."""
-    first_places = {number: sequences.answer_positions[number][0] for number in sequences.answered}
+    first_places = {}
+    for number in sequences.answered:
+        inside = sequences.answer_positions[number]
+        first_places[number] = inside[0]
     return _score_by_gradient(model, sequences, first_places)
 
 
-def _score_by_gradient(model: SplicedModel, sequences: Sequences, places: dict[int, int]) -> Scores:
+def _score_by_gradient(
+    model: SplicedModel,
+    sequences: Sequences,
+    places: dict[int, int],
+) -> Scores:
     """Mean over positions of relu(dP/dH * H), P the probability of the token at each sequence's place in what was
     generated; 0 for sequences without one. places: {sequence: place}."""
     scores = _no_scores(model, sequences)
 
     def score(part: Sequence[int]) -> None:
-        ends = [places[number] for number in part]
+        ends = []
         tokens = []
         next_ids = []
-        for number, end in zip(part, ends):
+        for number in part:
+            end = places[number]
+            generated = sequences.generated[number]
+            ends.append(end)
             tokens.append(sequences.tokens_until(number, end))
-            next_ids.append(sequences.generated[number][end])
+            next_ids.append(generated[end])
         read = sequences.until(ends, part)
-        slopes, scale = gradients(model, tokens, next_ids, read)
-        products = model.splice.decoder_vjp(read.latents, slopes) * read.latents.values
+        gradient, scale = gradients(model, tokens, next_ids, read)
+        slopes = model.splice.decoder_vjp(read.latents, gradient)
+        products = slopes * read.latents.values
         means = mean(model, read, products.relu())
-        scores[list(part)] = (means * scale.unsqueeze(1)).to(scores)
+        scaled = means * scale.unsqueeze(1)
+        scores[list(part)] = scaled.to(scores)
 
     _run_in_parts(score, list(places), len(sequences.rows))
     return scores
@@ -118,37 +133,58 @@ def rank_by_attribution(model: SplicedModel, sequences: Sequences, seed: Seed) -
     scores = _no_scores(model, sequences)
 
     def score(part: Sequence[int]) -> None:
-        read = sequences.until([sequences.answered[number] for number in part], part)
+        ends = []
         tokens = []
         targets = []
         for number in part:
-            prompt = sequences.prompts[number]
-            of_sequence = {}
-            for place in sequences.answer_positions[number]:
-                of_sequence[len(prompt) + place] = sequences.generated[number][place]
-            tokens.append(sequences.tokens_until(number, sequences.answered[number]))
-            targets.append(of_sequence)
-        slopes, scale = log_prob_gradients(model, tokens, targets, read)
-        products = model.splice.decoder_vjp(read.latents, slopes) * read.latents.values
+            end = sequences.answered[number]
+            ends.append(end)
+            tokens.append(sequences.tokens_until(number, end))
+            targets.append(_find_targets(sequences, number))
+        read = sequences.until(ends, part)
+        gradient, scale = log_prob_gradients(model, tokens, targets, read)
+        slopes = model.splice.decoder_vjp(read.latents, gradient)
+        products = slopes * read.latents.values
         total = add_up(model, read, products, read.latents.spliced)
-        scores[list(part)] = (total * scale.unsqueeze(1)).to(scores)
+        scaled = total * scale.unsqueeze(1)
+        scores[list(part)] = scaled.to(scores)
 
     _run_in_parts(score, list(sequences.answered), len(sequences.rows))
     return scores
 
 
+def _find_targets(sequences: Sequences, number: int) -> dict[int, int]:
+    """{position in the sequence: token} of the answer's tokens inside the brackets."""
+    first = len(sequences.prompts[number])
+    generated = sequences.generated[number]
+    targets = {}
+    for place in sequences.answer_positions[number]:
+        targets[first + place] = generated[place]
+    return targets
+
+
 def _no_scores(model: SplicedModel, sequences: Sequences) -> Scores:
-    return torch.zeros(len(sequences.rows), model.splice.d_sae, device=model.splice.device)
+    """Zero for each latent of each sequence."""
+    return torch.zeros(
+        len(sequences.rows),
+        model.splice.d_sae,
+        device=model.splice.device,
+    )
 
 
-def _run_in_parts(run: Callable[[list[int]], None], numbers: list[int], batch: int) -> None:
+def _run_in_parts(
+    run: Callable[[list[int]], None],
+    numbers: list[int],
+    batch: int,
+) -> None:
     """run(some of the numbers), for all of them. batch: of how many rows the batch was that was run without gradients.
 
     On its way back a token takes in every layer about 16 times what it takes in the cache (an estimate).
     """
     size = -(-batch // 16)
     for start in range(0, len(numbers), size):
-        halve_on_oom(run, numbers[start : start + size])
+        part = numbers[start : start + size]
+        halve_on_oom(run, part)
 
 
 def rank_at_random(model: SplicedModel, sequences: Sequences, seed: Seed) -> Scores:
@@ -157,7 +193,9 @@ def rank_at_random(model: SplicedModel, sequences: Sequences, seed: Seed) -> Sco
     for question_id, row in zip(sequences.ids, scores):
         active = row.nonzero().flatten()
         draw = random.Random(f"{seed} {question_id}")
-        drawn = [1 + draw.random() for _ in range(len(active))]
+        drawn = []
+        for _ in range(len(active)):
+            drawn.append(1 + draw.random())
         row[active] = row.new_tensor(drawn)
     return scores
 
@@ -168,8 +206,9 @@ def rank_matched(model: SplicedModel, sequences: Sequences, seed: Seed) -> Score
     scores = rank_at_random(model, sequences, seed)
     baseline = rank_by_mean_activation(model, sequences, seed)
     for row, means, active in zip(scores, baseline, sequences.active):
-        for ids in top_and_bottom(means, len(active) // 2):
-            row[ids] = 0
+        topk, bottomk = top_and_bottom(means, len(active) // 2)
+        row[topk] = 0
+        row[bottomk] = 0
     return scores
 
 
@@ -186,9 +225,12 @@ def top_and_bottom(
     ids = scores.nonzero().flatten()
     if among is not None:
         ids = ids.new_tensor(among)
-    ascending = scores[ids].sort(stable=True).indices
-    descending = scores[ids].sort(stable=True, descending=True).indices
-    return ids[descending[:k]].tolist(), ids[ascending[:k]].tolist()
+    of_ids = scores[ids]
+    ascending = of_ids.sort(stable=True).indices
+    descending = of_ids.sort(stable=True, descending=True).indices
+    topk = ids[descending[:k]]
+    bottomk = ids[ascending[:k]]
+    return topk.tolist(), bottomk.tolist()
 
 
 Ranking = Callable[[SplicedModel, Sequences, Seed], Scores]
@@ -205,4 +247,6 @@ DRAWN = ("matched", "random")
 
 def find_ranking(name: str) -> Ranking:
     """The function of a name of RANKINGS, or of FILE.py:FUNCTION, whose file is executed."""
-    return RANKINGS[name] if name in RANKINGS else own_rankings.load(name)
+    if name in RANKINGS:
+        return RANKINGS[name]
+    return own_rankings.load(name)

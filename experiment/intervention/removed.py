@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from experiment.intervention.splice import SparseActivations, Splice
+from experiment.intervention.sparse import SparseActivations
+from experiment.intervention.splice import Splice
 
 
 def removed_shares(
@@ -59,23 +60,41 @@ def removed_share(
     residual = latents.residual.to(splice.device).flatten(1)
     own = residual.float().norm(dim=1)
     is_there = own > 0  # nothing can be taken away from a position that is zero
-    shares = norms[is_there] / own[is_there].unsqueeze(1)
-    return shares.sum(0) / max(1, len(shares))
+    norms = norms[is_there]
+    own = own[is_there]
+    shares = norms / own.unsqueeze(1)
+    count = max(1, len(shares))
+    return shares.sum(0) / count
 
 
-def values_of(latents: SparseActivations, ids: Int[Tensor, " list"], d_sae: int) -> Float[Tensor, "pos list"]:
+def values_of(
+    latents: SparseActivations,
+    ids: Int[Tensor, " list"],
+    d_sae: int,
+) -> Float[Tensor, "pos list"]:
     """The activation of each listed latent at each position, 0 where it is not active."""
-    places = torch.full((d_sae,), -1, device=ids.device)  # of each latent in the list
-    places[ids] = torch.arange(len(ids), device=ids.device)
+    device = ids.device
+    places = torch.full((d_sae,), -1, device=device)  # of each latent in the list
+    places[ids] = torch.arange(len(ids), device=device)
     place = places[latents.ids]  # [entry]
     is_listed = place >= 0
-    positions = latents.entry_positions()[is_listed]
-    values = torch.zeros(len(latents.counts), len(ids), device=ids.device)
-    values[positions, place[is_listed]] = latents.values[is_listed].float()
+    columns = place[is_listed]
+    positions = latents.entry_positions()
+    rows = positions[is_listed]
+    found = latents.values[is_listed]
+    values = torch.zeros(
+        len(latents.counts),
+        len(ids),
+        device=device,
+    )
+    values[rows, columns] = found.float()
     return values
 
 
-def norms_of_first(changes: Float[Tensor, "pos list"], rows: Float[Tensor, "list d_in"]) -> Float[Tensor, "pos list"]:
+def norms_of_first(
+    changes: Float[Tensor, "pos list"],
+    rows: Float[Tensor, "list d_in"],
+) -> Float[Tensor, "pos list"]:
     """The norm of what the first 1, 2, ... latents write at each position: `changes[:, :n] @ rows[:n]` for each n.
 
     With the nth latent its square grows by a_n * (2 * (a_1 g_n1 + ... + a_(n-1) g_n(n-1)) + a_n g_nn), where a are the
@@ -85,5 +104,6 @@ def norms_of_first(changes: Float[Tensor, "pos list"], rows: Float[Tensor, "list
     own = products.diag().diag()
     weights = 2 * products.tril() - own
     growth = changes * (changes @ weights.T)
-    squares = growth.cumsum(1).clamp(min=0)  # rounding may leave a little less than nothing
+    squares = growth.cumsum(1)
+    squares = squares.clamp(min=0)  # rounding may leave a little less than nothing
     return squares.sqrt()

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from experiment.intervention.splice import SparseActivations, join
+from experiment.intervention.sparse import SparseActivations, join
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ activations that are not sparse, are encoded and decoded whole, a chunk of posit
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from experiment.intervention.ablations import Ablation, Mask, draw_directions, turn
+from experiment.intervention.sparse import SparseActivations
 
 if TYPE_CHECKING:  # importing it takes seconds
     from sae_lens import SAE
@@ -26,62 +26,6 @@ CHUNK_BYTES = 2**29  # of one [position, d_sae] tensor; encoding holds about thr
 CHUNK_POSITIONS = 1024  # at most: on a CPU a small SAE's chunk then fits into the cache
 DENSE = 1 / 16  # of the latents active: from there on matrix products are the faster way
 ENTRIES = 8192  # of which slopes are taken at once
-
-
-@dataclass(frozen=True)
-class SparseActivations:
-    """The active latents at a row of positions, and the residual stream there.
-
-    residual: with heads and d_head instead of d_in at `hook_z`.  spliced: False where the SAE does not stand: at
-    padding, and at special tokens that bypass it.  ids, values: an entry per active latent, position by position.
-    counts: how many entries each position has.
-    """
-
-    residual: Float[Tensor, "pos *d_in"]
-    spliced: Bool[Tensor, "pos"]
-    ids: Int[Tensor, "entry"]
-    values: Float[Tensor, "entry"]
-    counts: Int[Tensor, "pos"]
-
-    @property
-    def starts(self) -> Int[Tensor, "pos"]:
-        """How many entries stand before each position's."""
-        return self.counts.cumsum(0) - self.counts
-
-    def take(self, positions: Int[Tensor, "taken"]) -> "SparseActivations":
-        """The activations at these positions, which may repeat."""
-        counts = self.counts[positions]
-        starts = counts.cumsum(0) - counts
-        shift = self.starts[positions] - starts  # from where an entry stands here to where it stood
-        count = int(counts.sum())
-        entries = torch.arange(count, device=counts.device)
-        entries = entries + shift.repeat_interleave(counts)
-        residual = self.residual[positions.to(self.residual.device)]
-        return SparseActivations(
-            residual=residual,
-            spliced=self.spliced[positions],
-            ids=self.ids[entries],
-            values=self.values[entries],
-            counts=counts,
-        )
-
-    def entry_positions(self) -> Int[Tensor, "entry"]:
-        """The position of each entry."""
-        positions = torch.arange(len(self.counts), device=self.counts.device)
-        return positions.repeat_interleave(self.counts)
-
-
-def join(parts: Sequence[SparseActivations]) -> SparseActivations:
-    """The positions of several activations one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    return SparseActivations(
-        residual=torch.cat([part.residual for part in parts]),
-        spliced=torch.cat([part.spliced for part in parts]),
-        ids=torch.cat([part.ids for part in parts]),
-        values=torch.cat([part.values for part in parts]),
-        counts=torch.cat([part.counts for part in parts]),
-    )
 
 
 class Splice:
@@ -98,14 +42,23 @@ class Splice:
         self.d_sae: int = sae.cfg.d_sae
         self.d_in: int = sae.W_dec.shape[1]
         self.device: torch.device = sae.W_dec.device
-        self.bypass = torch.tensor(bypass, dtype=torch.long, device=self.device)
+        self.bypass = torch.tensor(
+            bypass,
+            dtype=torch.long,
+            device=self.device,
+        )
         bytes_per_position = self.d_sae * sae.W_dec.element_size()
-        self.chunk = min(CHUNK_POSITIONS, CHUNK_BYTES // bytes_per_position)
-        self.chunk = max(1, self.chunk)
+        fits = CHUNK_BYTES // bytes_per_position
+        self.chunk = max(1, min(CHUNK_POSITIONS, fits))
         with torch.no_grad():
             self.bias = self._find_bias()
-        puts_heads_together = sae.cfg.reshape_activations != "none"
-        self.writes_rows = self.bias is not None or (puts_heads_together and not self._normalises())
+        self.writes_rows = self.bias is not None
+        if self._puts_heads_together() and not self._normalises():
+            self.writes_rows = True
+
+    def _puts_heads_together(self) -> bool:
+        """Whether the SAE takes the heads of `hook_z` as they are, and gives them so."""
+        return self.sae.cfg.reshape_activations != "none"
 
     def _normalises(self) -> bool:
         """Whether the SAE brings each position to a size of its own first, and what it decodes back to the old one."""
@@ -113,40 +66,58 @@ class Splice:
 
     def _find_bias(self) -> Float[Tensor, "d_in"] | None:
         """What is added to `acts @ W_dec`; None where decoding is not that."""
-        decoder = self.sae.W_dec
-        if self._normalises() or self.sae.cfg.reshape_activations != "none":
+        if self._normalises() or self._puts_heads_together():
             return None
+        decoder = self.sae.W_dec
         nothing = decoder.new_zeros(self.d_sae)
-        some = decoder.new_zeros(self.d_sae)
+        some = nothing.clone()
         step = max(1, self.d_sae // 50)
         some[::step] = 1.0
-        bias, decoded = self.sae.decode(torch.stack([nothing, some]))
-        error = (decoded - some @ decoder - bias).abs().max()
+        both = torch.stack([nothing, some])
+        bias, decoded = self.sae.decode(both)
+        expected = some @ decoder + bias
+        error = (decoded - expected).abs().max()
+        largest = decoded.abs().max()
         tolerance = torch.finfo(decoder.dtype).eps ** 0.5
-        is_linear = error <= tolerance * decoded.abs().max()
+        is_linear = error <= tolerance * largest
         return bias if is_linear else None
 
-    def mask(self, ablation: Ablation, means: Float[Tensor, "d_sae"] | None = None) -> Mask:
+    def mask(
+        self,
+        ablation: Ablation,
+        means: Float[Tensor, "d_sae"] | None = None,
+    ) -> Mask:
         """A mask with a row per item of the ablation. means: as in Mask."""
-        counts = torch.tensor([len(of_row) for of_row in ablation.latents])
-        rows = torch.arange(len(counts)).repeat_interleave(counts)
-        rows = rows.to(self.device)
-        flat: list[int] = []
-        for of_row in ablation.latents:
+        count = len(ablation.latents)
+        flat = []
+        numbers = []
+        for number, of_row in enumerate(ablation.latents):
             flat += of_row
+            numbers += [number] * len(of_row)
+        # One upload of each: every one makes the device wait.
         latents = torch.tensor(flat, dtype=torch.long).to(self.device)
-        masked = torch.zeros(len(counts), self.d_sae, dtype=torch.bool, device=self.device)
+        rows = torch.tensor(numbers, dtype=torch.long).to(self.device)
+        masked = torch.zeros(
+            count,
+            self.d_sae,
+            dtype=torch.bool,
+            device=self.device,
+        )
         masked[rows, latents] = True
+        if ablation.keep_only:
+            masked = ~masked
         written = None
         if means is not None and self.bias is not None:
-            means_written = means.to(self.sae.W_dec)
-            written = self._add_up_rows(means_written, rows, latents, len(counts))
+            of_latents = means.to(self.sae.W_dec)
+            written = self._add_up_rows(of_latents, rows, latents, count)
             if ablation.keep_only:
-                written = means_written @ self.sae.W_dec - written
+                of_all = of_latents @ self.sae.W_dec
+                written = of_all - written
         directions = None
         if ablation.directions is not None:
-            directions = draw_directions(ablation.directions, self.d_in).to(self.device)
-        return Mask(~masked if ablation.keep_only else masked, means, written, directions)
+            drawn = draw_directions(ablation.directions, self.d_in)
+            directions = drawn.to(self.device)
+        return Mask(masked, means, written, directions)
 
     def _add_up_rows(
         self,
@@ -158,9 +129,13 @@ class Splice:
         """What these latents write at these activations, added up for each of `count` rows."""
         decoder = self.sae.W_dec
         written = decoder.new_zeros(count, self.d_in)
-        for some_rows, some in zip(rows.split(ENTRIES), latents.split(ENTRIES)):
-            writes = activations[some].unsqueeze(1) * decoder[some]
-            written.index_add_(0, some_rows, writes)
+        parts = zip(
+            rows.split(ENTRIES),
+            latents.split(ENTRIES),
+        )
+        for some_rows, some in parts:
+            sizes = activations[some].unsqueeze(1)
+            written.index_add_(0, some_rows, sizes * decoder[some])
         return written
 
     def read(self, residual: Float[Tensor, "pos *d_in"]) -> Float[Tensor, "pos *d_in"]:
@@ -174,12 +149,25 @@ class Splice:
             return residual
         return residual.flatten(1)
 
+    def _chunks(self, count: int) -> tuple[Int[Tensor, "chunk"], ...]:
+        """So many positions, a chunk at a time."""
+        positions = torch.arange(count, device=self.device)
+        return positions.split(self.chunk)
+
     @torch.no_grad()
-    def encode(self, residual: Float[Tensor, "pos *d_in"], spliced: Bool[Tensor, "pos"]) -> SparseActivations:
+    def encode(
+        self,
+        residual: Float[Tensor, "pos *d_in"],
+        spliced: Bool[Tensor, "pos"],
+    ) -> SparseActivations:
         """The active latents at positions. spliced: where the SAE stands; elsewhere nothing is encoded."""
         spliced = spliced.to(self.device)
         positions = spliced.nonzero().flatten()
-        counts = torch.zeros(len(spliced), dtype=torch.long, device=self.device)
+        counts = torch.zeros(
+            len(spliced),
+            dtype=torch.long,
+            device=self.device,
+        )
         ids = [counts[:0]]
         values = [self.sae.W_dec[:0, 0]]
         for chunk in positions.split(self.chunk):
@@ -187,7 +175,7 @@ class Splice:
             where, active = acts.nonzero(as_tuple=True)
             ids.append(active)
             values.append(acts[where, active])
-            counts[chunk] = torch.bincount(where, minlength=len(chunk))
+            counts[chunk] = where.bincount(minlength=len(chunk))
         return SparseActivations(
             residual=residual.detach(),
             spliced=spliced,
@@ -197,10 +185,14 @@ class Splice:
         )
 
     def _encode_whole(
-        self, residual: Float[Tensor, "pos *d_in"], chunk: Int[Tensor, "chunk"]
+        self,
+        residual: Float[Tensor, "pos *d_in"],
+        chunk: Int[Tensor, "chunk"],
     ) -> Float[Tensor, "chunk d_sae"]:
         """Every latent's activation at some of the positions."""
-        return self.sae.encode(self.read(residual[chunk.to(residual.device)]))
+        places = chunk.to(residual.device)
+        read = self.read(residual[places])
+        return self.sae.encode(read)
 
     @torch.no_grad()
     def reconstruct(
@@ -219,11 +211,14 @@ class Splice:
         if mask is not None and mask.directions is not None:
             assert rows is not None
             unmasked = self._find_unmasked(latents)
-            for chunk in torch.arange(len(out), device=self.device).split(self.chunk):
-                out[chunk] = turn(unmasked[chunk], out[chunk], mask.directions[rows[chunk]])
-        out = out.to(latents.residual).view_as(latents.residual)
-        of_one = [1] * (out.dim() - 1)
-        spliced = latents.spliced.to(out.device).view(-1, *of_one)
+            for chunk in self._chunks(len(out)):
+                directions = mask.directions[rows[chunk]]
+                out[chunk] = turn(unmasked[chunk], out[chunk], directions)
+        out = out.to(latents.residual)
+        out = out.view_as(latents.residual)
+        spliced = latents.spliced.to(out.device)
+        for _ in out.shape[1:]:
+            spliced = spliced.unsqueeze(-1)
         return torch.where(spliced, out, latents.residual)
 
     def _find_unmasked(self, latents: SparseActivations) -> Float[Tensor, "pos d_in"]:
@@ -267,7 +262,10 @@ class Splice:
             mode="sum",
             per_sample_weights=values,
         )
-        out = self.read(latents.residual) - decoded if self.keeps_error else decoded + self.bias
+        if self.keeps_error:
+            out = self.read(latents.residual) - decoded
+        else:
+            out = decoded + self.bias
         if mask is None or mask.written is None:
             return out
         assert rows is not None
@@ -280,44 +278,66 @@ class Splice:
         mask: Mask | None,
     ) -> Float[Tensor, "pos d_in"]:
         out = []
-        for chunk in torch.arange(len(latents.residual), device=self.device).split(self.chunk):
-            acts = self._encode_whole(latents.residual, chunk)
+        residual = latents.residual
+        for chunk in self._chunks(len(residual)):
+            acts = self._encode_whole(residual, chunk)
             if mask is not None:
                 assert rows is not None
-                replacement = acts.new_zeros(()) if mask.means is None else mask.means.to(acts)
-                acts = torch.where(mask.masked[rows[chunk]], replacement, acts)
+                replacement = acts.new_zeros(())
+                if mask.means is not None:
+                    replacement = mask.means.to(acts)
+                masked = mask.masked[rows[chunk]]
+                acts = torch.where(masked, replacement, acts)
             decoded = self.sae.decode(acts)
             if self.keeps_error:
                 # Encoded again: decoding may use up what encoding noted (the norm to go back to).
-                whole = self.sae.decode(self._encode_whole(latents.residual, chunk))
-                residual = latents.residual[chunk.to(latents.residual.device)]
-                decoded = residual.to(decoded).view_as(decoded) + (decoded - whole)
+                acts = self._encode_whole(residual, chunk)
+                taken = self.sae.decode(acts) - decoded
+                before = residual[chunk.to(residual.device)]
+                decoded = before.to(taken).view_as(taken) - taken
             out.append(decoded.flatten(1))
         return torch.cat(out)
 
-    def decoder_vjp(self, latents: SparseActivations, gradient: Float[Tensor, "pos *d_in"]) -> Float[Tensor, "entry"]:
+    def decoder_vjp(
+        self,
+        latents: SparseActivations,
+        gradient: Float[Tensor, "pos *d_in"],
+    ) -> Float[Tensor, "entry"]:
         """The gradient at each entry's activation, from the one at the reconstruction."""
         gradient = self.read(gradient)
         if self.bias is None:
             return self._vjp_whole(latents, gradient)
         positions = latents.entry_positions()
         slopes = [latents.values[:0]]
-        for where, ids in zip(positions.split(ENTRIES), latents.ids.split(ENTRIES)):
+        parts = zip(
+            positions.split(ENTRIES),
+            latents.ids.split(ENTRIES),
+        )
+        for where, ids in parts:
             products = gradient[where] * self.sae.W_dec[ids]
-            slopes.append(products.sum(-1))
+            slope = products.sum(-1)
+            slopes.append(slope)
         return torch.cat(slopes)
 
-    def _vjp_whole(self, latents: SparseActivations, gradient: Float[Tensor, "pos *d_in"]) -> Float[Tensor, "entry"]:
+    def _vjp_whole(
+        self,
+        latents: SparseActivations,
+        gradient: Float[Tensor, "pos *d_in"],
+    ) -> Float[Tensor, "entry"]:
         """`decoder_vjp` through the SAE's own decoding, a chunk of positions at a time."""
         positions = latents.entry_positions()
         slopes = [latents.values[:0]]
-        for chunk in torch.arange(len(gradient), device=self.device).split(self.chunk):
+        for chunk in self._chunks(len(gradient)):
             with torch.no_grad():
                 acts = self._encode_whole(latents.residual, chunk)
+            acts.requires_grad_()
             with torch.enable_grad():
-                decoded = self.sae.decode(acts.requires_grad_())
-            (slope,) = torch.autograd.grad(decoded, acts, gradient[chunk].view_as(decoded))
-            is_inside = (positions >= chunk[0]) & (positions <= chunk[-1])
-            rows = positions[is_inside] - chunk[0]
-            slopes.append(slope[rows, latents.ids[is_inside]])
+                decoded = self.sae.decode(acts)
+            pull = gradient[chunk].view_as(decoded)
+            (slope,) = torch.autograd.grad(decoded, acts, pull)
+            first = chunk[0]
+            is_inside = (positions >= first) & (positions <= chunk[-1])
+            rows = positions[is_inside] - first
+            ids = latents.ids[is_inside]
+            slopes.append(slope[rows, ids])
         return torch.cat(slopes)
