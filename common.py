@@ -33,7 +33,7 @@ from experiment import (
 )
 from experiment import means as means_of_latents
 from experiment.demo import bundled
-from experiment.intervention import generate, rankings
+from experiment.intervention import generate, ranked_lists
 from experiment.intervention.ablations import Ablation
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.generate import Group
@@ -240,7 +240,7 @@ def load_for(
     options = experiment.options
     model = load(options, experiment.tokenizer)
     for ranking in options.ranking:
-        rankings.refuse_unmeasurable(ranking, model.splice)
+        ranked_lists.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
     provenance = Provenance.model_validate(of_sae)
     files = ranked or {}

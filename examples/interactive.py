@@ -10,6 +10,7 @@ import common
 from experiment import options
 from experiment.hub import prepare_libraries
 from experiment.intervention import generate, rankings
+from experiment.intervention.ablations import Ablation
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.generate import Group
 from experiment.intervention.pool import Limits
@@ -47,4 +48,4 @@ def mean_activations(
 def _make_group_of_one(tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int]) -> Group:
     template = common.choose_template("auto", tokenizer)
     prompt = tokenize(tokenizer, build_prompt(template, context, question))
-    return Group([prompt], [context], batches=[[0]], drafts=[[]], masks=[[list(masked)]])
+    return Group([prompt], [context], batches=[[0]], drafts=[[]], masks=[Ablation([list(masked)])])

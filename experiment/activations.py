@@ -51,7 +51,7 @@ def refuse_other_file(experiment: Experiment, ranking: str, file: Path) -> None:
     if stored is None:
         raise UserError(f"{file}: is the authors' published file: give another --activations, or --overwrite")
     if experiment.options.activations or not experiment.is_begun(ranking):
-        provenance = experiment.adopt_selection(experiment.provenance_of(ranking), stored)
+        provenance = experiment.adopt_selection(experiment.round_1_of(ranking), stored)
         refuse_other_run(file, stored, provenance, (*RANKED, *SELECTION))
 
 
@@ -163,7 +163,7 @@ def mask_provenance(experiment: Experiment, ranking: str, side: Side, stored: Pr
     """The provenance of a round that masks one side of a file: what only that says is of it. stored: the file's."""
     provenance = experiment.provenance_of(ranking).with_fields(masked=side, ablation=experiment.options.ablation)
     known = stored.fields() if stored else {}
-    for name in ("ranking_seed", "hook_name", "d_sae"):
+    for name in ("ranking_seed", "effects", "hook_name", "d_sae"):
         if name in known:
             provenance = provenance.with_fields(**{name: known[name]})
     return provenance

@@ -17,9 +17,18 @@ from experiment.masks import DRAWN, OTHERS, SIDES, Side
 
 TOKEN_FILE = "token.txt"  # at the top of the project: used where it exists
 PAPER_DATASET = "rajpurkar/squad"
-RANKINGS = ("baseline", "gradsae", "gradsae-answer", "matched", "random")  # of intervention.rankings
+RANKINGS = (
+    *("baseline", "gradsae", "gradsae-answer", "attribution", "effect"),
+    *("matched", "random"),
+)  # of intervention.rankings
 CHOICES = (*RANKINGS, *OTHERS)  # of --ranking, besides one's own
-OF_MASKS = {"k": SIDES, "control": SIDES, "keep_only": ("topk",)}  # options of the rounds that mask these sides
+# Options that not every round has: what the rounds mask that have them.
+OF_MASKS: dict[str, tuple[Side | None, ...]] = {
+    "effects": (None,),
+    "k": SIDES,
+    "control": SIDES,
+    "keep_only": ("topk",),
+}
 FLOATS = ("float16", "bfloat16", "float32")
 
 
@@ -89,6 +98,7 @@ class Options:
         ("baseline",), f"what to rank latents by: {', '.join(CHOICES)}, or FILE.py:FUNCTION", **NAMES
     )
     draws: int = option(1, "how often what is drawn is drawn for each question: matched, random, directions", **NUMBER)
+    effects: int = option(256, "of --ranking effect: latents masked one by one, at most, per question", **NUMBER)
     activations: Path | None = option(None, "round 1's file (default: activations_RANKING.json)", type=Path)
     k: tuple[str, ...] = option(("50%",), "latents to mask: numbers, or percentages of the active ones; 0: none", **KS)
     control: str = option(
@@ -179,7 +189,7 @@ def write_command(options: Options, **changed: Any) -> str:
     words = ["python", "baseline.py"]
     for name, default in defaults.items():
         value = getattr(options, name)
-        if name in OF_MASKS or value in (None, default):
+        if None not in OF_MASKS.get(name, (None,)) or value in (None, default):
             continue
         words.append(_write_flag(name))
         if isinstance(value, tuple):

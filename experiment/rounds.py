@@ -20,6 +20,7 @@ from experiment.intervention import plan
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.memory import memory_errors
 from experiment.intervention.plan import Sizes
+from experiment.masks import DRAWN
 from experiment.options import Options
 from experiment.prompts import build_prompt, tokenize
 from experiment.questions import Question
@@ -72,8 +73,17 @@ class Experiment:
         is_own = own_rankings.is_own(ranking)
         if is_own:
             provenance = provenance.with_fields(ranking_digest=own_rankings.digest(ranking))
-        if is_own or ranking in ("random", "matched"):  # one's own is handed the seed
+        if is_own or ranking in DRAWN:  # one's own is handed the seed
             provenance = provenance.with_fields(ranking_seed=self.options.seed)
+        return provenance
+
+    def round_1_of(self, ranking: str) -> Provenance:
+        """The provenance of round 1's journal and file of a ranking, which holds as many lists as are asked for."""
+        provenance = self.provenance_of(ranking)
+        if ranking in DRAWN and self.options.draws > 1:
+            provenance = provenance.with_fields(draws=self.options.draws)
+        if ranking == "effect":
+            provenance = provenance.with_fields(effects=self.options.effects)
         return provenance
 
     def select_as(self, stored: Provenance) -> list[Question]:
@@ -127,7 +137,7 @@ class Experiment:
 
     def is_begun(self, ranking: str) -> bool:
         """Whether round 1's journal is of this run: what is there of another one, an interrupted --overwrite left."""
-        provenance = self.provenance_of(ranking)
+        provenance = self.round_1_of(ranking)
         stored = read_provenance(self.options.output_dir / f"predictions_{provenance.ranking}.jsonl")
         if stored is None:
             return False

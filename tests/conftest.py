@@ -61,6 +61,7 @@ from experiment import options as command_line  # noqa: E402
 from experiment.demo import bundled  # noqa: E402
 from experiment.hub import prepare_libraries  # noqa: E402
 from experiment.intervention import generate  # noqa: E402
+from experiment.intervention.ablations import Ablation  # noqa: E402
 from experiment.intervention.generate import Group  # noqa: E402
 from experiment.intervention.pool import Limits  # noqa: E402
 
@@ -78,7 +79,7 @@ def hub():
     return FakeHub
 
 
-def options(*arguments, masks=False):
+def options(*arguments, masks=None):
     """The options of a demo round, as the command line would give them."""
     return command_line.parse(["--demo", *map(str, arguments)], "", masks)
 
@@ -138,6 +139,7 @@ def answer(model, prompts, contexts, longest, opening=(), pool_tokens=10**9):
 
 
 def answer_masked(model, prompts, contexts, drafts, masks, longest, means=None, pool_tokens=10**9):
-    """[mask][Answer] of one batch. masks: [mask][question], lists of latents."""
+    """[mask][Answer] of one batch. masks: of each a list of latents per question, or an Ablation."""
+    masks = [mask if isinstance(mask, Ablation) else Ablation(mask) for mask in masks]
     group = Group(prompts, list(contexts), [list(range(len(prompts)))], drafts, masks)
     return generate.answer_masked(model, group, Limits(longest, pool_tokens), means)

@@ -20,7 +20,9 @@ from sae_lens.saes.sae import SAEMetadata
 
 import common
 from experiment import UserError
-from experiment.intervention import forward, modules, rankings, splice
+from experiment.intervention import forward, modules, ranked_lists, rankings, splice
+from experiment.intervention.ablations import Ablation
+from experiment.intervention.sequences import Sequences
 from experiment.report import figure
 
 TOKENS = 8
@@ -280,7 +282,7 @@ def test_places(name, tmp_path):
             (error_term, *mask) for error_term in ("drop", "keep") for mask in (([], None), (half, None), (half, means))
         ]:
             model = forward.SplicedModel(bridge, splice.Splice(sae, error_term))
-            mask = model.splice.mask([masked] * 2, set_to)
+            mask = model.splice.mask(Ablation([masked] * 2), set_to)
             handle = splice_by_hand(layers[1], place, name.startswith("gemma"), sae, masked, error_term, set_to)
             with torch.no_grad(), model.ready():
                 expected = plain(ids).logits
@@ -555,7 +557,7 @@ def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
 
     count, generated = len(prompts), [answer.tokens for answer in found]
     ids = [str(row) for row in range(count)]
-    sequences = rankings.Sequences(ids, prompts, generated, [3] * count, [[]] * count, range(count), read, [])
+    sequences = Sequences(ids, prompts, generated, [3] * count, [[]] * count, range(count), read, [])
     for row, means, gradients in zip(
         range(count),
         rankings.rank_by_mean_activation(model, sequences, 0),
@@ -568,7 +570,7 @@ def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
         scores, _ = oracle.gradient_scores(windowed.bridge, sae, ids, generated[row][3])
         torch.testing.assert_close(gradients, scores, rtol=1e-3, atol=1e-3 * float(scores.max()))
     # What a latent writes depends on what the position was before it was normalised: it is not told.
-    (lists, *_) = rankings.rank(model, "baseline", sequences, 0)
-    assert lists.keys() == {"topk", "bottomk"}
+    (lists, *_) = ranked_lists.rank(model, "baseline", sequences, 0)
+    assert lists.fields().keys() == {"topk", "bottomk"}
     with pytest.raises(UserError, match=r"--ranking matched: .*layer_norm"):
-        rankings.refuse_unmeasurable("matched", model.splice)
+        ranked_lists.refuse_unmeasurable("matched", model.splice)

@@ -13,10 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from experiment import prompts
-from experiment.intervention import layout, modules, rankings, splice
+from experiment.intervention import layout, modules, ranked_lists, rankings, splice
+from experiment.intervention.ablations import Ablation
 from experiment.intervention.forward import Layout
 from experiment.intervention.plan import plan_batches
+from experiment.intervention.ranked_lists import RankedLists
 from experiment.intervention.rows import pick_log_probs
+from experiment.intervention.sequences import Sequences
 from experiment.masks import count_to_reach
 from experiment.records.lists import find_latents_to_mask
 from experiment.records.schema import RankedLatents
@@ -76,7 +79,7 @@ def answer_all(model, cases, most=50, guess=()):
 def make_sequences(tokenizer, cases, found, read):
     """The Sequences of all these cases, as round 1 makes them."""
     generated = [one.tokens for one in found]
-    return rankings.Sequences(
+    return Sequences(
         ids=[case["question"].id for case in cases],
         prompts=[case["prompt"] for case in cases],
         generated=generated,
@@ -306,7 +309,7 @@ def test_a_mask_goes_to_the_device_all_at_once(demo):
         for set_to in (None, means):
             operators.append(0)
             with Count():
-                mask = splice_.mask(lists, set_to)
+                mask = splice_.mask(Ablation(lists), set_to)
             assert [row.nonzero().flatten().tolist() for row in mask.masked] == lists
             assert mask.means is set_to
             if set_to is not None:
@@ -339,7 +342,7 @@ def test_splice_is_encode_and_decode(demo):
             ours = splice.Splice(sae, error_term)
             ours.chunk = chunk
             latents = ours.encode(residual, stands)
-            found = ours.reconstruct(latents, rows, ours.mask(lists))
+            found = ours.reconstruct(latents, rows, ours.mask(Ablation(lists)))
             acts = sae.encode(residual)
             zeroed = acts.clone()
             for position in range(45):
@@ -660,14 +663,14 @@ def test_what_masks_remove(demo, sequences, ablation):
     lists = []
     for row, length in zip(scores, (12, 0, 5, 1)):
         topk, bottomk = rankings.top_and_bottom(row, length)
-        lists.append({"topk": topk, "bottomk": bottomk})
-    measured = rankings.add_removed(model, few, lists, means)
+        lists.append(RankedLists(topk, bottomk))
+    measured = ranked_lists.add_removed(model, few, lists, means)
     for residual, before, after in zip(ordinary_residuals(few), lists, measured):
         for which in ("topk", "bottomk"):
-            expected = oracle.removed_shares(model.splice.sae, residual, before[which], means)
-            assert after[which] == before[which]
-            assert after[f"removed_{which}"] == pytest.approx(expected, rel=1e-3, abs=1e-5)  # of four digits
-    assert all(value == float(f"{value:.4g}") for value in measured[0]["removed_topk"])
+            expected = oracle.removed_shares(model.splice.sae, residual, before.latents(which), means)
+            assert after.latents(which) == before.latents(which)
+            assert after.removed(which) == pytest.approx(expected, rel=1e-3, abs=1e-5)  # of four digits
+    assert all(value == float(f"{value:.4g}") for value in measured[0].removed_topk)
 
 
 def test_nothing_is_removed_where_no_position_counts(demo, sequences):
@@ -675,9 +678,9 @@ def test_nothing_is_removed_where_no_position_counts(demo, sequences):
     few = pick(sequences, 0, 1)
     only_special = dataclasses.replace(few, special_ids=range(model.model.cfg.d_vocab))
     assert not only_special.ordinary.any()
-    lists = [{"topk": [1, 2], "bottomk": [3]}] * 2
-    for sample in rankings.add_removed(model, only_special, lists):
-        assert sample["removed_topk"] == [0, 0] and sample["removed_bottomk"] == [0]
+    lists = [RankedLists([1, 2], [3])] * 2
+    for sample in ranked_lists.add_removed(model, only_special, lists):
+        assert sample.removed_topk == [0, 0] and sample.removed_bottomk == [0]
     assert not rank(model, "random", only_special).any()
 
 
@@ -697,18 +700,18 @@ def test_bos_does_not_rule_what_is_removed(demo, sequences):
     model, _ = demo
     plain = pick(sequences, *range(12))
     scaled = scale_bos(model, plain, 49)
-    lists = rankings.rank(model, "baseline", plain, 42)
-    assert rankings.add_removed(model, scaled, lists) == rankings.add_removed(model, plain, lists)
-    baseline = rankings.rank(model, "baseline", scaled, 42)
-    matched = rankings.rank(model, "matched", scaled, 42)
+    lists = ranked_lists.rank(model, "baseline", plain, 42)
+    assert ranked_lists.add_removed(model, scaled, lists) == ranked_lists.add_removed(model, plain, lists)
+    baseline = ranked_lists.rank(model, "baseline", scaled, 42)
+    matched = ranked_lists.rank(model, "matched", scaled, 42)
     shares = {"baseline": [], "matched": []}
     for n, residual in enumerate(ordinary_residuals(scaled)):
         acts = model.splice.sae.encode(residual)
         k = len(scaled.active[n]) // 2
-        ranked = RankedLatents(active=scaled.active[n], **matched[n])
+        ranked = RankedLatents(active=scaled.active[n], **matched[n].fields())
         of_matched, enough = find_latents_to_mask(ranked, "topk", "50%")
         assert enough and (acts[:, of_matched] != 0).any(0).all()
-        for name, latents in (("baseline", baseline[n]["topk"][:k]), ("matched", of_matched)):
+        for name, latents in (("baseline", baseline[n].topk[:k]), ("matched", of_matched)):
             shares[name].append(oracle.removed_shares(model.splice.sae, residual, latents)[-1])
     mean_of = {name: sum(values) / len(values) for name, values in shares.items()}
     assert mean_of["baseline"] > 0.05
@@ -719,15 +722,15 @@ def test_matched_ranking(demo, sequences):
     """None of those that the baseline masks at 50%; 100 latents, or as many as remove as much as its lists."""
     model, _ = demo
     batch = pick(sequences, *range(20))
-    baseline, matched = (rankings.rank(model, name, batch, 42) for name in ("baseline", "matched"))
+    baseline, matched = (ranked_lists.rank(model, name, batch, 42) for name in ("baseline", "matched"))
     for active, theirs, lists in zip(batch.active, baseline, matched):
         half = len(active) // 2
         for which in ("topk", "bottomk"):
-            assert not {*lists[which]} & {*theirs["topk"][:half], *theirs["bottomk"][:half]}
-            assert lists[f"target_{which}"] == theirs[f"removed_{which}"]
-            removed, target = lists[f"removed_{which}"], max(theirs[f"removed_{which}"])
+            assert not {*lists.latents(which)} & {*theirs.topk[:half], *theirs.bottomk[:half]}
+            assert getattr(lists, f"target_{which}") == theirs.removed(which)
+            removed, target = lists.removed(which), max(theirs.removed(which))
             reached = count_to_reach(removed, target)
-            assert len(removed) == len(lists[which]) == max(100, reached)
+            assert len(removed) == len(lists.latents(which)) == max(100, reached)
             assert all(value < target for value in removed[: reached - 1])
 
 
@@ -739,9 +742,8 @@ def test_negative_activations_rank_by_their_size(demo, sequences):
     signed = dataclasses.replace(latents, values=torch.where(latents.ids % 2 == 0, -latents.values, latents.values))
     of_signed = dataclasses.replace(few, read=dataclasses.replace(few.read, latents=signed))
     torch.testing.assert_close(rank(model, "baseline", of_signed), rank(model, "baseline", few))
-    assert (
-        rankings.rank(model, "baseline", of_signed, 42)[0]["bottomk"]
-        == (rankings.rank(model, "baseline", few, 42)[0]["bottomk"])
+    assert ranked_lists.rank(model, "baseline", of_signed, 42)[0].bottomk == (
+        ranked_lists.rank(model, "baseline", few, 42)[0].bottomk
     )
 
 
@@ -756,8 +758,8 @@ def test_stored_lists_hold_100_latents(demo, sequences):
     """So that --k 30 and --k 100 mean what they say; 50% is their beginning."""
     model, _ = demo
     few = pick(sequences, *range(9))
-    for scores, lists in zip(rank(model, "baseline", few), rankings.rank(model, "baseline", few, 42)):
-        assert len(lists["topk"]) == len(lists["bottomk"]) == min(100, (scores != 0).sum())
+    for scores, lists in zip(rank(model, "baseline", few), ranked_lists.rank(model, "baseline", few, 42)):
+        assert len(lists.topk) == len(lists.bottomk) == min(100, (scores != 0).sum())
 
 
 def test_ties_go_to_the_lower_id():
@@ -793,11 +795,11 @@ def test_special_tokens_bypass_the_sae(demo, sequences):
     residual = seen[0][0, counted]
     acts = sae.encode(residual)
     torch.testing.assert_close(scores, acts.mean(0), rtol=1e-4, atol=1e-5)
-    bypassed = rankings.Sequences(["0"], [ids], [[]], [0], [[]], [0], read, special)
+    bypassed = Sequences(["0"], [ids], [[]], [0], [[]], [0], read, special)
     assert torch.equal(bypassed.ordinary, counted)
-    (lists,) = rankings.rank(other, "baseline", bypassed, 42)
-    expected = oracle.removed_shares(sae, residual, lists["topk"][:3])
-    assert lists["removed_topk"][:3] == pytest.approx(expected, rel=1e-3)
+    (lists,) = ranked_lists.rank(other, "baseline", bypassed, 42)
+    expected = oracle.removed_shares(sae, residual, lists.topk[:3])
+    assert lists.removed_topk[:3] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_sure_model_keeps_its_gradient(demo, sequences):

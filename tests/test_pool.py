@@ -18,6 +18,7 @@ from test_oracle import log_probs_by_hand
 from experiment import UserError
 from experiment.hub import prepare_libraries
 from experiment.intervention import forward, generate, plan, splice
+from experiment.intervention.ablations import Ablation
 from experiment.intervention.generate import Group, Limits
 from experiment.intervention.rows import Answer
 from experiment.prompts import build_prompt, tokenize
@@ -43,7 +44,8 @@ def make_group(tokenizer, questions, samples, batch_tokens=2048, ks=KS):
     batches = plan.plan_batches(lengths, batch_tokens, contexts)
     masks = []
     for k in ks:
-        masks.append([sample["topk"][: len(sample["active"]) // 2 if k is None else k] for sample in samples])
+        latents = [sample["topk"][: len(sample["active"]) // 2 if k is None else k] for sample in samples]
+        masks.append(Ablation(latents))
     return Group(prompts, contexts, batches, drafts, masks)
 
 
@@ -77,7 +79,7 @@ def expected(demo, few):
     said = []
     for of_mask in few.masks:
         said.append([])
-        for prompt, latents in zip(few.prompts, of_mask):
+        for prompt, latents in zip(few.prompts, of_mask.latents):
             said[-1].append(oracle.generate(model.model, model.splice.sae, tokenizer, prompt, latents))
     return said
 
@@ -100,7 +102,7 @@ def take(group, numbers, size):
         contexts=[group.contexts[number] for number in numbers],
         batches=[places[first : first + size] for first in range(0, len(places), size)],
         drafts=[group.drafts[number] for number in numbers],
-        masks=[[of_mask[number] for number in numbers] for of_mask in group.masks],
+        masks=[of_mask.take(numbers) for of_mask in group.masks],
     )
 
 
@@ -167,7 +169,7 @@ def test_pools_of_so_many_rows(demo, few, expected, together, drafted, monkeypat
     for of_mask, latents in zip(found, few.masks):
         for number in range(0, len(few.prompts), 4):
             scored = few.drafts[number] if drafted else of_mask[number].tokens
-            by_hand = log_probs_by_hand(model, few.prompts[number], scored, latents[number])
+            by_hand = log_probs_by_hand(model, few.prompts[number], scored, latents.latents[number])
             assert of_mask[number].log_probs == pytest.approx(by_hand, abs=2e-4)
 
 
@@ -178,7 +180,8 @@ def test_masked_answers_whatever_waits(demo, group):
     changed = 0
     for number in range(0, len(group.prompts), 9):
         for of_mask, latents in zip(alone, group.masks):
-            expected = oracle.generate(model.model, model.splice.sae, tokenizer, group.prompts[number], latents[number])
+            masked = latents.latents[number]
+            expected = oracle.generate(model.model, model.splice.sae, tokenizer, group.prompts[number], masked)
             assert of_mask[number].tokens == expected
             changed += expected != group.drafts[number]
     assert changed >= 4
@@ -214,18 +217,18 @@ def test_pools_of_other_masks(demo, few, error_term, ablation, monkeypatch):
     model = forward.SplicedModel(demo[0].model, splice.Splice(demo[0].splice.sae, error_term))
     means = 0.06 * torch.rand(512, generator=torch.Generator().manual_seed(2)) if ablation == "mean" else None
     rng = random.Random(3)
-    masks = [[sorted(rng.sample(range(512), 200)) for _ in few.prompts] for _ in range(2)]
+    masks = [Ablation([sorted(rng.sample(range(512), 200)) for _ in few.prompts]) for _ in range(2)]
     group = take(dataclasses.replace(few, masks=masks), range(7), 3)
     how = {"means": means, "error": error_term == "keep"}
     expected = []
     for of_mask in group.masks:
         expected.append([])
-        for prompt, latents in zip(group.prompts, of_mask):
+        for prompt, latents in zip(group.prompts, of_mask.latents):
             said = oracle.generate(model.model, model.splice.sae, demo[1], prompt, latents, 12, **how)
             expected[-1].append(said)
     left = count_left(expected, group.drafts)
     assert len(left) >= 7 and len({*left}) >= 4
-    assert (model.splice.mask([[1]], means).written is not None) == (ablation == "mean")
+    assert (model.splice.mask(Ablation([[1]]), means).written is not None) == (ablation == "mean")
     for dense in (1, 0):  # from which share of active latents on activations are decoded whole
         monkeypatch.setattr(splice, "DENSE", dense)
         for batched, pool_tokens in ((one_by_one(group), 1), (group, EVERYTHING)):
@@ -260,7 +263,9 @@ def test_pools_behind_windows_and_at_other_places(hook_name, windowed, monkeypat
     for drafts in (unmasked, wrong):
         left = count_left(expected, drafts)
         assert len(left) >= 3 and max(left) >= 6
-        group = Group(windowed.prompts, windowed.contexts, [[0, 1], [2, 3]], drafts, masks)
+        group = Group(
+            windowed.prompts, windowed.contexts, [[0, 1], [2, 3]], drafts, [Ablation(latents) for latents in masks]
+        )
         for batched, pool_tokens, together in ((one_by_one(group), 1, 1), (group, EVERYTHING, len(left))):
             with monkeypatch.context() as patch:
                 _, steps = watch_passes(model, patch)
@@ -279,7 +284,7 @@ def test_pools_in_half_precision(demo, few):
     group = dataclasses.replace(few, masks=few.masks[1:3])
     numbers = range(0, len(few.prompts), 3)
     expected = []
-    for of_mask in ([[]] * len(few.prompts), *group.masks):
+    for of_mask in ([[]] * len(few.prompts), *(mask.latents for mask in group.masks)):
         said = []
         for number in numbers:
             prompt = few.prompts[number]
@@ -298,7 +303,7 @@ def test_pools_in_half_precision(demo, few):
             prompt = few.prompts[number]
             by_hand = log_probs_by_hand(half, prompt, unmasked[number].tokens, [])
             assert unmasked[number].log_probs == pytest.approx(by_hand, abs=0.02)
-            by_hand = log_probs_by_hand(half, prompt, few.drafts[number], group.masks[1][number])
+            by_hand = log_probs_by_hand(half, prompt, few.drafts[number], group.masks[1].latents[number])
             assert masked[1][number].log_probs == pytest.approx(by_hand, abs=0.02)
     assert generate.answer(half, batched, limits)[0] == unmasked
     assert generate.answer_masked(half, batched, limits) == masked

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from experiment.intervention.ablations import Mask
 from experiment.intervention.layout import Layout, close_gaps
 from experiment.intervention.modules import (
     Reached,
@@ -24,7 +25,8 @@ from experiment.intervention.modules import (
     padding_that_sees,
     stopped_at,
 )
-from experiment.intervention.splice import Mask, SparseActivations, Splice, join
+from experiment.intervention.sparse import SparseActivations, join
+from experiment.intervention.splice import Splice
 
 Outputs = tuple[Int[Tensor, "output"], Int[Tensor, "output"]]  # rows and columns of the logits that are wanted
 

@@ -21,13 +21,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from experiment import own_mistakes
+from experiment.intervention.ablations import Ablation, Mask
 from experiment.intervention.forward import SplicedModel, new_cache
 from experiment.intervention.layout import Layout, find_shared
 from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.pool import Limits, Pool
 from experiment.intervention.rows import NO_TOKEN, Answer, Row, cut_at_end, pick_log_probs, pick_tokens
 from experiment.intervention.sequences import ReadInPass, SequenceActivations
-from experiment.intervention.splice import Mask, SparseActivations, join
+from experiment.intervention.sparse import SparseActivations, join
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,14 @@ class Group:
 
     prompts: token ids.  contexts: what names each one's context; prompts on one context share what they begin with.
     batches: numbers of questions, those that are run at once.  drafts: the unmasked answers' token ids, possibly empty.
-    masks: [mask][question], what each mask ablates.
+    masks: what each mask ablates of each question.
     """
 
     prompts: list[list[int]]
     contexts: list[Hashable]
     batches: list[list[int]]
     drafts: list[list[int]] = field(default_factory=list)
-    masks: list[list[list[int]]] = field(default_factory=list)
+    masks: list[Ablation] = field(default_factory=list)
 
 
 def _ignore(count: int) -> None:
@@ -156,7 +157,7 @@ def _run_masked(
     outputs = find_outputs(rows)
     below = model.forward_below(layout)
     for number in masks:
-        mask = model.splice.mask([group.masks[number][question] for question in batch], means)
+        mask = model.splice.mask(group.masks[number].take(batch), means)
         logits, cache = model.forward_above(below, mask, outputs)
         of_mask = [Row(prompt, proposal) for prompt, proposal in zip(prompts, proposals)]
         keep_agreed(of_mask, logits, below.attention, cache, mask, pool)

@@ -1,7 +1,7 @@
 """Gradients of what the model says, at the SAE's reconstruction. Knows nothing of rankings."""
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from experiment.intervention.forward import SplicedModel
@@ -19,12 +19,7 @@ def gradients(
     The graph begins at the reconstruction, so only the layers above the SAE keep what their gradient needs.
     """
     layout = Layout(sequences, model.pad_id, model.device)
-    whole = model.splice.reconstruct(read.latents)
-    padding = layout.ids.shape[1] - torch.tensor([len(ids) for ids in sequences], device=read.rows.device)
-    columns = padding[read.rows] + read.columns
-    # With --device-map auto the SAE, its place in the model and the last layer may be on three devices.
-    places = read.rows.to(whole.device), columns.to(whole.device)
-    leaf = whole.new_zeros(*layout.ids.shape, *whole.shape[1:]).index_put(places, whole).requires_grad_()
+    leaf, places = _begin_at_reconstruction(model, layout, read)
     with model.ready(), torch.enable_grad():
         logits = model.forward_from(leaf, layout.ids, layout.attention)
     # dP/dlogits in double precision: where P is all but 1, 1 - P would vanish.
@@ -35,3 +30,54 @@ def gradients(
     scale = pull.abs().amax(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
     (slope,) = torch.autograd.grad(logits, leaf, (pull / scale).to(logits.dtype))
     return slope[places].to(model.splice.device), scale.flatten().to(model.splice.device)
+
+
+def log_prob_gradients(
+    model: SplicedModel,
+    sequences: list[list[int]],
+    targets: list[dict[int, int]],
+    read: SequenceActivations,
+) -> tuple[Float[Tensor, "pos *d_in"], Float64[Tensor, "row"]]:
+    """The gradient of a mean log probability of tokens (nats per token), at the reconstruction at read's positions.
+
+    sequences: lists of token ids; read: theirs. targets: {position: token id} of each sequence, the tokens whose log
+    probabilities given what stands before them are averaged. Also returns the scale of each, as `gradients` does.
+    """
+    layout = Layout(sequences, model.pad_id, model.device)
+    leaf, places = _begin_at_reconstruction(model, layout, read)
+    rows = []
+    columns = []
+    tokens = []
+    for row, of_sequence in enumerate(targets):
+        padding = layout.ids.shape[1] - len(sequences[row])
+        for position, token in of_sequence.items():
+            rows.append(row)
+            columns.append(padding + position - 1)
+            tokens.append(token)
+    numbers = torch.tensor(rows)
+    with model.ready(), torch.enable_grad():
+        logits = model.forward_from(leaf, layout.ids, layout.attention, outputs=(numbers, torch.tensor(columns)))
+    # dm/dlogits in double precision: where a token is all but sure, 1 - P would vanish.
+    pull = -logits.detach().double().softmax(-1)
+    pull[torch.arange(len(tokens)), tokens] += 1
+    numbers = numbers.to(pull.device)
+    pull /= numbers.bincount()[numbers].unsqueeze(1)
+    largest = pull.abs().amax(1)
+    scale = largest.new_zeros(len(sequences)).scatter_reduce(0, numbers, largest, "amax")
+    scale = scale.clamp(min=torch.finfo(pull.dtype).tiny)
+    scaled = pull / scale[numbers].unsqueeze(1)
+    (slope,) = torch.autograd.grad(logits, leaf, scaled.to(logits.dtype))
+    return slope[places].to(model.splice.device), scale.to(model.splice.device)
+
+
+def _begin_at_reconstruction(
+    model: SplicedModel, layout: Layout, read: SequenceActivations
+) -> tuple[Float[Tensor, "row pos *d_in"], tuple[Int[Tensor, "pos"], Int[Tensor, "pos"]]]:
+    """What stands in the model's place in a batch, as a leaf of the graph, and where read's positions are in it."""
+    whole = model.splice.reconstruct(read.latents)
+    padding = layout.ids.shape[1] - layout.attention.sum(1).to(read.rows.device)
+    columns = padding[read.rows] + read.columns
+    # With --device-map auto the SAE, its place in the model and the last layer may be on three devices.
+    places = read.rows.to(whole.device), columns.to(whole.device)
+    nothing = whole.new_zeros(*layout.ids.shape, *whole.shape[1:])
+    return nothing.index_put(places, whole).requires_grad_(), places

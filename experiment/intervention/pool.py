@@ -12,11 +12,12 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from experiment import say
+from experiment.intervention.ablations import Mask
 from experiment.intervention.forward import SplicedModel, layers_of, new_cache, pick_positions
 from experiment.intervention.layout import Layout, close_gaps
 from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors
 from experiment.intervention.rows import Row, pick_log_probs, pick_tokens
-from experiment.intervention.splice import Mask, SparseActivations, join
+from experiment.intervention.sparse import SparseActivations, join
 
 
 @dataclass(frozen=True)

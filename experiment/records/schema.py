@@ -136,6 +136,10 @@ class Provenance(Stored):
     versions: dict[str, str] | None = None
     ranking_seed: int | None = None
     """Of a ranking that draws."""
+    draws: int | None = None
+    """Lists that round 1 drew for each question, where these are several."""
+    effects: int | None = None
+    """Latents of a question that round 1 masked alone, at most."""
     ranking_digest: str | None = None
     """Of the file of a ranking of one's own."""
     masked: Side | None = None
@@ -161,12 +165,22 @@ class Provenance(Stored):
 
 
 class Draw(Stored):
-    """The lists of one more draw of a ranking that draws; fields as of RankedLatents."""
+    """Lists of a further draw of a ranking that draws, as of RankedLatents."""
 
     topk: Latents
     bottomk: Latents
     removed_topk: list[float] | None = None
     removed_bottomk: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        for name, latents, removed in (
+            ("topk", self.topk, self.removed_topk),
+            ("bottomk", self.bottomk, self.removed_bottomk),
+        ):
+            if removed is not None and len(removed) != len(latents):
+                raise ValueError(f"removed_{name} is not as long as {name}")
+        return self
 
 
 class RankedLatents(Stored):
@@ -174,6 +188,9 @@ class RankedLatents(Stored):
 
     removed: what masking the first 1, 2, ... of a list takes away.  target: of the matched ranking, what the baseline's
     take away.  tokens: of the unmasked answer.  inside: the positions of those inside its brackets.
+    measured: latents whose effect on the answer was measured by masking each alone.  effects: of each of them, in nats
+    per token; in the file of the ranking by effects.  scores: the file's ranking's own, of each of them.  unmeasured:
+    active latents that were left out.  more_draws: further lists of a ranking that draws.
     """
 
     active: Latents
@@ -186,8 +203,8 @@ class RankedLatents(Stored):
     target_topk: list[float] | None = None
     target_bottomk: list[float] | None = None
     measured: Latents | None = None
-    effects: list[float] | None = None
-    scores: list[float] | None = None
+    effects: list[FiniteFloat] | None = None
+    scores: list[FiniteFloat] | None = None
     unmeasured: int | None = None
     more_draws: list[Draw] | None = None
 

@@ -1,6 +1,7 @@
 """What an entry says in the light of others of its folder: excess over controls, recovery, agreement with effects.
 
-Made anew whenever a folder is read, so that it is of what lies there now. Knows nothing of models.
+Made anew whenever a folder is read, so that it is of what lies there now; where a journal that it takes is not whole,
+it stays as it is. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -82,18 +83,22 @@ def add_agreement(
 
     journals: of the unmasked answers, by ranking.
     """
+    entries = list(entries)
+    rankings = {entry.provenance.ranking for entry in entries if isinstance(entry, UnmaskedEntry)}
     effects = _find_kept(journals.get(EFFECT, {}))
     agreeing: list[Entry] = []
     for entry in entries:
-        if isinstance(entry, UnmaskedEntry):
-            values = {name: value for name, value in entry.fields().items() if name != "agreement"}
-            kept = _find_kept(journals.get(entry.provenance.ranking or "", {}))
-            agreement = _measure_agreement(kept, effects, contexts)
-            if agreement is not None:
-                values["agreement"] = agreement
-            agreeing.append(UnmaskedEntry.model_validate(values))
-        else:
+        ranking = entry.provenance.ranking or ""
+        is_known = ranking in journals and EFFECT in journals
+        stays = EFFECT in rankings and not is_known
+        if not isinstance(entry, UnmaskedEntry) or stays:
             agreeing.append(entry)
+            continue
+        values = {name: value for name, value in entry.fields().items() if name != "agreement"}
+        agreement = _measure_agreement(_find_kept(journals.get(ranking, {})), effects, contexts)
+        if agreement is not None:
+            values["agreement"] = agreement
+        agreeing.append(UnmaskedEntry.model_validate(values))
     return agreeing
 
 
@@ -138,11 +143,42 @@ def relate(
             continue
         mask = Mask.of(entry)
         values = {name: value for name, value in entry.fields().items() if name not in MADE_HERE}
-        if mask in excesses:
-            values["excess"] = excesses[mask]
-        values |= recovered.get(mask, {})
+        excess = _keep_excess(entry, mask, masked, scores_of) | excesses.get(mask, {})
+        if excess:
+            values["excess"] = excess
+        values |= _keep_recovery(entry, mask, masked, scores_of) | recovered.get(mask, {})
         related.append(MaskedEntry.model_validate(values))
     return related
+
+
+def _keep_excess(
+    entry: MaskedEntry, mask: Mask, masked: Mapping[Mask, MaskedEntry], scores_of: Mapping[Mask, Scores]
+) -> dict[str, Excess]:
+    """What an entry says of its excess over controls that are there, but cannot be made anew."""
+    kept = {}
+    for name, excess in (entry.excess or {}).items():
+        control = mask.controls.get(name)
+        if control in masked and not {mask, control} <= scores_of.keys():
+            kept[name] = excess
+    return kept
+
+
+def _keep_recovery(
+    entry: MaskedEntry, mask: Mask, masked: Mapping[Mask, MaskedEntry], scores_of: Mapping[Mask, Scores]
+) -> dict[str, Estimate]:
+    """What an entry says of recovery, where the masks that it takes are there, but it cannot be made anew."""
+    kept = {}
+    for name in RECOVERIES:
+        taken = {mask, replace(mask, k="0")}
+        if name == "completeness":
+            taken.add(replace(mask, keep_only=False))
+        if not taken <= masked.keys() or taken <= scores_of.keys():
+            continue
+        for field in (name, f"{name}_auc"):
+            estimate = getattr(entry, field)
+            if estimate is not None:
+                kept[field] = estimate
+    return kept
 
 
 def _measure_excesses(scores_of: Mapping[Mask, Scores], contexts: Contexts) -> dict[Mask, dict[str, Excess]]:
