@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from experiment import catalogue, say
@@ -14,6 +15,7 @@ from experiment.records.schema import KeptRecord, Record
 from experiment.report import cells, estimates, folders, outputs, sentences, tables
 from experiment.rounds import Experiment
 
+WIDTH = 100  # of what is printed
 OF_ANSWER = ("gradsae-answer", "attribution", "effect")  # rankings that need the answer's tokens inside the brackets
 
 
@@ -35,7 +37,7 @@ def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence
     table = tables.build_table(folder.entries)
     finding = sentences.tell_finding(folder.entries)
     if finding:
-        print(f"\n{finding}")
+        print(f"\n{textwrap.fill(finding, WIDTH)}")
     print(f"\n{cells.to_text(table)}", flush=True)
 
 
