@@ -465,6 +465,51 @@ def test_more_draws_than_a_file_holds(folder, tmp_path, monkeypatch, capsys):
     assert code == 2 and "draws 2, now 3" in err and len(err.splitlines()) == 1
 
 
+def test_a_draw_that_names_no_latent_of_the_sae(folder, tmp_path, monkeypatch, capsys):
+    run, samples = read_activations(folder / "activations_random.json")
+    samples[3]["more_draws"][0]["topk"][0] = 99_999
+    write_activations(tmp_path / "activations_random.json", run, samples)
+    given = [*ASKED, "--output-dir", tmp_path, "--ranking", "random", "--draws", 2]
+    code, _, err = run_script(ROUND_2, given, monkeypatch, capsys)
+    says = f"question {samples[3]['id']} names latent 99999, but the SAE has 512"
+    assert code == 2 and says in err and not list(tmp_path.glob("*.jsonl"))
+
+
+def test_mean_ablation_with_draws_and_controls(tmp_path, monkeypatch, capsys):
+    """The lists of every draw beside their own means; each mask's journal under a name of its own."""
+    monkeypatch.setattr(figure, "draw", lambda entries: {})
+    given = [
+        "--demo",
+        "--limit",
+        6,
+        "--output-dir",
+        tmp_path,
+        "--ranking",
+        "matched",
+        "--ablation",
+        "mean",
+        "--draws",
+        2,
+    ]
+    for script, more in (("baseline", []), (ROUND_2, ["--k", "3", "--control", "direction"])):
+        code, _, err = run_script(script, [*given, *more], monkeypatch, capsys)
+        assert code == 0, err
+    found = {path.name for path in tmp_path.glob("predictions_matched_false*")}
+    expected = ("", "_direction", "_draw2", "_direction_draw2")
+    assert found == {f"predictions_matched_false_mean_k3{more}.jsonl" for more in expected}
+    entry = find_entry(tmp_path, "matched", "3")
+    _, samples = read_activations(tmp_path / "activations_matched_mean.json")
+    _, of_zero = read_activations(tmp_path / "activations_matched.json")
+    counts = []
+    for sample, zero in zip(samples, of_zero, strict=True):
+        (draw,), (other,) = sample["more_draws"], zero["more_draws"]
+        assert draw["topk"] == other["topk"] and draw["removed_topk"] != other["removed_topk"]
+        for drawn in (sample, draw):
+            reached = [n for n, value in enumerate(drawn["removed_topk"], 1) if value >= sample["target_topk"][2]]
+            counts.append(min(reached, default=len(drawn["topk"])))
+    assert entry["mean_k"] == pytest.approx(mean(counts))
+
+
 def test_a_control_of_another_seed_is_another_run(folder, tmp_path, monkeypatch, capsys):
     for name in ("activations_baseline.json", "predictions_false_k3_direction.jsonl"):
         shutil.copy(folder / name, tmp_path / name)
