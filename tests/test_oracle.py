@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from experiment import prompts, questions
-from experiment.intervention import layout, modules, rankings, splice
-from experiment.intervention.forward import Layout
+from experiment.intervention import generate, layout, modules, rankings, splice
+from experiment.intervention.layout import Layout
 from experiment.intervention.plan import plan_batches
 from experiment.intervention.rows import pick_log_probs
 from experiment.records.lists import count_to_reach, find_latents_to_mask
@@ -504,15 +504,20 @@ def test_padding_poisons_no_row_in_float16(way, low_scores, asked, demo, monkeyp
         ([[1, 2, 3, 4, 5, 6], [1, 9], [4, 4, 4, 4, 4, 4, 4, 1], [4, 4, 4, 4, 4, 4, 4, 2]], "aabb"),
     ],
 )
-def test_prefixes_are_prefixes(demo, prompts, contexts):
-    """Of every prompt its own, one token at least being left; the batch is no wider than it was; and none is wrong."""
-    prefixes, owners = layout.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], contexts)
-    for prompt, owner in zip(prompts, owners):
-        prefix = prefixes[owner]
-        assert 1 <= len(prefix) < len(prompt) and prompt[: len(prefix)] == prefix
-    laid_out = Layout(prompts, 0, "cpu", prefixes, owners)
-    for row, prompt in enumerate(prompts):
-        assert laid_out.ids[row][laid_out.attention[row].bool()].tolist() == prompt
+def test_prefixes_are_prefixes(demo, prompts, contexts, monkeypatch):
+    """One token at least of every prompt is left, the rests are no wider than the prompts were; and none is wrong."""
+    everyone = [None] * len(prompts)
+    for groupings in ([everyone], [contexts], [everyone, contexts]):
+        levels = layout.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], groupings)
+        laid_out = Layout(prompts, 0, "cpu", levels)
+        assert len(laid_out.levels) == len(groupings) + 1
+        for row, prompt in enumerate(prompts):
+            assert laid_out.ids[row][laid_out.attention[row].bool()].tolist() == prompt
+            assert laid_out.levels[-1].attention[row].equal(laid_out.attention[row])
+            assert laid_out.levels[-1].ids[row, -1] == prompt[-1]
+        run = torch.cat([level.ids.flatten() for level in laid_out.levels])
+        assert run[laid_out.places].equal(laid_out.ids)
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 0)
     model, _ = demo
     alone = [conftest.answer(model, [prompt], "x", 4)[0][0].tokens for prompt in prompts]
     assert [one.tokens for one in conftest.answer(model, prompts, contexts, 4)[0]] == alone

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import os
 import random
 import sys
 from collections import defaultdict
@@ -19,6 +20,7 @@ from experiment import UserError
 from experiment.hub import prepare_libraries
 from experiment.intervention import forward, generate, plan, splice
 from experiment.intervention.generate import Group, Limits
+from experiment.intervention.layout import choose_shared
 from experiment.intervention.rows import Answer
 from experiment.prompts import build_prompt, tokenize
 
@@ -246,6 +248,7 @@ def test_pools_of_other_masks(demo, few, error_term, ablation, monkeypatch):
 def test_pools_behind_windows_and_at_other_places(hook_name, windowed, monkeypatch):
     """A window shorter than the prompts, and one that is longer; an SAE before all layers, between two, inside one and
     behind the last: the naive loop's answers."""
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 0)
     model = test_families.splice_into(windowed, hook_name)
     masks = test_families.draw_masks(model.splice.d_sae)
     sae = model.splice.sae
@@ -380,6 +383,105 @@ def test_steps_of_many_layers(monkeypatch, capsys):
         assert changed >= 0.9 * len(ks) * len(work.prompts)
         assert len(wide) == len(batches) * (len(ks) + 2) and len(batches) > 1
         assert 5 <= len(steps) <= most
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What prompts begin with
+
+
+def with_example(tokenizer, questions, group):
+    """The group behind a solved example, which all its prompts begin with."""
+    example = questions[0]
+    template = json.loads((ROOT / "activations_baseline.json").read_text())["run"]["prompt_template"]
+    solved = build_prompt(template, example.context, example.question) + "Result = [[ no ]]<end_of_turn>\n"
+    ids = tokenize(tokenizer, solved)
+    return dataclasses.replace(group, prompts=[[*ids, *prompt[1:]] for prompt in group.prompts])  # BOS once
+
+
+def watch_shapes(model, monkeypatch):
+    """The shape of each wide pass from now on."""
+    shapes = []
+    run = model._run
+
+    def watched(ids, attention, *arguments, **more):
+        if not ids.shape[1] == 1 < attention.shape[1]:
+            shapes.append(tuple(ids.shape))
+        return run(ids, attention, *arguments, **more)
+
+    monkeypatch.setattr(model, "_run", watched)
+    return shapes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_all_prompts_begin_with_is_run_once(demo, demo_questions, few, dtype, monkeypatch):
+    """A few-shot template, then the contexts, then the rests: three passes over less than half of the positions, in
+    round 1 as below the SAE of a masked round. Answers are the naive loop's."""
+    model, tokenizer = demo if dtype == "float32" else load("--dtype", dtype)
+    whole = list(range(len(few.prompts)))
+    rng = random.Random(5)
+    masks = [[sorted(rng.sample(range(512), 200)) for _ in whole]]
+    group = dataclasses.replace(with_example(tokenizer, demo_questions, few), batches=[whole], masks=masks)
+    expected = [[], []]
+    for number in whole[::3]:
+        for said, latents in zip(expected, ([], masks[0][number])):
+            prompt = group.prompts[number]
+            said.append(oracle.generate(model.model, model.splice.sae, tokenizer, prompt, latents, 12))
+    of_all = len(os.path.commonprefix(group.prompts))
+    assert of_all > 60
+
+    with monkeypatch.context() as patch:
+        shapes = watch_shapes(model, patch)
+        found, _ = generate.answer(model, group, Limits(12, EVERYTHING))
+    drafts = [answer.tokens for answer in found]
+    (first, second, third) = shapes
+    assert first == (1, of_all) and (second[0], third[0]) == (3, 12)
+    run = sum(rows * positions for rows, positions in shapes)
+    assert run < 0.45 * 12 * max(map(len, group.prompts))
+
+    group = dataclasses.replace(group, drafts=drafts)
+    with monkeypatch.context() as patch:
+        shapes = watch_shapes(model, patch)
+        (masked,) = generate.answer_masked(model, group, Limits(12, EVERYTHING))
+    assert shapes[0] == first and len(shapes) == 4  # the last one above the SAE, whole
+    for found_here, said in zip((found, masked), expected):
+        same = [found_here[number].tokens == tokens for number, tokens in zip(whole[::3], said)]
+        assert sum(same) >= (4 if dtype == "float32" else 3)
+        assert len(same) == 4
+    assert expected[0] != expected[1]
+
+
+def test_what_is_not_worth_a_pass(demo, few, monkeypatch):
+    """BOS alone, and a few tokens of a few rows, are run again: no level is made for them."""
+    model, _ = demo
+    of_contexts = {context: number for number, context in enumerate(few.contexts)}
+    one_each = take(few, of_contexts.values(), 3)
+    for prompts in (one_each.prompts, [[prompt[0], *prompt[20:]] for prompt in one_each.prompts]):
+        assert 0 < len(os.path.commonprefix(prompts)) < 60
+        group = dataclasses.replace(one_each, prompts=prompts)
+        with monkeypatch.context() as patch:
+            shapes = watch_shapes(model, patch)
+            generate.answer(model, group, Limits(12, EVERYTHING))
+        assert shapes == [(3, max(map(len, prompts)))]
+
+
+def test_levels_by_what_they_save():
+    """The levels of the least cost: positions, padding included, and so many more for each pass."""
+    head = list(range(10))
+    prompts = []
+    for context in (1, 2):
+        prompts += [[*head, *[100 + context] * 5, 200 + number, 7] for number in range(3)]
+    contexts = [1, 1, 1, 2, 2, 2]
+    limits = [len(prompt) - 1 for prompt in prompts]
+
+    def count(pass_cost, window=1000):
+        levels = choose_shared(prompts, limits, contexts, window, pass_cost)
+        return [[len(tokens) for tokens in level.tokens] for level in levels]
+
+    # 102 positions at once, 52 with a head, 42 with contexts, 32 with both.
+    assert count(9) == [[10], [5, 5]]
+    assert count(11) == count(59) == [[15, 15]]
+    assert count(61) == []
+    assert count(9, window=16) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from experiment.intervention.layout import Layout, close_gaps
+from experiment.intervention.layout import Layout, Level, close_gaps
 from experiment.intervention.modules import (
     Reached,
     Replace,
@@ -69,6 +69,13 @@ def layers_of(cache: DynamicCache) -> list[Any]:
     return cache.layers
 
 
+def go_on_from(level: Level, cache: DynamicCache) -> None:
+    """Makes the cache of the level before one of this level's rows."""
+    for layer in layers_of(cache):
+        if layer.is_initialized:
+            layer.batch_select_indices(level.parents.to(layer.keys.device))
+
+
 class SplicedModel:
     """A TransformerBridge with an SAE in it. All forward passes of the rounds are made here, inside `ready()`.
 
@@ -101,10 +108,10 @@ class SplicedModel:
             yield
 
     def where_sae_applies(
-        self, ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row pos"]
+        self, ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row cached+pos"]
     ) -> Bool[Tensor, "row pos"]:
         """Where the SAE stands: not at padding, nor at tokens that bypass it."""
-        return attention.bool() & ~torch.isin(ids, self.splice.bypass.to(ids.device))
+        return attention[:, -ids.shape[1] :].bool() & ~torch.isin(ids, self.splice.bypass.to(ids.device))
 
     def forward(
         self,
@@ -119,7 +126,7 @@ class SplicedModel:
 
         read: a list that gets what the SAE read, row by row.
         """
-        stands = self.where_sae_applies(ids, attention[:, -ids.shape[1] :]).flatten()
+        stands = self.where_sae_applies(ids, attention).flatten()
 
         def splice(residual: Float[Tensor, "row pos *d_in"]) -> Float[Tensor, "row pos *d_in"]:
             latents = self.splice.encode(residual.flatten(0, 1), stands)
@@ -131,23 +138,11 @@ class SplicedModel:
         return self._run(ids, attention, cache, splice, outputs)
 
     def forward_below(self, layout: Layout) -> Below:
-        """The layers below the SAE alone, over the prefixes and then over the rests: once for all masks of a batch."""
+        """The layers below the SAE alone, level by level: once for all masks of a batch."""
         cache = new_cache(self.lm)
         if self.boundary is None:
             return Below(layout.ids, layout.attention, cache)
-        layer = self.lm.get_decoder().layers[self.boundary]
-
-        def run(
-            ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row cached+pos"], cache: DynamicCache
-        ) -> Float[Tensor, "pos d_model"]:
-            try:
-                self._run(ids, attention, cache, keep)
-            except Reached as reached:
-                return reached.hidden.flatten(0, 1)
-            raise RuntimeError(f"the forward pass did not reach layer {self.boundary}")
-
-        with stopped_at(layer):
-            parts = self.run_shared(layout, cache, run)
+        parts = [self._run_below(level, cache) for level in layout.levels]
         # Between what is shared and the rest there is padding, which the layers above need not run.
         columns, attention = close_gaps(layout.attention)
         rows = torch.arange(len(columns), device=columns.device)
@@ -159,11 +154,23 @@ class SplicedModel:
         if not self.at_boundary:
             return Below(ids, attention, cache, start=torch.cat(parts)[places.to(parts[0].device)])
         latents = []
-        for (part_ids, mask), residual in zip(layout.parts(), parts):
-            latents.append(self.splice.encode(residual, self.where_sae_applies(part_ids, mask).flatten()))
+        for level, residual in zip(layout.levels, parts):
+            applies = self.where_sae_applies(level.ids, level.attention)
+            latents.append(self.splice.encode(residual, applies.flatten()))
         of_rows = join(latents).take(places.flatten().to(self.splice.device))
         stands = of_rows.spliced & attention.flatten().bool().to(self.splice.device)  # a column of padding may be any
         return Below(ids, attention, cache, latents=dataclasses.replace(of_rows, spliced=stands))
+
+    def _run_below(self, level: Level, cache: DynamicCache) -> Float[Tensor, "pos d_model"]:
+        """What the first layer above the SAE reads at a level's positions, node by node."""
+        assert self.boundary is not None
+        go_on_from(level, cache)
+        with stopped_at(self.lm.get_decoder().layers[self.boundary]):
+            try:
+                self._run(level.ids, level.attention, cache, keep)
+            except Reached as reached:
+                return reached.hidden.flatten(0, 1)
+        raise RuntimeError(f"the forward pass did not reach layer {self.boundary}")
 
     def forward_above(
         self, below: Below, mask: Mask | None, outputs: Outputs
@@ -201,21 +208,6 @@ class SplicedModel:
             return self._run(ids, attention, cache, replace, outputs)
         with layers_replaced(self.lm, reconstruction, self.boundary):
             return self._run(ids, attention, cache, replace, outputs)
-
-    def run_shared(
-        self,
-        layout: Layout,
-        cache: DynamicCache,
-        run: Callable[[Int[Tensor, "row pos"], Int[Tensor, "row cached+pos"], DynamicCache], Tensor],
-    ) -> list[Tensor]:
-        """run(ids, attention, cache) over the prefixes and then over the rest of each row; what each run gave."""
-        if not layout.prefix_ids.shape[1]:
-            return [run(layout.rest_ids, layout.attention, cache)]
-        of_prefixes = run(layout.prefix_ids, layout.prefix_mask, cache)
-        for layer in layers_of(cache):
-            if layer.is_initialized:
-                layer.batch_select_indices(layout.owners.to(layer.keys.device))
-        return [of_prefixes, run(layout.rest_ids, layout.attention, cache)]
 
     def _run(
         self,

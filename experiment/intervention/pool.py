@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from experiment import say
 from experiment.intervention.forward import SplicedModel, layers_of, new_cache, pick_positions
 from experiment.intervention.layout import Layout, close_gaps
-from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors
+from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors, say_split
 from experiment.intervention.rows import Row, pick_log_probs, pick_tokens
 from experiment.intervention.splice import Mask, SparseActivations, join
+
+IN_POOL = "answers that go on together"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Pool:
         pieces.clear()
         release_memory()
         self.capacity //= 2
-        say(f"Out of memory with {len(rows)} answers that go on together: they are split in two; nothing is lost.")
+        say_split(len(rows), IN_POOL)
 
         def go_on(numbers: Sequence[int]) -> None:
             self._start_again(rows, mask, numbers)
@@ -102,7 +103,7 @@ class Pool:
         with memory_errors():  # not a batch's: to split that would leave these rows without an end
             for numbers in (range(half), range(half, len(rows))):
                 if numbers:
-                    halve_on_oom(go_on, list(numbers))
+                    halve_on_oom(go_on, list(numbers), name=IN_POOL)
 
     def _start_again(self, rows: list[Row], mask: Mask | None, numbers: Sequence[int]) -> None:
         """Goes on with some of the rows, whose caches are lost: what they have said so far stays."""
@@ -113,7 +114,7 @@ class Pool:
         mask_of_some = mask and mask.take(torch.tensor(going))
         layout = Layout([row.prompt + row.tokens[:-1] for row in some], self.model.pad_id, self.model.device)
         cache = new_cache(self.model.lm)
-        self.model.forward(layout.rest_ids, layout.attention, cache, mask_of_some)
+        self.model.forward(layout.ids, layout.attention, cache, mask_of_some)
         self._decode_greedily(some, mask_of_some, cache, layout.attention)
 
     def _decode_greedily(
