@@ -305,6 +305,8 @@ def load_for(
     for file in (ranked or {}).values():
         provenance.refuse_other_run(file.path, file.provenance, wanted, of_sae)
     sizes = choose_sizes(options, model, journals)
+    if model.device.type == "cuda":  # elsewhere there is memory enough, and smaller parts are no slower
+        model.gradient_room = plan.room_of(sizes, model.lm.config, model.lm.dtype)
     for journal in journals.values():
         provenance.refuse_other_run(journal.path, journal.provenance, wanted, of_sae)
         of_sizes = {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from experiment import prompts, questions
-from experiment.intervention import generate, layout, modules, rankings, splice
+from experiment.intervention import generate, layout, modules, plan, rankings, splice
 from experiment.intervention.layout import Layout
 from experiment.intervention.plan import plan_batches
 from experiment.intervention.rows import pick_log_probs
@@ -560,6 +560,29 @@ def test_gradient_scores(demo, sequences, size):
                 assert (theirs > 0).sum() > 50
                 # Of a score that is a sum with terms of both sizes, the smallest carry the largest ones' rounding.
                 torch.testing.assert_close(row, theirs, rtol=1e-5, atol=1e-5 * float(theirs.max()))
+
+
+def test_gradients_in_parts_of_a_size(demo, sequences, monkeypatch):
+    """As many rows at once as fit into what there is room for, and the same scores."""
+    model, _ = demo
+    some = pick(sequences, *range(20))
+    expected = rank(model, "gradsae", some)
+    width = max(len(prompt) + end for prompt, end in zip(some.prompts, some.brackets))
+    token_bytes = plan.graph_bytes_per_token(model.lm.config, torch.float32, 2, width)
+    parts = []
+
+    def find(model, tokens, *arguments):
+        parts.append(len(tokens))
+        return gradients(model, tokens, *arguments)
+
+    gradients = rankings.gradients
+    monkeypatch.setattr(rankings, "gradients", find)
+    for rows, sizes in ((20, [20]), (8.9, [8, 8, 4]), (0.1, [1] * 20), (None, [2] * 10)):
+        del parts[:]
+        monkeypatch.setattr(model, "gradient_room", rows and rows * width * token_bytes)
+        found = rank(model, "gradsae", some)
+        assert parts == sizes
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
 def test_gradient_scores_of_a_dense_sae(demo, sequences, monkeypatch):

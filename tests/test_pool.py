@@ -492,6 +492,7 @@ def test_levels_by_what_they_save():
 def test_out_of_memory_at_any_pass(demo, few, expected, masked, little_garbage, monkeypatch, capsys):
     """30 times: whichever pass finds no memory, of a batch or of the pool, once or as long as there are many rows."""
     model, _ = demo
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 0)  # passes over prefixes, too
     group = take(dataclasses.replace(few, masks=few.masks[1:3]), range(7), 3)
 
     def answer():
@@ -506,7 +507,7 @@ def test_out_of_memory_at_any_pass(demo, few, expected, masked, little_garbage, 
     tokens = [tokens for of_mask in expected[1:3] for tokens in of_mask[:7]] if masked else group.drafts
     assert [one.tokens for one in whole] == tokens
     passes = len(wide) + len(steps)
-    assert len(wide) >= 6 and len(steps) >= 10
+    assert len(wide) >= 5 and len(steps) >= 10
     once = min(passes, 24)
     run = model._run
     rng = random.Random(4)
@@ -588,3 +589,44 @@ def test_tokens_that_fit():
     assert shared == [(1024, 1024), (8192, 16384), (16384, 16384), (32768, 65536), (65536, 131072)]
     assert plan.share_memory(52e9, config, torch.float16, 16384, None) == (16384, 81920)
     assert plan.share_memory(52e9, config, torch.float16, None, 7) == (32768, 7)
+
+
+def test_gradients_that_fit():
+    """Of gemma-2-9b-it on an 80 GB card, whose batches and pool take 49 GB: six of SQuAD's longest prompts at once."""
+    gemma = dict(num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8, head_dim=256)
+    config = transformers.Gemma2Config(**gemma, hidden_size=3584, intermediate_size=14336)
+    room = plan.room_of(plan.Sizes(32768, 65536, 262144), config, torch.float16)
+    assert room == 32768 * (344_064 + plan.layer_bytes_per_token(config, torch.float16)) + 1.25 * 65536 * 344_064
+    assert 48e9 < room < 50e9
+    rows = []
+    for width in (100, 210, 815, 100_000):
+        token_bytes = plan.graph_bytes_per_token(config, torch.float16, 32, width)
+        rows.append(plan.gradient_rows(room, 109, width, token_bytes))
+        assert rows[-1] == 1 or rows[-1] * width * token_bytes <= room < (rows[-1] + 1) * width * token_bytes
+    assert rows == [81, 36, 6, 1]
+    assert [plan.gradient_rows(None, count, 815, 1) for count in (1, 16, 17, 109)] == [1, 1, 2, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", ["Gemma2", "Llama", "Qwen2"])
+def test_what_a_graph_keeps(family, dtype):
+    """What PyTorch saves for the way back, weights left out: no more than is reckoned with, and not much less."""
+    sizes = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, vocab_size=50)
+    config = getattr(transformers, f"{family}Config")(**sizes, head_dim=16, num_hidden_layers=3, use_cache=False)
+    config._attn_implementation = "eager"
+    lm = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval().requires_grad_(False)
+    weights = {weight.data_ptr() for weight in lm.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    rows, width = 2, 100
+    start = torch.randn(rows, width, 64, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lm.model(inputs_embeds=start)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (rows * width)
+    expected = plan.graph_bytes_per_token(config, dtype, 3, width)
+    assert 0.6 * expected < found < 1.1 * expected

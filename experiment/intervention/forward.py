@@ -81,7 +81,8 @@ class SplicedModel:
 
     boundary: the first layer that has to run again for another mask; None where all have to.
     at_boundary: whether the SAE stands between two layers there, so that what it gives is all that the layers above
-    see.  window: how many positions a layer looks back at; infinite where all layers look back at all.
+    see.  layers_above: how many a gradient at the SAE's place goes through.  window: how many positions a layer looks
+    back at; infinite where all layers look back at all.  gradient_room: as of plan.gradient_rows, which a round sets.
     """
 
     def __init__(self, model: Any, splice: Splice):
@@ -96,8 +97,10 @@ class SplicedModel:
         layers = len(self.lm.get_decoder().layers)
         above = int(self.hook_name.split(".")[1]) + self.hook_name.endswith("resid_post")
         self.boundary = above if 0 < above < layers else None
+        self.layers_above = layers - above
         self.at_boundary = self.boundary is not None and "resid" in self.hook_name
         self.window: float = getattr(self.lm.config.get_text_config(), "sliding_window", None) or float("inf")
+        self.gradient_room: float | None = None
         self._replace: Replace = keep  # what is done at the SAE's place in the pass under way
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from experiment.intervention import plan
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.layout import Layout
 from experiment.intervention.sequences import SequenceActivations
@@ -35,3 +36,9 @@ def gradients(
     scale = pull.abs().amax(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
     (slope,) = torch.autograd.grad(logits, leaf, (pull / scale).to(logits.dtype))
     return slope[places].to(model.splice.device), scale.flatten().to(model.splice.device)
+
+
+def rows_at_once(model: SplicedModel, rows: int, width: int) -> int:
+    """How many rows of a batch, at most this wide, have their gradients found at once."""
+    token_bytes = plan.graph_bytes_per_token(model.lm.config, model.lm.dtype, max(1, model.layers_above), max(1, width))
+    return plan.gradient_rows(model.gradient_room, rows, max(1, width), token_bytes)

@@ -40,7 +40,8 @@ def halve_on_oom(
 ) -> None:
     """run(items); where memory runs out, again once make_room() has freed some, and then for each half of the items.
 
-    name: what the items are, for the person who waits.  What `run` has noted before it failed stays noted: called again, it does what is left.
+    name: what the items are, for the person who waits.
+    What `run` has noted before it failed stays noted: called again, it does what is left.
     Raises what `run` raised where even one item is too much: what it is a part of may still be split.
     """
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from experiment import UserError, own_rankings
 from experiment.intervention.forward import SplicedModel
-from experiment.intervention.gradients import gradients
+from experiment.intervention.gradients import gradients, rows_at_once
 from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.removed import removed_shares
 from experiment.intervention.sequences import SequenceActivations
@@ -152,8 +152,8 @@ def _score_by_gradient(
         scores[list(part)] = (mean(model, read, values) * scale.unsqueeze(1)).to(scores)
 
     numbers = list(place_of)
-    # On its way back a token takes in every layer about 16 times what it takes in the cache (an estimate).
-    size = -(-len(places) // 16)
+    width = max((len(sequences.prompts[number]) + place for number, place in place_of.items()), default=0)
+    size = rows_at_once(model, len(places), width)
     for start in range(0, len(numbers), size):
         halve_on_oom(score, numbers[start : start + size])
     return scores
