@@ -17,10 +17,10 @@ from experiment.intervention.layout import Layout, Level, close_gaps
 from experiment.intervention.modules import (
     Reached,
     Replace,
-    heads_in_groups,
     hooked,
     keep,
     layers_replaced,
+    lean_attention,
     padding_that_sees,
     stopped_at,
 )
@@ -107,7 +107,7 @@ class SplicedModel:
     def ready(self) -> Iterator[None]:
         """The SAE in its place, for as long as the block lasts."""
         in_place = hooked(self.model, self.hook_name, lambda residual: self._replace(residual))
-        with in_place, padding_that_sees(), heads_in_groups():
+        with in_place, padding_that_sees(), lean_attention():
             yield
 
     def where_sae_applies(

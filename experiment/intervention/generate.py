@@ -206,21 +206,25 @@ def keep_agreed(
 
     logits: at `find_outputs`.  Returns the attention without what proposals have behind their first difference.
     """
-    lengths = [len(row.proposal) for row in rows]
     said = pick_tokens(logits)
     targets = []
     first = 0
-    for row, length in zip(rows, lengths):
-        targets += row.targets(said[first : first + length])
-        first += length
-    log_probs = pick_log_probs(logits, torch.tensor(targets, device=logits.device)).tolist()
-    first = 0
-    for row, length in zip(rows, lengths):
-        row.keep(said[first : first + length], log_probs[first : first + length])
-        first += length
+    for row in rows:
+        end = first + len(row.proposal)
+        targets += row.targets(said[first:end])
+        first = end
+    targeted = torch.tensor(targets, device=logits.device)
+    log_probs = pick_log_probs(logits, targeted).tolist()
     width = attention.shape[1]
-    ends = [width - length + len(row.tokens) for row, length in zip(rows, lengths)]
+    ends = []  # of what is kept: [row], a column
+    first = 0
+    for row in rows:
+        end = first + len(row.proposal)
+        row.keep(said[first:end], log_probs[first:end])
+        ends.append(width - len(row.proposal) + len(row.tokens))
+        first = end
     columns = torch.arange(width, device=attention.device)
-    attention = attention * (columns < torch.tensor(ends, device=attention.device).unsqueeze(1))
+    is_kept = columns < torch.tensor(ends, device=attention.device).unsqueeze(1)
+    attention = attention * is_kept
     pool.add(rows, cache, attention, mask)
     return attention

@@ -21,24 +21,40 @@ def gradients(
     """
     layout = Layout(sequences, model.pad_id, model.device)
     whole = model.splice.reconstruct(read.latents)
-    padding = layout.ids.shape[1] - torch.tensor([len(ids) for ids in sequences], device=read.rows.device)
+    lengths = torch.tensor([len(ids) for ids in sequences], device=read.rows.device)
+    padding = layout.ids.shape[1] - lengths
     columns = padding[read.rows] + read.columns
     # With --device-map auto the SAE, its place in the model and the last layer may be on three devices.
-    places = read.rows.to(whole.device), columns.to(whole.device)
-    leaf = whole.new_zeros(*layout.ids.shape, *whole.shape[1:]).index_put(places, whole).requires_grad_()
+    places = (read.rows.to(whole.device), columns.to(whole.device))
+    leaf = whole.new_zeros(*layout.ids.shape, *whole.shape[1:])
+    leaf[places] = whole
+    leaf.requires_grad_()
     with model.ready(), torch.enable_grad():
         logits = model.forward_from(leaf, layout.ids, layout.attention)
-    # dP/dlogits in double precision: where P is all but 1, 1 - P would vanish.
-    p = logits.detach().double().softmax(-1)
+    pull = pull_of(logits.detach(), next_ids)
+    scale = pull.abs().amax(1, keepdim=True)
+    scale = scale.clamp(min=torch.finfo(scale.dtype).tiny)
+    scaled = (pull / scale).to(logits.dtype)
+    (slope,) = torch.autograd.grad(logits, leaf, scaled)
+    of_positions = slope[places]
+    return of_positions.to(model.splice.device), scale.flatten().to(model.splice.device)
+
+
+def pull_of(logits: Float[Tensor, "row vocab"], next_ids: list[int]) -> Float64[Tensor, "row vocab"]:
+    """The derivative of each row's probability of its next id by the logits: P times (1 at that id, else 0) minus p.
+
+    In double precision: where P is all but 1, 1 - P would vanish.
+    """
+    p = logits.double().softmax(-1)
     target = torch.tensor(next_ids, device=p.device).unsqueeze(1)
-    pull = -p.gather(1, target) * p
-    pull.scatter_add_(1, target, p.gather(1, target))
-    scale = pull.abs().amax(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    (slope,) = torch.autograd.grad(logits, leaf, (pull / scale).to(logits.dtype))
-    return slope[places].to(model.splice.device), scale.flatten().to(model.splice.device)
+    probability = p.gather(1, target)
+    pull = -probability * p
+    return pull.scatter_add_(1, target, probability)
 
 
 def rows_at_once(model: SplicedModel, rows: int, width: int) -> int:
     """How many rows of a batch, at most this wide, have their gradients found at once."""
-    token_bytes = plan.graph_bytes_per_token(model.lm.config, model.lm.dtype, max(1, model.layers_above), max(1, width))
-    return plan.gradient_rows(model.gradient_room, rows, max(1, width), token_bytes)
+    layers = max(1, model.layers_above)
+    width = max(1, width)
+    token_bytes = plan.graph_bytes_per_token(model.lm.config, model.lm.dtype, layers, width)
+    return plan.gradient_rows(model.gradient_room, rows, width, token_bytes)

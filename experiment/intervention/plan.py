@@ -93,10 +93,12 @@ def room_of(sizes: Sizes, config: PreTrainedConfig, dtype: torch.dtype) -> float
 
 
 def graph_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype, layers: int, width: int) -> int:
-    """What a gradient's graph keeps per token of sequences of this width, over so many layers. At most, about: per layer
-    what Gemma 2 keeps, four and a half vectors of the residual stream in single precision (its norms), three of the
-    MLP, three of all heads, and attention's scores in single precision and twice in the model's. Llama and Qwen keep
-    three quarters of that."""
+    """What a gradient's graph keeps per token of sequences of this width, over so many layers: at most, about.
+
+    Per layer, what Gemma 2 keeps: four and a half vectors of the residual stream in single precision (its norms), three
+    of the MLP, three of all heads, and attention's scores once in single precision and twice in the model's. Llama and
+    Qwen keep three quarters of that.
+    """
     config = config.get_text_config()
     d_mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     heads = config.num_attention_heads

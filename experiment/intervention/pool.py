@@ -111,8 +111,10 @@ class Pool:
         if not going:
             return
         some = [rows[number] for number in going]
-        mask_of_some = mask and mask.take(torch.tensor(going))
-        layout = Layout([row.prompt + row.tokens[:-1] for row in some], self.model.pad_id, self.model.device)
+        index = torch.tensor(going)
+        mask_of_some = mask and mask.take(index)
+        sequences = [row.prompt + row.tokens[:-1] for row in some]
+        layout = Layout(sequences, self.model.pad_id, self.model.device)
         cache = new_cache(self.model.lm)
         self.model.forward(layout.ids, layout.attention, cache, mask_of_some)
         self._decode_greedily(some, mask_of_some, cache, layout.attention)
@@ -169,10 +171,11 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         first = self.length
-        self._show(first + key_states.shape[-2])
-        self._keys[:, :, first : self.length] = key_states
-        self._values[:, :, first : self.length] = value_states
-        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+        new = key_states.shape[-2]
+        self._keys.narrow(2, first, new).copy_(key_states)
+        self._values.narrow(2, first, new).copy_(value_states)
+        self._show(first + new)
+        return self.keys, self.values
 
     def batch_select_indices(self, indices: Int[Tensor, "left"]) -> None:
         self._keys = self._keys[indices]
@@ -181,8 +184,8 @@ class RoomyLayer(DynamicLayer):
 
     def _show(self, length: int) -> None:
         self.length = length
-        self.keys = self._keys[:, :, :length]
-        self.values = self._values[:, :, :length]
+        self.keys = self._keys.narrow(2, 0, length)
+        self.values = self._values.narrow(2, 0, length)
 
 
 def _put_together(pieces: list[Tensor], width: int, room: int) -> Float[Tensor, "row head width+room d_head"]:
