@@ -135,15 +135,15 @@ def test_prompts_are_the_papers(demo, asked):
         (60, False, "No"),
     ],
 )
-def test_answers_and_rankings(demo, asked, size, share, guess):
-    """In batches that split the questions differently, what the questions of a context share run once or not, what
-    answers begin with guessed right, in part, or wrong."""
+def test_answers_and_rankings(demo, asked, size, share, guess, monkeypatch):
+    """In batches that split the questions differently, what prompts share run once or not, what answers begin with
+    guessed right, in part, or wrong."""
     model, tokenizer = demo
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 0 if share else 10**9)
     guess = tokenizer(guess, add_special_tokens=False)["input_ids"]
     exact = ranked = 0
     for batch in in_batches(asked, size):
-        contexts = contexts_of(batch) if share else range(len(batch))
-        found, read = conftest.answer(model, [case["prompt"] for case in batch], contexts, 50, guess)
+        found, read = answer_all(model, batch, 50, guess)
         assert [one.tokens for one in found] == [case["generated"] for case in batch]
         rows = [n for n, case in enumerate(batch) if case["ranking"]]
         cuts = [prompts.find_bracket(tokenizer, one.tokens) for one in found]
@@ -394,10 +394,11 @@ def test_a_draft_ends_at_its_first_end_token(demo, asked):
     assert [len(one.log_probs) for one in found] == [len(case["generated"]) for case in cases]
 
 
-def test_padding_is_not_encoded(demo, asked):
+def test_padding_is_not_encoded(demo, asked, monkeypatch):
     model, _ = demo
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 10**9)  # nothing is shared
     prompts = [case["prompt"] for case in asked[:9]]
-    _, read = conftest.answer(model, prompts, range(9), 1)  # a context each: nothing is shared
+    _, read = conftest.answer(model, prompts, range(9), 1)
     encoded, padded = int(read.latents.spliced.sum()), len(read.latents.spliced)
     assert encoded == sum(map(len, prompts)) < padded and not read.latents.counts[~read.latents.spliced].any()
 
