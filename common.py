@@ -33,7 +33,7 @@ from experiment import (
 )
 from experiment import means as means_of_latents
 from experiment.demo import bundled
-from experiment.intervention import generate, ranked_lists
+from experiment.intervention import generate, plan, ranked_lists
 from experiment.intervention.ablations import Ablation
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.generate import Group
@@ -247,6 +247,8 @@ def load_for(
     for file in files.values():
         refuse_other_run(file.path, file.provenance, provenance, of_sae)
     sizes = rounds.settle_sizes(options, model, journals)
+    if model.device.type == "cuda":  # elsewhere there is memory enough, and smaller parts are no slower
+        model.gradient_room = plan.room_of(sizes, model.lm.config, model.lm.dtype)
     for journal in journals.values():
         refuse_other_run(journal.path, journal.provenance, provenance, of_sae)
         of_sizes = {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}

@@ -20,7 +20,7 @@ from sae_lens.saes.sae import SAEMetadata
 
 import common
 from experiment import UserError
-from experiment.intervention import forward, modules, ranked_lists, rankings, splice
+from experiment.intervention import forward, generate, modules, ranked_lists, rankings, splice
 from experiment.intervention.ablations import Ablation
 from experiment.intervention.sequences import Sequences
 from experiment.report import figure
@@ -135,6 +135,12 @@ def make_sae(sae_class, sae_config, more, d_in, hook_name):
             if parameter.dim() == 1:
                 parameter.copy_(0.05 * torch.rand(len(parameter)))
     return sae
+
+
+@pytest.fixture(autouse=True)
+def share_whatever_is_alike(monkeypatch):
+    """Batches are small here: no pass is too much for what it shares."""
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -418,7 +424,8 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
     found, _ = conftest.answer(model, prompts, windowed.contexts, STEPS)
     assert [answer.tokens for answer in found] == drafts
     shares = windowed.window == 512
-    assert [kind for kind, _ in seen[:3]] == (["whole", "whole", "step"] if shares else ["whole", "step", "step"])
+    wide = 3 if shares else 1  # over what all prompts begin with, what those of a context do, and the rests
+    assert [kind for kind, _ in seen[: wide + 1]] == ["whole"] * wide + ["step"]
 
     for guess in (drafts[0][:2], drafts[1][:4], [7, *drafts[2][:1]]):  # what answers begin with: right for some
         found, read = conftest.answer(model, prompts, windowed.contexts, STEPS, guess)
@@ -442,9 +449,10 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
         if boundary is None:
             assert not kinds["below"] and not kinds["above"] and seen[0] == ("whole", (len(prompts), width))
         elif shares:
-            (_, prefix), (_, rest), *_ = seen
-            assert [kind for kind, _ in seen[:3]] == ["below", "below", "above"] and kinds["below"] == 2
-            assert prefix[0] == 2 and prefix[1] > 10 and rest == (len(prompts), rest[1]) and rest[1] < 0.6 * width
+            (_, of_all), (_, of_contexts), (_, rest), *_ = seen
+            assert [kind for kind, _ in seen[:4]] == [*["below"] * 3, "above"] and kinds["below"] == 3
+            assert (of_all[0], of_contexts[0], rest[0]) == (1, 2, len(prompts))
+            assert of_all[1] > 10 and of_contexts[1] > 1 and rest[1] < 0.6 * width
         else:
             assert seen[0] == ("below", (len(prompts), width)) and kinds["below"] == 1
         assert kinds["above"] == (len(masks) if boundary else 0)

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from experiment import prompts
-from experiment.intervention import layout, modules, ranked_lists, rankings, splice
+from experiment.intervention import generate, layout, modules, plan, ranked_lists, rankings, splice
 from experiment.intervention.ablations import Ablation
-from experiment.intervention.forward import Layout
+from experiment.intervention.layout import Layout
 from experiment.intervention.plan import plan_batches
 from experiment.intervention.ranked_lists import RankedLists
 from experiment.intervention.rows import pick_log_probs
@@ -140,15 +140,15 @@ def test_prompts_are_the_papers(demo, asked):
         (60, False, "No"),
     ],
 )
-def test_answers_and_rankings(demo, asked, size, share, guess):
-    """In batches that split the questions differently, what the questions of a context share run once or not, what
-    answers begin with guessed right, in part, or wrong."""
+def test_answers_and_rankings(demo, asked, size, share, guess, monkeypatch):
+    """In batches that split the questions differently, what prompts share run once or not, what answers begin with
+    guessed right, in part, or wrong."""
     model, tokenizer = demo
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 0 if share else 10**9)
     guess = tokenizer(guess, add_special_tokens=False)["input_ids"]
     exact = ranked = 0
     for batch in in_batches(asked, size):
-        contexts = contexts_of(batch) if share else range(len(batch))
-        found, read = conftest.answer(model, [case["prompt"] for case in batch], contexts, 50, guess)
+        found, read = answer_all(model, batch, 50, guess)
         assert [one.tokens for one in found] == [case["generated"] for case in batch]
         rows = [n for n, case in enumerate(batch) if case["ranking"]]
         cuts = [prompts.find_bracket(tokenizer, one.tokens) for one in found]
@@ -399,10 +399,11 @@ def test_a_draft_ends_at_its_first_end_token(demo, asked):
     assert [len(one.log_probs) for one in found] == [len(case["generated"]) for case in cases]
 
 
-def test_padding_is_not_encoded(demo, asked):
+def test_padding_is_not_encoded(demo, asked, monkeypatch):
     model, _ = demo
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 10**9)  # nothing is shared
     prompts = [case["prompt"] for case in asked[:9]]
-    _, read = conftest.answer(model, prompts, range(9), 1)  # a context each: nothing is shared
+    _, read = conftest.answer(model, prompts, range(9), 1)
     encoded, padded = int(read.latents.spliced.sum()), len(read.latents.spliced)
     assert encoded == sum(map(len, prompts)) < padded and not read.latents.counts[~read.latents.spliced].any()
 
@@ -509,15 +510,20 @@ def test_padding_poisons_no_row_in_float16(way, low_scores, asked, demo, monkeyp
         ([[1, 2, 3, 4, 5, 6], [1, 9], [4, 4, 4, 4, 4, 4, 4, 1], [4, 4, 4, 4, 4, 4, 4, 2]], "aabb"),
     ],
 )
-def test_prefixes_are_prefixes(demo, prompts, contexts):
-    """Of every prompt its own, one token at least being left; the batch is no wider than it was; and none is wrong."""
-    prefixes, owners = layout.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], contexts)
-    for prompt, owner in zip(prompts, owners):
-        prefix = prefixes[owner]
-        assert 1 <= len(prefix) < len(prompt) and prompt[: len(prefix)] == prefix
-    laid_out = Layout(prompts, 0, "cpu", prefixes, owners)
-    for row, prompt in enumerate(prompts):
-        assert laid_out.ids[row][laid_out.attention[row].bool()].tolist() == prompt
+def test_prefixes_are_prefixes(demo, prompts, contexts, monkeypatch):
+    """One token at least of every prompt is left, the rests are no wider than the prompts were; and none is wrong."""
+    everyone = [None] * len(prompts)
+    for groupings in ([everyone], [contexts], [everyone, contexts]):
+        levels = layout.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], groupings)
+        laid_out = Layout(prompts, 0, "cpu", levels)
+        assert len(laid_out.levels) == len(groupings) + 1
+        for row, prompt in enumerate(prompts):
+            assert laid_out.ids[row][laid_out.attention[row].bool()].tolist() == prompt
+            assert laid_out.levels[-1].attention[row].equal(laid_out.attention[row])
+            assert laid_out.levels[-1].ids[row, -1] == prompt[-1]
+        run = torch.cat([level.ids.flatten() for level in laid_out.levels])
+        assert run[laid_out.places].equal(laid_out.ids)
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 0)
     model, _ = demo
     alone = [conftest.answer(model, [prompt], "x", 4)[0][0].tokens for prompt in prompts]
     assert [one.tokens for one in conftest.answer(model, prompts, contexts, 4)[0]] == alone
@@ -560,6 +566,29 @@ def test_gradient_scores(demo, sequences, size):
                 assert (theirs > 0).sum() > 50
                 # Of a score that is a sum with terms of both sizes, the smallest carry the largest ones' rounding.
                 torch.testing.assert_close(row, theirs, rtol=1e-5, atol=1e-5 * float(theirs.max()))
+
+
+def test_gradients_in_parts_of_a_size(demo, sequences, monkeypatch):
+    """As many rows at once as fit into what there is room for, and the same scores."""
+    model, _ = demo
+    some = pick(sequences, *range(20))
+    expected = rank(model, "gradsae", some)
+    width = max(len(prompt) + end for prompt, end in zip(some.prompts, some.brackets))
+    token_bytes = plan.graph_bytes_per_token(model.lm.config, torch.float32, 2, width)
+    parts = []
+
+    def find(model, tokens, *arguments):
+        parts.append(len(tokens))
+        return gradients(model, tokens, *arguments)
+
+    gradients = rankings.gradients
+    monkeypatch.setattr(rankings, "gradients", find)
+    for rows, sizes in ((20, [20]), (8.9, [8, 8, 4]), (0.1, [1] * 20), (None, [2] * 10)):
+        del parts[:]
+        monkeypatch.setattr(model, "gradient_room", rows and rows * width * token_bytes)
+        found = rank(model, "gradsae", some)
+        assert parts == sizes
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
 def test_gradient_scores_of_a_dense_sae(demo, sequences, monkeypatch):

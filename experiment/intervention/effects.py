@@ -148,7 +148,7 @@ def _measure_sequence(
 
     size = _latents_per_pass(len(sequence), batch_tokens)
     for start in range(0, len(latents), size):
-        halve_on_oom(run, latents[start : start + size], unit="masks")
+        halve_on_oom(run, latents[start : start + size], name="masks in a batch")
     if not all(map(math.isfinite, effects)):
         raise UserError(NOT_FINITE)
     return effects

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from experiment.intervention import plan
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.layout import Layout
 from experiment.intervention.sequences import SequenceActivations
@@ -22,14 +23,21 @@ def gradients(
     leaf, places = _begin_at_reconstruction(model, layout, read)
     with model.ready(), torch.enable_grad():
         logits = model.forward_from(leaf, layout.ids, layout.attention)
-    # dP/dlogits in double precision: where P is all but 1, 1 - P would vanish.
-    p = logits.detach().double().softmax(-1)
+    pull = pull_of(logits.detach(), next_ids)
+    rows = torch.arange(len(sequences), device=pull.device)
+    return _go_back(model, logits, pull, rows, leaf, places)
+
+
+def pull_of(logits: Float[Tensor, "row vocab"], next_ids: list[int]) -> Float64[Tensor, "row vocab"]:
+    """The derivative of each row's probability of its next id by the logits: P times (1 at that id, else 0) minus p.
+
+    In double precision: where P is all but 1, 1 - P would vanish.
+    """
+    p = logits.double().softmax(-1)
     target = torch.tensor(next_ids, device=p.device).unsqueeze(1)
-    pull = -p.gather(1, target) * p
-    pull.scatter_add_(1, target, p.gather(1, target))
-    scale = pull.abs().amax(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
-    (slope,) = torch.autograd.grad(logits, leaf, (pull / scale).to(logits.dtype))
-    return slope[places].to(model.splice.device), scale.flatten().to(model.splice.device)
+    probability = p.gather(1, target)
+    pull = -probability * p
+    return pull.scatter_add_(1, target, probability)
 
 
 def log_prob_gradients(
@@ -54,20 +62,15 @@ def log_prob_gradients(
             rows.append(row)
             columns.append(padding + position - 1)
             tokens.append(token)
-    numbers = torch.tensor(rows)
+    outputs = (torch.tensor(rows), torch.tensor(columns))
     with model.ready(), torch.enable_grad():
-        logits = model.forward_from(leaf, layout.ids, layout.attention, outputs=(numbers, torch.tensor(columns)))
+        logits = model.forward_from(leaf, layout.ids, layout.attention, outputs=outputs)
     # dm/dlogits in double precision: where a token is all but sure, 1 - P would vanish.
     pull = -logits.detach().double().softmax(-1)
     pull[torch.arange(len(tokens)), tokens] += 1
-    numbers = numbers.to(pull.device)
-    pull /= numbers.bincount()[numbers].unsqueeze(1)
-    largest = pull.abs().amax(1)
-    scale = largest.new_zeros(len(sequences)).scatter_reduce(0, numbers, largest, "amax")
-    scale = scale.clamp(min=torch.finfo(pull.dtype).tiny)
-    scaled = pull / scale[numbers].unsqueeze(1)
-    (slope,) = torch.autograd.grad(logits, leaf, scaled.to(logits.dtype))
-    return slope[places].to(model.splice.device), scale.to(model.splice.device)
+    of_outputs = outputs[0].to(pull.device)
+    pull /= of_outputs.bincount()[of_outputs].unsqueeze(1)
+    return _go_back(model, logits, pull, of_outputs, leaf, places)
 
 
 def _begin_at_reconstruction(
@@ -81,3 +84,32 @@ def _begin_at_reconstruction(
     places = read.rows.to(whole.device), columns.to(whole.device)
     nothing = whole.new_zeros(*layout.ids.shape, *whole.shape[1:])
     return nothing.index_put(places, whole).requires_grad_(), places
+
+
+def _go_back(
+    model: SplicedModel,
+    logits: Float[Tensor, "output vocab"],
+    pull: Float64[Tensor, "output vocab"],
+    rows: Int[Tensor, "output"],
+    leaf: Float[Tensor, "row pos *d_in"],
+    places: tuple[Int[Tensor, "pos"], Int[Tensor, "pos"]],
+) -> tuple[Float[Tensor, "pos *d_in"], Float64[Tensor, "row"]]:
+    """From the derivative by the logits (`pull`) down to the leaf, at these places; and each row's scale.
+
+    rows: the row of each output.
+    """
+    largest = pull.abs().amax(1)
+    scale = largest.new_zeros(len(leaf)).scatter_reduce(0, rows, largest, "amax")
+    scale = scale.clamp(min=torch.finfo(pull.dtype).tiny)
+    scaled = pull / scale[rows].unsqueeze(1)
+    (slope,) = torch.autograd.grad(logits, leaf, scaled.to(logits.dtype))
+    of_positions = slope[places]
+    return of_positions.to(model.splice.device), scale.to(model.splice.device)
+
+
+def rows_at_once(model: SplicedModel, rows: int, width: int) -> int:
+    """How many rows of a batch, at most this wide, have their gradients found at once."""
+    layers = max(1, model.layers_above)
+    width = max(1, width)
+    token_bytes = plan.graph_bytes_per_token(model.lm.config, model.lm.dtype, layers, width)
+    return plan.gradient_rows(model.gradient_room, rows, width, token_bytes)

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from experiment import say
 from experiment.intervention.ablations import Mask
 from experiment.intervention.forward import SplicedModel, layers_of, new_cache, pick_positions
 from experiment.intervention.layout import Layout, close_gaps
-from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors
+from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors, say_split
 from experiment.intervention.rows import Row, pick_log_probs, pick_tokens
 from experiment.intervention.sparse import SparseActivations, join
+
+IN_POOL = "answers that go on together"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Pool:
         pieces.clear()
         release_memory()
         self.capacity //= 2
-        say(f"Out of memory with {len(rows)} answers that go on together: they are split in two; nothing is lost.")
+        say_split(len(rows), IN_POOL)
 
         def go_on(numbers: Sequence[int]) -> None:
             self._start_again(rows, mask, numbers)
@@ -103,7 +104,7 @@ class Pool:
         with memory_errors():  # not a batch's: to split that would leave these rows without an end
             for numbers in (range(half), range(half, len(rows))):
                 if numbers:
-                    halve_on_oom(go_on, list(numbers))
+                    halve_on_oom(go_on, list(numbers), name=IN_POOL)
 
     def _start_again(self, rows: list[Row], mask: Mask | None, numbers: Sequence[int]) -> None:
         """Goes on with some of the rows, whose caches are lost: what they have said so far stays."""
@@ -111,10 +112,12 @@ class Pool:
         if not going:
             return
         some = [rows[number] for number in going]
-        mask_of_some = mask and mask.take(torch.tensor(going))
-        layout = Layout([row.prompt + row.tokens[:-1] for row in some], self.model.pad_id, self.model.device)
+        index = torch.tensor(going)
+        mask_of_some = mask and mask.take(index)
+        sequences = [row.prompt + row.tokens[:-1] for row in some]
+        layout = Layout(sequences, self.model.pad_id, self.model.device)
         cache = new_cache(self.model.lm)
-        self.model.forward(layout.rest_ids, layout.attention, cache, mask_of_some)
+        self.model.forward(layout.ids, layout.attention, cache, mask_of_some)
         self._decode_greedily(some, mask_of_some, cache, layout.attention)
 
     def _decode_greedily(
@@ -169,10 +172,11 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         first = self.length
-        self._show(first + key_states.shape[-2])
-        self._keys[:, :, first : self.length] = key_states
-        self._values[:, :, first : self.length] = value_states
-        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+        new = key_states.shape[-2]
+        self._keys.narrow(2, first, new).copy_(key_states)
+        self._values.narrow(2, first, new).copy_(value_states)
+        self._show(first + new)
+        return self.keys, self.values
 
     def batch_select_indices(self, indices: Int[Tensor, "left"]) -> None:
         self._keys = self._keys[indices]
@@ -181,8 +185,8 @@ class RoomyLayer(DynamicLayer):
 
     def _show(self, length: int) -> None:
         self.length = length
-        self.keys = self._keys[:, :, :length]
-        self.values = self._values[:, :, :length]
+        self.keys = self._keys.narrow(2, 0, length)
+        self.values = self._values.narrow(2, 0, length)
 
 
 def _put_together(pieces: list[Tensor], width: int, room: int) -> Float[Tensor, "row head width+room d_head"]:

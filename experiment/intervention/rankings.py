@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiment import own_rankings
 from experiment.intervention.forward import SplicedModel
-from experiment.intervention.gradients import gradients, log_prob_gradients
+from experiment.intervention.gradients import gradients, log_prob_gradients, rows_at_once
 from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.sequences import SequenceActivations, Sequences
 
@@ -116,7 +116,7 @@ def _score_by_gradient(
         scaled = means * scale.unsqueeze(1)
         scores[list(part)] = scaled.to(scores)
 
-    _run_in_parts(score, list(places), len(sequences.rows))
+    _run_in_parts(model, score, sequences, places)
     return scores
 
 
@@ -149,7 +149,7 @@ def rank_by_attribution(model: SplicedModel, sequences: Sequences, seed: Seed) -
         scaled = total * scale.unsqueeze(1)
         scores[list(part)] = scaled.to(scores)
 
-    _run_in_parts(score, list(sequences.answered), len(sequences.rows))
+    _run_in_parts(model, score, sequences, sequences.answered)
     return scores
 
 
@@ -173,15 +173,23 @@ def _no_scores(model: SplicedModel, sequences: Sequences) -> Scores:
 
 
 def _run_in_parts(
+    model: SplicedModel,
     run: Callable[[list[int]], None],
-    numbers: list[int],
-    batch: int,
+    sequences: Sequences,
+    places: dict[int, int],
 ) -> None:
-    """run(some of the numbers), for all of them. batch: of how many rows the batch was that was run without gradients.
+    """run(some of these sequences), for all of them, as many at once as have room for their gradients.
 
-    On its way back a token takes in every layer about 16 times what it takes in the cache (an estimate).
+    places: {sequence: its end, a place in what was generated}.
     """
-    size = -(-batch // 16)
+    numbers = list(places)
+    if not numbers:
+        return
+    lengths = []
+    for number, place in places.items():
+        length = len(sequences.prompts[number]) + place
+        lengths.append(length)
+    size = rows_at_once(model, len(sequences.rows), max(lengths))
     for start in range(0, len(numbers), size):
         part = numbers[start : start + size]
         halve_on_oom(run, part)
