@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from experiment import UserError, catalogue, options
+from experiment.intervention.ranked_lists import EFFECT
 from experiment.intervention.rankings import RANKINGS
 from experiment.options import Options
 
@@ -30,6 +31,7 @@ DEFAULTS = {
     "error_term": "drop",
     "ablation": "zero",
     "ranking": ("baseline",),
+    "effects": 256,
     "activations": None,
     "k": ("50%",),
     "output_dir": Path("runs/gemma-2-9b-it/gemma-scope-9b-it-res-canonical/layer_9_width_131k_canonical"),
@@ -121,7 +123,8 @@ def test_help_shows_every_option_and_its_default(masks, capsys, monkeypatch):
     shown = show_help(capsys, monkeypatch, masks=masks)
     assert "What the script says of itself." in shown
     lines = {entry.split()[0]: entry for entry in re.split(r"\n  (?=--)", shown)[1:]}
-    fields = {field.name: field for field in dataclasses.fields(Options) if field.name != "k" or masks}
+    fields = {field.name: field for field in dataclasses.fields(Options)}
+    del fields["effects" if masks else "k"]
     assert lines.keys() == {"--" + name.replace("_", "-") for name in fields} | {"--list-saes"}
     for name, field in fields.items():
         line = lines["--" + name.replace("_", "-")]
@@ -230,7 +233,7 @@ def test_k():
 
 def test_rankings_are_those_there_are(capsys, monkeypatch):
     """The names that the command line knows, before PyTorch is there, are those of the functions."""
-    assert options.RANKINGS == tuple(RANKINGS)
+    assert sorted(options.RANKINGS) == sorted([*RANKINGS, EFFECT])
     assert parse("--ranking", "random", "baseline", "random").ranking == ("random", "baseline")
     assert re.search("by: baseline, .*, random, or FILE.py:FUNCTION .default: baseline", show_help(capsys, monkeypatch))
     with pytest.raises(UserError, match="--ranking: invalid choice: 'yours'.*baseline.*random"):
