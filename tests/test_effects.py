@@ -123,7 +123,7 @@ def attribute_by_hand(plain, module, sae, prompt, generated, inside, error_term,
 def test_attribution(demo, plain, sequences, error_term, size, monkeypatch):
     """In padded batches, the graph begun at the reconstruction, against plain autograd on Transformers."""
     model = spliced(demo, error_term)
-    monkeypatch.setattr(rankings, "_run_in_parts", lambda run, numbers, batch: run_in_parts(run, numbers, size))
+    monkeypatch.setattr(rankings, "rows_at_once", lambda model, rows, width: size)
     scores = rankings.rank_by_attribution(model, sequences, 42)
     for n, row in enumerate(scores):
         case = sequences.prompts[n], sequences.generated[n], sequences.answer_positions[n]
@@ -131,11 +131,6 @@ def test_attribution(demo, plain, sequences, error_term, size, monkeypatch):
         theirs = attribute_by_hand(plain, layer, model.splice.sae, *case, error_term, reads=False)
         assert (theirs > 0).sum() > 50 and (theirs < 0).sum() > 50
         torch.testing.assert_close(row, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
-
-
-def run_in_parts(run, numbers, size):
-    for start in range(0, len(numbers), size):
-        run(numbers[start : start + size])
 
 
 def make_windowed_sequences(model, windowed):

@@ -424,11 +424,12 @@ def test_what_all_prompts_begin_with_is_run_once(demo, demo_questions, few, dtyp
     model, tokenizer = demo if dtype == "float32" else load("--dtype", dtype)
     whole = list(range(len(few.prompts)))
     rng = random.Random(5)
-    masks = [[sorted(rng.sample(range(512), 200)) for _ in whole]]
+    drawn = [sorted(rng.sample(range(512), 200)) for _ in whole]
+    masks = [Ablation(drawn)]
     group = dataclasses.replace(with_example(tokenizer, demo_questions, few), batches=[whole], masks=masks)
     expected = [[], []]
     for number in whole[::3]:
-        for said, latents in zip(expected, ([], masks[0][number])):
+        for said, latents in zip(expected, ([], drawn[number])):
             prompt = group.prompts[number]
             said.append(oracle.generate(model.model, model.splice.sae, tokenizer, prompt, latents, 12))
     of_all = len(os.path.commonprefix(group.prompts))
