@@ -85,6 +85,7 @@ class SplicedModel:
     at_boundary: whether the SAE stands between two layers there, so that what it gives is all that the layers above
     see.  layers_above: how many a gradient at the SAE's place goes through.  window: how many positions a layer looks
     back at; infinite where all layers look back at all.  gradient_room: as of plan.gradient_rows, which a round sets.
+    can_record: whether a step may be recorded, to be replayed: all on one CUDA device, and no recording has failed.
     """
 
     def __init__(self, model: Any, splice: Splice):
@@ -103,6 +104,8 @@ class SplicedModel:
         self.at_boundary = self.boundary is not None and "resid" in self.hook_name
         self.window: float = getattr(self.lm.config.get_text_config(), "sliding_window", None) or float("inf")
         self.gradient_room: float | None = None
+        is_on_one = len({self.device, splice.device, *map(_device_of, self.lm.parameters())}) == 1
+        self.can_record = is_on_one and self.device.type == "cuda"
         self._replace: Replace = keep  # what is done at the SAE's place in the pass under way
 
     @contextlib.contextmanager
@@ -116,7 +119,9 @@ class SplicedModel:
         self, ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row cached+pos"]
     ) -> Bool[Tensor, "row pos"]:
         """Where the SAE stands: not at padding, nor at tokens that bypass it."""
-        return attention[:, -ids.shape[1] :].bool() & ~torch.isin(ids, self.splice.bypass.to(ids.device))
+        bypass = self.splice.bypass.to(ids.device)
+        is_bypassed = (ids.unsqueeze(-1) == bypass).any(-1)  # a GPU's isin() may make the host wait
+        return attention[:, -ids.shape[1] :].bool() & ~is_bypassed
 
     def forward(
         self,
@@ -126,10 +131,11 @@ class SplicedModel:
         mask: Mask | None = None,
         outputs: Outputs | None = None,
         read: list[SparseActivations] | None = None,
+        positions: Int[Tensor, "row pos"] | None = None,
     ) -> Float[Tensor, "output vocab"]:
         """A whole pass, and the logits at `outputs` (None: at each row's last position).
 
-        read: a list that gets what the SAE read, row by row.
+        read: a list that gets what the SAE read, row by row.  positions: of the ids; None: as the attention says.
         """
         stands = self.where_sae_applies(ids, attention).flatten()
 
@@ -140,7 +146,30 @@ class SplicedModel:
             rows = number_rows(ids, self.splice.device)
             return self.splice.reconstruct(latents, rows, mask).view_as(residual)
 
-        return self._run(ids, attention, cache, splice, outputs)
+        return self._run(ids, attention, cache, splice, outputs, positions)
+
+    def forward_whole(
+        self,
+        ids: Int[Tensor, "row 1"],
+        attention: Int[Tensor, "row cached+1"],
+        cache: DynamicCache,
+        mask: Mask | None,
+        positions: Int[Tensor, "row 1"],
+    ) -> tuple[Float[Tensor, "row vocab"], Float[Tensor, "row *d_in"]]:
+        """`forward` of one token per row, for which the host never waits for the device, and the SAE's input.
+
+        All latents are encoded and decoded, active or not.
+        """
+        stands = self.where_sae_applies(ids, attention).flatten()
+        rows = number_rows(ids, self.splice.device)
+        read: list[Float[Tensor, row * d_in]] = []
+
+        def splice(residual: Float[Tensor, "row 1 *d_in"]) -> Float[Tensor, "row 1 *d_in"]:
+            read.append(residual.flatten(0, 1))
+            return self.splice.reconstruct_whole(read[0], stands, rows, mask).view_as(residual)
+
+        logits = self._run(ids, attention, cache, splice, None, positions)
+        return logits, read[0]
 
     def forward_below(self, layout: Layout) -> Below:
         """The layers below the SAE alone, level by level: once for all masks of a batch."""
@@ -221,8 +250,11 @@ class SplicedModel:
         cache: DynamicCache | None,
         replace: Replace,
         outputs: Outputs | None = None,
+        positions: Int[Tensor, "row pos"] | None = None,
     ) -> Float[Tensor, "output vocab"]:
         """One run of the Transformers model, with `replace` done at the SAE's place."""
+        if positions is None:
+            positions = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         rows, columns = (slice(None), -1) if outputs is None else outputs
 
         def pick(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -234,12 +266,16 @@ class SplicedModel:
                 return self.lm(
                     input_ids=ids,
                     attention_mask=attention,
-                    position_ids=(attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                    position_ids=positions,
                     past_key_values=cache,
                     use_cache=cache is not None,
                 ).logits
         finally:
             self._replace = keep
+
+
+def _device_of(parameter: Tensor) -> torch.device:
+    return parameter.device
 
 
 def number_rows(ids: Int[Tensor, "row pos"], device: torch.device | str) -> Int[Tensor, "pos"]:

@@ -214,12 +214,41 @@ class Splice:
             for chunk in self._chunks(len(out)):
                 directions = mask.directions[rows[chunk]]
                 out[chunk] = turn(unmasked[chunk], out[chunk], directions)
-        out = out.to(latents.residual)
-        out = out.view_as(latents.residual)
-        spliced = latents.spliced.to(out.device)
+        return self._put_in_place(out, latents.residual, latents.spliced)
+
+    @torch.no_grad()
+    def reconstruct_whole(
+        self,
+        residual: Float[Tensor, "row *d_in"],
+        spliced: Bool[Tensor, "row"],
+        rows: Int[Tensor, "row"],
+        mask: Mask | None,
+    ) -> Float[Tensor, "row *d_in"]:
+        """`reconstruct` of what the SAE reads at these few positions, without a look at which latents are active."""
+        if mask is None and self.keeps_error:
+            return residual
+        out = self._reconstruct_whole(residual, rows, mask)
+        if mask is not None and mask.directions is not None:
+            if self.keeps_error:
+                unmasked = self.read(residual).flatten(1)
+            else:
+                unmasked = self._reconstruct_whole(residual, rows, None)
+            out = turn(unmasked, out, mask.directions[rows])
+        return self._put_in_place(out, residual, spliced)
+
+    def _put_in_place(
+        self,
+        out: Float[Tensor, "pos d_in"],
+        residual: Float[Tensor, "pos *d_in"],
+        spliced: Bool[Tensor, "pos"],
+    ) -> Float[Tensor, "pos *d_in"]:
+        """What is decoded, where the SAE stands, in the residual stream's shape and dtype; elsewhere the latter."""
+        out = out.to(residual)
+        out = out.view_as(residual)
+        spliced = spliced.to(out.device)
         for _ in out.shape[1:]:
             spliced = spliced.unsqueeze(-1)
-        return torch.where(spliced, out, latents.residual)
+        return torch.where(spliced, out, residual)
 
     def _find_unmasked(self, latents: SparseActivations) -> Float[Tensor, "pos d_in"]:
         """What stands in the model's place with nothing masked, in the SAE's dtype."""
@@ -237,7 +266,7 @@ class Splice:
         positions = int(latents.spliced.sum())
         is_dense = len(latents.ids) > DENSE * self.d_sae * positions
         if self.bias is None or is_dense:
-            return self._reconstruct_whole(latents, rows, mask)
+            return self._reconstruct_whole(latents.residual, rows, mask)
         return self._reconstruct_from_entries(latents, rows, mask)
 
     def _reconstruct_from_entries(
@@ -273,12 +302,11 @@ class Splice:
 
     def _reconstruct_whole(
         self,
-        latents: SparseActivations,
+        residual: Float[Tensor, "pos *d_in"],
         rows: Int[Tensor, "pos"] | None,
         mask: Mask | None,
     ) -> Float[Tensor, "pos d_in"]:
         out = []
-        residual = latents.residual
         for chunk in self._chunks(len(residual)):
             acts = self._encode_whole(residual, chunk)
             if mask is not None:
