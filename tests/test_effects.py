@@ -546,7 +546,7 @@ def test_directions_hang_on_their_seed_alone(demo):
 @pytest.mark.parametrize("hook_name", [*PLACES, "blocks.0.hook_resid_pre"])
 @pytest.mark.parametrize("kind", [0, 4])  # decoded from entries, and whole (layer norm)
 @pytest.mark.parametrize("windowed", [512], indirect=True)
-def test_directions_and_keep_only_at_other_places(hook_name, kind, windowed, monkeypatch):
+def test_directions_and_keep_only_at_other_places(hook_name, kind, windowed, replayed, monkeypatch):
     if kind == 0:
         monkeypatch.setattr(splice, "DENSE", 1)  # the way of sparse activations, which these are not
     model = splice_into(windowed, hook_name, kind=kind)

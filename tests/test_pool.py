@@ -175,7 +175,7 @@ def test_pools_of_so_many_rows(demo, few, expected, together, drafted, monkeypat
             assert of_mask[number].log_probs == pytest.approx(by_hand, abs=2e-4)
 
 
-def test_masked_answers_whatever_waits(demo, group):
+def test_masked_answers_whatever_waits(demo, group, replayed):
     """Alone, in pools of a few rows and all together: the naive loop's answers, and the same log probabilities."""
     model, tokenizer = demo
     alone = generate.answer_masked(model, group, Limits(50, 1))
@@ -192,7 +192,7 @@ def test_masked_answers_whatever_waits(demo, group):
             assert_same(found, expected)
 
 
-def test_unmasked_answers_and_what_was_read(demo, group):
+def test_unmasked_answers_and_what_was_read(demo, group, replayed):
     """Round 1's rows go on together too, and what the SAE read is put together from the steps they shared."""
     model, tokenizer = demo
     opening = tokenizer("Result = [[", add_special_tokens=False)["input_ids"]
@@ -213,7 +213,7 @@ def test_unmasked_answers_and_what_was_read(demo, group):
 
 @pytest.mark.parametrize("ablation", ["zero", "mean"])
 @pytest.mark.parametrize("error_term", ["drop", "keep"])
-def test_pools_of_other_masks(demo, few, error_term, ablation, monkeypatch):
+def test_pools_of_other_masks(demo, few, error_term, ablation, replayed, monkeypatch):
     """Latents at zero or at their means, without the error term and with it, decoded from entries and whole: as the
     naive loop."""
     model = forward.SplicedModel(demo[0].model, splice.Splice(demo[0].splice.sae, error_term))
@@ -248,7 +248,7 @@ def test_pools_of_other_masks(demo, few, error_term, ablation, monkeypatch):
         "blocks.2.hook_resid_post",
     ],
 )
-def test_pools_behind_windows_and_at_other_places(hook_name, windowed, monkeypatch):
+def test_pools_behind_windows_and_at_other_places(hook_name, windowed, replayed, monkeypatch):
     """A window shorter than the prompts, and one that is longer; an SAE before all layers, between two, inside one and
     behind the last: the naive loop's answers."""
     monkeypatch.setattr(generate, "PASS_ON_CPU", 0)
