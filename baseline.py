@@ -17,19 +17,18 @@ import sys
 from experiment import guard, options
 
 if __name__ == "__main__":
-    options.stop_at_mistakes(__doc__, masks=False)  # before PyTorch is imported, which takes seconds
+    options.stop_at_mistakes(__doc__, masks=None)  # before PyTorch is imported, which takes seconds
 
 import common
-from experiment import activations, means, own_rankings, prompts, results, rounds
-from experiment.intervention import generate, rankings
+from experiment import activations, means, own_rankings, prompts, results, rounds, say
+from experiment.intervention import effects, generate, ranked_lists
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.generate import Group
 from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.plan import Sizes
 from experiment.intervention.pool import Limits
-from experiment.intervention.rankings import Sequences
 from experiment.intervention.rows import Answer
-from experiment.intervention.sequences import SequenceActivations
+from experiment.intervention.sequences import SequenceActivations, Sequences
 from experiment.records.journal import Journal
 from experiment.records.schema import KeptRecord, Record
 from experiment.rounds import Bar, Experiment, Work
@@ -38,7 +37,7 @@ KEEP_F1 = 0.9  # the authors keep a question whose unmasked answer reaches this 
 
 
 def main() -> None:
-    chosen = options.parse(None, __doc__, masks=False)
+    chosen = options.leave_out_others(options.parse(None, __doc__, masks=None))
 
     # 1. The questions
     experiment = common.prepare(chosen)
@@ -47,16 +46,18 @@ def main() -> None:
         activations.refuse_others(experiment)
         journals: dict[str, Journal] = {}
         for ranking in chosen.ranking:
-            provenance = experiment.provenance_of(ranking)
-            journals[ranking] = experiment.journal(own_rankings.name_of(ranking), provenance)
+            provenance = experiment.round_1_of(ranking)
+            journals[ranking] = experiment.journal(f"predictions_{own_rankings.name_of(ranking)}.jsonl", provenance)
         model = None
         if not rounds.is_finished(experiment.asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
             for ranking in chosen.ranking:
-                rankings.find_ranking(ranking)  # one's own that cannot be imported fails before weights are loaded
+                if own_rankings.is_own(ranking):
+                    own_rankings.load(ranking)  # one that cannot be imported fails before weights are loaded
             model, sizes = common.load_for(experiment, journals)
             # 4. Answer, score, keep, rank: a group of batches at a time
             share = rounds.plan_work(experiment, sizes, experiment.asked, journals)
+            say_cost_of_effects(experiment, model, sizes, share)
             with rounds.Bar(experiment, "Round 1", share, journals) as bar:
                 for work in share:
                     if work.is_done:
@@ -75,6 +76,21 @@ def main() -> None:
             results.finish_round_1(experiment, entries, journals, KEEP_F1)
 
 
+def say_cost_of_effects(experiment: Experiment, model: SplicedModel, sizes: Sizes, share: list[Work[str]]) -> None:
+    """Says how many passes it takes at most to mask latents one by one, where that is what is left to do."""
+    lengths = []
+    for work in share:
+        if ranked_lists.EFFECT in work.keys:
+            lengths += [experiment.lengths[question.id] for question in work.questions]
+    if lengths:
+        latents = min(experiment.options.effects, model.splice.d_sae)
+        passes = effects.count_passes(lengths, latents, sizes.batch)
+        say(
+            f"--ranking effect: up to {latents} latents of each question that is kept are masked one by one: "
+            f"about {passes} passes of {sizes.batch} tokens at most."
+        )
+
+
 def answer_and_rank(
     experiment: Experiment, model: SplicedModel, sizes: Sizes, work: Work[str], bar: Bar
 ) -> dict[str, list[Record]]:
@@ -91,25 +107,30 @@ def answer_and_rank(
     # Proposed to the model, which takes it or not: it saves steps and changes no answer.
     beginning = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
     limits = Limits(experiment.options.max_new_tokens, sizes.pool)
-    answers, read = generate.answer(model, group, limits, beginning, bar.move)
+    if ranked_lists.EFFECT in work.keys:  # it takes most of the time: the bar moves with its questions
+        answers, read = generate.answer(model, group, limits, beginning)
+    else:
+        answers, read = generate.answer(model, group, limits, beginning, bar.move)
     records = []
     for question, answer in zip(work.questions, answers):
         records.append(common.make_record(tokenizer, question, answer))
     by_ranking = {ranking: list(records) for ranking in work.keys}
+    options = experiment.options
+    settings = ranked_lists.Settings(options.seed, sizes.batch, options.effects, options.draws)
 
     def rank(part: list[int]) -> None:
         sequences = find_sequences(experiment, group, answers, records, read, part)
         if not sequences.rows:
             return
-        for ranking in work.keys:
-            lists = rankings.rank(model, ranking, sequences, experiment.options.seed)
+        ranked = ranked_lists.rank_all(model, work.keys, sequences, settings, options.ranking, bar.move)
+        for ranking, lists in ranked.items():
             for number, row in enumerate(sequences.rows):
                 latents = {
                     "tokens": sequences.generated[number],
                     "inside": sequences.answer_positions[number],
                     "active": sequences.active[number],  # at the last position: what a K in percent is a share of
                 }
-                fields = records[row].fields() | latents | lists[number]
+                fields = records[row].fields() | latents | lists[number].fields()
                 by_ranking[ranking][row] = KeptRecord.model_validate(fields)
 
     for batch in work.batches:

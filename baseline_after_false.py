@@ -12,13 +12,13 @@ import sys
 from experiment import guard, options
 
 if __name__ == "__main__":
-    options.stop_at_mistakes(__doc__, masks=True)  # before PyTorch is imported, which takes seconds
+    options.stop_at_mistakes(__doc__, masks="topk")  # before PyTorch is imported, which takes seconds
 
 import common
 
 
 def main() -> None:
-    chosen = options.parse(None, __doc__, masks=True)
+    chosen = options.parse(None, __doc__, masks="topk")
     common.masked_round(chosen, "topk")
 
 

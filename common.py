@@ -18,24 +18,37 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiment import UserError, activations, catalogue, hub, patches, questions, results, rounds, saes, say
+from experiment import (
+    UserError,
+    activations,
+    catalogue,
+    hub,
+    masked,
+    patches,
+    questions,
+    results,
+    rounds,
+    saes,
+    say,
+)
 from experiment import means as means_of_latents
 from experiment.demo import bundled
-from experiment.intervention import generate, rankings
+from experiment.intervention import generate, plan, ranked_lists
+from experiment.intervention.ablations import Ablation
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.generate import Group
 from experiment.intervention.plan import Sizes
 from experiment.intervention.pool import Limits
 from experiment.intervention.rows import Answer
 from experiment.intervention.splice import Splice
+from experiment.masked import MaskName
 from experiment.masks import Side
 from experiment.options import Options
 from experiment.prompts import BRACKETS, decode, find_special_ids, read_template
 from experiment.questions import Question
-from experiment.records import lists
 from experiment.records.journal import Journal
 from experiment.records.lists import RankedFile
-from experiment.records.provenance import digest_numbers, refuse_other_run
+from experiment.records.provenance import refuse_other_run
 from experiment.records.schema import Provenance, Record
 from experiment.report import estimates
 from experiment.rounds import Bar, Experiment, Work
@@ -227,13 +240,15 @@ def load_for(
     options = experiment.options
     model = load(options, experiment.tokenizer)
     for ranking in options.ranking:
-        rankings.refuse_unmeasurable(ranking, model.splice)
+        ranked_lists.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
     provenance = Provenance.model_validate(of_sae)
     files = ranked or {}
     for file in files.values():
         refuse_other_run(file.path, file.provenance, provenance, of_sae)
     sizes = rounds.settle_sizes(options, model, journals)
+    if model.device.type == "cuda":  # elsewhere there is memory enough, and smaller parts are no slower
+        model.gradient_room = plan.room_of(sizes, model.lm.config, model.lm.dtype)
     for journal in journals.values():
         refuse_other_run(journal.path, journal.provenance, provenance, of_sae)
         of_sizes = {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}
@@ -250,13 +265,13 @@ def masked_round(options: Options, side: Side) -> None:
     # 1. The latents that round 1 ranked, and the questions they are of
     experiment = prepare(options)
     stored_means = activations.read_stored_means(experiment) if options.ablation == "mean" else None
-    ranked = {}
-    for ranking in options.ranking:
-        ranked[ranking] = activations.read_ranked(experiment, ranking, side)
+    ranked = activations.read_all_ranked(experiment, side)
     asked = activations.find_asked(experiment, ranked)
+    # The masks: of each ranking, K, control and draw
+    lists = masked.find_lists(experiment, ranked, stored_means)
     with rounds.open_output_folder(experiment) as entries:
-        # 2. What an earlier run left: a journal for each ranking and K
-        journals = open_masked_journals(experiment, ranked, side, stored_means)
+        # 2. What an earlier run left: a journal for each mask
+        journals = masked.open_journals(experiment, lists)
         if not rounds.is_finished(asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
             model, sizes = load_for(experiment, journals, ranked)
@@ -264,70 +279,47 @@ def masked_round(options: Options, side: Side) -> None:
             # 4. Answer with the latents masked, a group of batches at a time, and score
             drafts = activations.find_drafts(asked, ranked)
             share = rounds.plan_work(experiment, sizes, asked, journals, drafts)
-            label = f"{estimates.MASKS[side]} masked"
+            label = f"{estimates.MASKS[side]} {'kept alone' if options.keep_only else 'masked'}"
             with rounds.Bar(experiment, label, share, journals) as bar:
                 for work in share:
                     if work.is_done:
                         continue
-                    answers = mask_and_answer(experiment, model, sizes, work, ranked, drafts, means, bar)
-                    for key in work.keys:
+                    answers = mask_and_answer(experiment, model, sizes, work, lists, drafts, means, bar)
+                    for name in work.keys:
                         records = []
-                        for question, answer in zip(work.questions, answers[key]):
+                        for question, answer in zip(work.questions, answers[name]):
                             records.append(make_record(experiment.tokenizer, question, answer))
-                        journals[key].append(records)
+                        journals[name].append(records)
                     bar.finish(work)
         # 5. Compare with the unmasked answers to the same questions; write and print
         if rounds.wait_for_all(experiment):
-            fresh = []
-            for (ranking, k), journal in journals.items():
-                entry = results.make_masked_entry(ranked[ranking], k, journal, asked, experiment.left_out)
-                fresh.append(entry)
+            fresh = masked.make_entries(experiment, lists, journals, asked)
             results.report_results(experiment, entries, fresh)
             folder = options.output_dir
             print(f"\nAll files: {folder}\nThe page: {folder / 'results.html'}")
-
-
-def open_masked_journals(
-    experiment: Experiment, ranked: dict[str, RankedFile], side: Side, means: list[float] | None
-) -> dict[tuple[str, str], Journal]:
-    """{(ranking, K): its journal}."""
-    journals: dict[tuple[str, str], Journal] = {}
-    for ranking, file in ranked.items():
-        for k in experiment.options.k:
-            provenance = file.provenance.with_fields(k=k)
-            if means:
-                digest = digest_numbers(means)
-                provenance = provenance.with_fields(means=digest)
-            name = results.name_journal(provenance, side, k)
-            journals[ranking, k] = experiment.journal(name, provenance, file.digest_used)
-    return journals
 
 
 def mask_and_answer(
     experiment: Experiment,
     model: SplicedModel,
     sizes: Sizes,
-    work: Work[tuple[str, str]],
-    ranked: dict[str, RankedFile],
+    work: Work[MaskName],
+    lists: dict[MaskName, RankedFile],
     drafts: dict[str, list[int]],
     means: Float[Tensor, "d_sae"] | None,
     bar: Bar,
-) -> dict[tuple[str, str], list[Answer]]:
-    """{(ranking, K): the answers} to the questions of a group of batches, each under its own mask.
+) -> dict[MaskName, list[Answer]]:
+    """{mask: the answers} to the questions of a group of batches, each with its own latents masked.
 
     Masks that are the same for all questions, as those of K = 0 are, are run once.
     """
-    masks: list[list[list[int]]] = []  # [mask][question][latent]
+    masks: list[Ablation] = []
     mask_of = {}
-    for ranking, k in work.keys:
-        file = ranked[ranking]
-        mask = []
-        for question in work.questions:
-            latents, _ = lists.find_latents_to_mask(file.questions[question.id], file.side, k)
-            mask.append(latents)
+    for name in work.keys:
+        mask = masked.make_ablation(name, lists[name], work.questions, experiment.options)
         if mask not in masks:
             masks.append(mask)
-        mask_of[ranking, k] = masks.index(mask)
+        mask_of[name] = masks.index(mask)
     group = Group(
         prompts=[experiment.prompt_ids(question) for question in work.questions],
         contexts=[question.context for question in work.questions],

@@ -163,7 +163,7 @@ def peak_gb(device, reset=False):
 def read_options(args, sae_dtype=None):
     """The Options of a round on this device, in these precisions."""
     chosen = ["--device", args.device, "--dtype", args.dtype, "--sae-dtype", sae_dtype or args.sae_dtype]
-    return options.parse(["--demo", *chosen, "--limit", str(args.questions)], "", masks=False)
+    return options.parse(["--demo", *chosen, "--limit", str(args.questions)], "", masks=None)
 
 
 def load_plain(args: argparse.Namespace) -> Passes:

@@ -21,10 +21,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM  # noqa: E402
 import common  # noqa: E402
 from experiment import masks, questions  # noqa: E402
 from experiment.demo import bundled  # noqa: E402
-from experiment.intervention import forward, generate, layout, rankings  # noqa: E402
+from experiment.intervention import forward, generate, layout, ranked_lists  # noqa: E402
+from experiment.intervention.ablations import Ablation  # noqa: E402
 from experiment.intervention.generate import Group  # noqa: E402
 from experiment.intervention.memory import halve_on_oom  # noqa: E402
 from experiment.intervention.pool import Limits  # noqa: E402
+from experiment.intervention.ranked_lists import RankedLists  # noqa: E402
+from experiment.intervention.sequences import Sequences  # noqa: E402
 from experiment.intervention.splice import Splice  # noqa: E402
 from experiment.prompts import build_prompt, find_bracket, find_special_ids, tokenize  # noqa: E402
 
@@ -228,11 +231,11 @@ class Found:
 
     tokens: list[int]
     active: int
-    lists: dict[str, list]
+    lists: RankedLists
 
     def latents(self, which, k):
         """Those that rounds 2 and 3 mask."""
-        return self.lists[which][: masks.count_masked(k, self.active)]
+        return self.lists.latents(which)[: masks.count_masked(k, self.active)]
 
 
 def round_1(work, batches, names=("baseline",)):
@@ -245,7 +248,7 @@ def round_1(work, batches, names=("baseline",)):
 
     def rank(part):
         of_part = [brackets[i] for i in part]
-        sequences = rankings.Sequences(
+        sequences = Sequences(
             ids=part,
             prompts=[work.prompts[i] for i in part],
             generated=[tokens[i] for i in part],
@@ -255,7 +258,7 @@ def round_1(work, batches, names=("baseline",)):
             read=read,
             special_ids=work.special_ids,
         )
-        lists, *_ = [rankings.rank(work.model, name, sequences, seed=0) for name in names]
+        lists, *_ = [ranked_lists.rank(work.model, name, sequences, seed=0) for name in names]
         for i, active, of_question in zip(part, sequences.active, lists):
             found[i] = Found(tokens[i], len(active), of_question)
 
@@ -266,6 +269,6 @@ def round_1(work, batches, names=("baseline",)):
 
 def masked_round(work, batches, found, which, ks=("50%",)):
     """[K][Answer]. As common.masked_round; found: what round_1 gave, whose answers are the drafts."""
-    masks = [[one.latents(which, k) for one in found] for k in ks]
+    masks = [Ablation([one.latents(which, k) for one in found]) for k in ks]
     drafts = [one.tokens for one in found]
     return generate.answer_masked(work.model, Group(work.prompts, work.contexts, batches, drafts, masks), work.limits)

@@ -10,6 +10,7 @@ import common
 from experiment import options
 from experiment.hub import prepare_libraries
 from experiment.intervention import generate, rankings
+from experiment.intervention.ablations import Ablation
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.generate import Group
 from experiment.intervention.pool import Limits
@@ -20,7 +21,7 @@ OF_ONE_QUESTION = Limits(options.Options.max_new_tokens, pool_tokens=2**20)  # n
 
 def open_model(*arguments: str) -> tuple[SplicedModel, PreTrainedTokenizerBase]:
     """A model with the SAE in it, and its tokenizer. arguments: the scripts' options, as "--demo"."""
-    chosen = options.parse(list(arguments), __doc__, masks=True)
+    chosen = options.parse(list(arguments), __doc__, masks="topk")
     prepare_libraries(chosen)
     tokenizer = common.load_tokenizer(chosen)
     return common.load(chosen, tokenizer), tokenizer
@@ -47,4 +48,4 @@ def mean_activations(
 def _make_group_of_one(tokenizer: PreTrainedTokenizerBase, context: str, question: str, masked: Sequence[int]) -> Group:
     template = common.choose_template("auto", tokenizer)
     prompt = tokenize(tokenizer, build_prompt(template, context, question))
-    return Group([prompt], [context], batches=[[0]], drafts=[[]], masks=[[list(masked)]])
+    return Group([prompt], [context], batches=[[0]], drafts=[[]], masks=[Ablation([list(masked)])])

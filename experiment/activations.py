@@ -10,11 +10,12 @@ from typing import cast
 from experiment import UserError, own_rankings, say
 from experiment.demo import ROOT
 from experiment.intervention.forward import SplicedModel
-from experiment.masks import Side
+from experiment.masks import DRAWN, OTHERS, Side
 from experiment.options import write_command
 from experiment.questions import Question
 from experiment.records import files
 from experiment.records.lists import RankedFile
+from experiment.records.others import take_from_others
 from experiment.records.provenance import (
     RANKED,
     SELECTION,
@@ -50,7 +51,7 @@ def refuse_other_file(experiment: Experiment, ranking: str, file: Path) -> None:
     if stored is None:
         raise UserError(f"{file}: is the authors' published file: give another --activations, or --overwrite")
     if experiment.options.activations or not experiment.is_begun(ranking):
-        provenance = experiment.adopt_selection(experiment.provenance_of(ranking), stored)
+        provenance = experiment.adopt_selection(experiment.round_1_of(ranking), stored)
         refuse_other_run(file, stored, provenance, (*RANKED, *SELECTION))
 
 
@@ -79,6 +80,8 @@ def read_ranked(experiment: Experiment, ranking: str, side: Side) -> RankedFile:
     tell_missing(experiment, path, by_id, missing, len(ranked))
     if ranking == "matched":
         refuse_untold(experiment, path, by_id, side)
+    if ranking in DRAWN:
+        refuse_fewer_draws(experiment, path, by_id)
     is_at_home = path.parent in (experiment.options.output_dir, ROOT)
     file = RankedFile(
         provenance=mask_provenance(experiment, ranking, side, stored),
@@ -111,11 +114,56 @@ def tell_missing(
     raise UserError(f"{path}: none of its questions is among the {selected} selected ones")
 
 
+def read_all_ranked(experiment: Experiment, side: Side) -> dict[str, RankedFile]:
+    """The RankedFile of each of --ranking; another question's lists are the baseline's of that question."""
+    read: dict[str, RankedFile] = {}
+    ranked = {}
+    for ranking in experiment.options.ranking:
+        source = "baseline" if ranking in OTHERS else ranking
+        if source not in read:
+            read[source] = read_ranked(experiment, source, side)
+        ranked[ranking] = read[source]
+        if ranking in OTHERS:
+            ranked[ranking] = read_others(experiment, ranking, read[source])
+    return ranked
+
+
+def read_others(experiment: Experiment, ranking: str, baseline: RankedFile) -> RankedFile:
+    """The baseline's file with another question's lists for each question: `take_from_others`.
+
+    Raises UserError where none of the selected questions has another one.
+    """
+    provenance = baseline.provenance.with_fields(ranking=ranking)
+    if ranking == "other-context":
+        provenance = provenance.with_fields(ranking_seed=experiment.options.seed)
+    contexts = {question.id: question.context for question in experiment.questions}
+    questions = take_from_others(provenance, baseline.questions, contexts)
+    ids = [question.id for question in experiment.asked]
+    kept = [question_id for question_id in ids if question_id in baseline.questions]
+    alone = [question_id for question_id in kept if question_id not in questions]
+    where = "on the same context" if ranking == "other" else "on another context"
+    if len(alone) == len(kept):
+        raise UserError(f"--ranking {ranking}: no selected question has another kept one {where}: leave it out")
+    if alone:
+        say(f"{ranking}: {len(alone)} of {len(kept)} questions have no other kept one {where}: they are left out of it")
+    file = dataclasses.replace(baseline, questions=questions)
+    return dataclasses.replace(file, provenance=provenance.with_fields(**file.digest_used(ids)))
+
+
+def refuse_fewer_draws(experiment: Experiment, path: Path, ranked: Mapping[str, RankedLatents]) -> None:
+    """Raises UserError where a drawn ranking's file holds fewer lists than --draws asks for."""
+    wanted = experiment.options.draws
+    held = min(question.draws for question in ranked.values())
+    if held < wanted:
+        advice = advise_round_1(experiment, overwrite=True)
+        raise UserError(f"{path}: holds {held} of --draws {wanted}: give --draws {held}, or {advice}")
+
+
 def mask_provenance(experiment: Experiment, ranking: str, side: Side, stored: Provenance | None) -> Provenance:
     """The provenance of a round that masks one side of a file: what only that says is of it. stored: the file's."""
     provenance = experiment.provenance_of(ranking).with_fields(masked=side, ablation=experiment.options.ablation)
     known = stored.fields() if stored else {}
-    for name in ("ranking_seed", "hook_name", "d_sae"):
+    for name in ("ranking_seed", "effects", "hook_name", "d_sae"):
         if name in known:
             provenance = provenance.with_fields(**{name: known[name]})
     return provenance
@@ -234,29 +282,36 @@ def match_prompts(
 
 
 def find_asked(experiment: Experiment, ranked: dict[str, RankedFile]) -> list[Question]:
-    """The questions that are masked: those selected that the files have.
+    """The questions that are masked: those selected that any of the files has.
 
     Raises UserError where the files are not of the same unmasked answers: one draft, and one reference, stands for all.
     """
-    first, *others = ranked.values()
+    rankings = sorted(ranked, key=lambda ranking: ranking in OTHERS)  # these lack some of the questions
+    first = ranked[rankings[0]]
     for question in experiment.asked:
-        for other in others:
-            if same_answer(first.questions.get(question.id), other.questions.get(question.id)):
+        for ranking in rankings[1:]:
+            other = ranked[ranking]
+            is_left_out = ranking in OTHERS and question.id not in other.questions
+            if is_left_out or same_answer(first.questions.get(question.id), other.questions.get(question.id)):
                 continue
             command = write_command(experiment.options, overwrite=True, **(first.selection or {}))
             raise UserError(
                 f"{first.path} and {other.path} are of different unmasked answers (question {question.id}): give "
                 f"one --ranking at a time, or answer once for all of them: {command}"
             )
-    return [question for question in experiment.asked if question.id in first.questions]
+    ids: set[str] = set()
+    for file in ranked.values():
+        ids.update(file.questions)
+    return [question for question in experiment.asked if question.id in ids]
 
 
 def find_drafts(asked: list[Question], ranked: dict[str, RankedFile]) -> dict[str, list[int]]:
     """{id: the unmasked answer's tokens}, none where the file does not have them; the same for all rankings."""
-    first = next(iter(ranked.values()))
     drafts = {}
-    for question in asked:
-        drafts[question.id] = first.questions[question.id].tokens or []
+    for file in ranked.values():
+        for question in asked:
+            if question.id in file.questions:
+                drafts[question.id] = file.questions[question.id].tokens or []
     return drafts
 
 
@@ -267,7 +322,9 @@ def check_latents(ranked: dict[str, RankedFile], model: SplicedModel) -> None:
     for file in ranked.values():
         for question_id, question in file.questions.items():
             where = f"{file.path}: question {question_id}"
-            latents = question.latents(file.side)
+            latents = list(question.latents(file.side))
+            for draw in question.more_draws or []:
+                latents += draw.topk if file.side == "topk" else draw.bottomk
             latent = max(latents, default=0)
             if latent >= d_sae:
                 raise UserError(f"{where} names latent {latent}, but the SAE has {d_sae}")

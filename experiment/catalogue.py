@@ -8,10 +8,12 @@ import functools
 import importlib.util
 import re
 import runpy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from experiment import UserError, nearest
+from experiment.demo import DEMO, bundled
 
 INSTRUCTION_TUNED = re.compile(r"(?:^|[-_/.])(?:it|instruct|chat)(?:$|[-_/.])", re.IGNORECASE)  # in a model's name
 
@@ -191,3 +193,62 @@ def neuronpedia_page(release: str, sae_id: str, latent: int | str) -> str | None
         if sae["id"] == sae_id and sae.get("neuronpedia"):
             return f"https://www.neuronpedia.org/{sae['neuronpedia']}/{latent}"
     return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the command line
+
+
+def settle_names(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
+    """Model and SAE id where the release says them. Refuses names that do not belong together. Downloads nothing."""
+    if not given.keys() & {"model", "sae_release", "sae_id"}:
+        return {}
+    usual_release: str = defaults["sae_release"]
+    release: str = given.get("sae_release", usual_release)
+    in_table = release in sae_table()
+    if "sae_release" not in given and "model" in given and in_table:
+        _ask_for_release(given["model"], release)
+    usual_id: str = defaults["sae_id"] if release == usual_release else ""
+    sae_id: str = given.get("sae_id", usual_id)
+    is_folder = Path(bundled(release)).is_dir()
+    is_repository = not in_table and re.fullmatch(r"\w[\w.-]*/[\w.-]+", release)
+    if is_repository and not is_folder:
+        _refuse_repository_of_table(release)
+    if is_repository or is_folder:
+        return {"sae_id": sae_id}  # it may hold one SAE that has no id
+    its_model, sae_id = find_sae(release, sae_id)
+    demos_model: str = DEMO["model"]
+    usual_model = demos_model if "demo" in given else its_model
+    model: str = given.get("model", usual_model)
+    if model == demos_model or not same_model(model, its_model):
+        raise UserError(f"--sae-release {release}: belongs to {its_model}, not to {model}")
+    return {"model": model, "sae_id": sae_id}
+
+
+def _ask_for_release(model: str, release: str) -> None:
+    """Raises UserError for a model that is given alone and that the default SAE is not for: downloading that SAE would
+    only show that it does not fit."""
+    if not model:
+        return  # _check says so
+    if not Path(bundled(model)).is_dir():
+        official_name(model)  # a name that is mistyped is that first
+    found = releases_for(bundled(model))
+    if release in found:
+        return
+    advice = f"SAELens' table has {enumerate_briefly(found)}"
+    if model == DEMO["model"]:
+        advice = f"{DEMO['sae_release']} is for it"
+    elif not found:
+        advice = "SAELens' table has none for it: give a local SAE folder, or a repository on the Hub"
+    its_model = sae_table()[release]["model"]
+    raise UserError(f"--model {model}: give --sae-release too, for the default SAE is for {its_model}: {advice}")
+
+
+def _refuse_repository_of_table(repository: str) -> None:
+    """Raises UserError for a repository whose files SAELens reads by the names of releases in its table alone."""
+    releases = releases_of_repository(repository)
+    if releases:
+        raise UserError(
+            f"--sae-release {repository}: give the name that SAELens' table has for it: "
+            f"{enumerate_briefly(releases)} (--list-saes RELEASE prints the ids)"
+        )

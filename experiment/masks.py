@@ -4,6 +4,9 @@ from typing import Literal
 
 Side = Literal["topk", "bottomk"]
 SIDES: tuple[Side, Side] = ("topk", "bottomk")
+ROUND_NAMES: dict[Side, str] = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
+DRAWN = ("matched", "random")  # rankings whose lists are drawn, --draws times
+OTHERS = ("other", "other-context")  # rankings that are another question's: the baseline's lists of it
 
 
 def count_masked(k: str, active: int) -> int:

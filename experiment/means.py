@@ -9,13 +9,14 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from experiment import UserError, prompts
-from experiment.intervention import generate, plan, rankings
+from experiment.intervention import generate, plan, ranked_lists
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.generate import Group
 from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.plan import Sizes
 from experiment.intervention.pool import Limits
-from experiment.intervention.sequences import SequenceActivations
+from experiment.intervention.ranked_lists import RankedLists
+from experiment.intervention.sequences import SequenceActivations, Sequences
 from experiment.questions import Question
 from experiment.records import files
 from experiment.records.schema import KeptRecord, Means, RankedQuestion
@@ -128,7 +129,7 @@ def measure_lists(
             bracket = prompts.find_bracket(tokenizer, tokens)
             assert bracket is not None  # without one a question is not kept
             brackets.append(bracket)
-        sequences = rankings.Sequences(
+        sequences = Sequences(
             ids=[ranked[number].id for number in part],
             prompts=[reader.prompts[number] for number in part],
             generated=generated,
@@ -138,18 +139,24 @@ def measure_lists(
             read=reader.read(part),
             special_ids=prompts.find_special_ids(tokenizer),
         )
-        lists = rankings.add_removed(reader.model, sequences, [ranked[number].fields() for number in part], means)
-        if ranking == "matched":
-            scores = rankings.rank_by_mean_activation(reader.model, sequences, reader.experiment.options.seed)
-            of_baseline = rankings.cut_lists(scores, sequences)
-            baseline = rankings.add_removed(reader.model, sequences, of_baseline, means)
-            lists = rankings.add_targets(lists, baseline)
-        for number, fields in zip(part, lists):
-            measured[number] = RankedQuestion.model_validate(fields)
+        lists = []
+        for number in part:
+            lists.append(take_lists(ranked[number]))
+        lists = ranked_lists.measure_again(reader.model, ranking, sequences, lists, means)
+        for number, of_question in zip(part, lists):
+            measured[number] = ranked[number].with_fields(**of_question.fields())
 
     for batch in reader.plan():
         halve_on_oom(measure, batch)
     return [measured[number] for number in range(len(ranked))]
+
+
+def take_lists(question: RankedQuestion) -> RankedLists:
+    """A ranked question's lists of latents, those of further draws among them."""
+    draws = None
+    if question.more_draws is not None:
+        draws = [RankedLists(draw.topk, draw.bottomk) for draw in question.more_draws]
+    return RankedLists(question.topk, question.bottomk, more_draws=draws)
 
 
 def load(experiment: Experiment, means: list[float], model: SplicedModel) -> Float[Tensor, d_sae]:

@@ -11,12 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiment import UserError, catalogue, guard, own_rankings
+from experiment import UserError, catalogue, guard, own_rankings, say
 from experiment.demo import DEMO, ROOT, bundled
+from experiment.masks import DRAWN, OTHERS, SIDES, Side
 
 TOKEN_FILE = "token.txt"  # at the top of the project: used where it exists
 PAPER_DATASET = "rajpurkar/squad"
-RANKINGS = ("baseline", "gradsae", "gradsae-answer", "matched", "random")  # of intervention.rankings
+RANKINGS = (
+    *("baseline", "gradsae", "gradsae-answer", "attribution", "effect"),
+    *("matched", "random"),
+)  # of intervention.rankings
+CHOICES = (*RANKINGS, *OTHERS)  # of --ranking, besides one's own
+# Options that not every round has: what the rounds mask that have them.
+OF_MASKS: dict[str, tuple[Side | None, ...]] = {
+    "effects": (None,),
+    "k": SIDES,
+    "control": SIDES,
+    "keep_only": ("topk",),
+}
 FLOATS = ("float16", "bfloat16", "float32")
 
 
@@ -40,13 +52,13 @@ def latents_to_mask(text: str) -> str:
 
 
 def ranking(text: str) -> str:
-    """A name of RANKINGS, or FILE.py:FUNCTION."""
-    if text in RANKINGS:
+    """A name of CHOICES, or FILE.py:FUNCTION."""
+    if text in CHOICES:
         return text
     if own_rankings.is_own(text):
         own_rankings.check(text)
         return text
-    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (give {', '.join(RANKINGS)} or FILE.py:FUNCTION)")
+    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (give {', '.join(CHOICES)} or FILE.py:FUNCTION)")
 
 
 def option(default: object, help: str, **settings: Any) -> Any:
@@ -83,10 +95,16 @@ class Options:
         "zero", "mean: masked latents get their mean (give it in round 1 too)", choices=("zero", "mean")
     )
     ranking: tuple[str, ...] = option(
-        ("baseline",), f"what to rank latents by: {', '.join(RANKINGS)}, or FILE.py:FUNCTION", **NAMES
+        ("baseline",), f"what to rank latents by: {', '.join(CHOICES)}, or FILE.py:FUNCTION", **NAMES
     )
+    draws: int = option(1, "how often what is drawn is drawn for each question: matched, random, directions", **NUMBER)
+    effects: int = option(256, "of --ranking effect: latents masked one by one, at most, per question", **NUMBER)
     activations: Path | None = option(None, "round 1's file (default: activations_RANKING.json)", type=Path)
     k: tuple[str, ...] = option(("50%",), "latents to mask: numbers, or percentages of the active ones; 0: none", **KS)
+    control: str = option(
+        "none", "direction: each mask again, as large, in a random direction", choices=("none", "direction")
+    )
+    keep_only: bool = option(False, "mask everything but TopK, and for comparison everything")
     # Never None once parse() is done.
     output_dir: Path = option(None, "for all files (default: runs/demo, or runs/MODEL/RELEASE/ID)", type=Path)
     device: str = option("cuda", "torch device")
@@ -109,11 +127,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def parse(argv: list[str] | None, doc: str | None, masks: bool) -> Options:
+def parse(argv: list[str] | None, doc: str | None, masks: Side | None) -> Options:
     """The Options of a round. Raises UserError for what cannot be meant.
 
-    argv: its arguments; None: the command line's.  doc: the script's docstring, which --help shows.  masks: whether the
-    round masks latents, as 2 and 3 do: only these have --k.
+    argv: its arguments; None: the command line's.  doc: the script's docstring, which --help shows.  masks: what the
+    round masks, as 2 and 3 do; None: it is round 1, which lacks OF_MASKS.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -130,34 +148,48 @@ def parse(argv: list[str] | None, doc: str | None, masks: bool) -> Options:
         _check_text(name, given[name])  # these stand in the files of a round
     if "batch_tokens" in given:
         defaults["pool_tokens"] = None  # the demo's goes with its own batches
-    chosen = defaults | given | _settle_names(given, defaults)
+    chosen = defaults | given | catalogue.settle_names(given, defaults)
     for name in ("ranking", "k"):
         each_once = dict.fromkeys(chosen[name])
         chosen[name] = tuple(each_once)
     options = Options(**chosen)
     _check(options)
+    _check_masks(options, masks)
     if options.output_dir is None:
         folder = _name_output_dir(options)
         options = dataclasses.replace(options, output_dir=folder)
     return options
 
 
-def stop_at_mistakes(doc: str | None, masks: bool) -> None:
+def stop_at_mistakes(doc: str | None, masks: Side | None) -> None:
     """Ends the process where the command line asks for help or a list, or holds a mistake. Parameters as in parse()."""
     code = guard(lambda: parse(None, doc, masks))
     if code:
         sys.exit(code)
 
 
+def leave_out_others(options: Options) -> Options:
+    """The options without the rankings that round 1 has nothing to do for; says so."""
+    ranking = tuple(name for name in options.ranking if name not in OTHERS)
+    if ranking != options.ranking:
+        others = [name for name in options.ranking if name in OTHERS]
+        say(f"--ranking {' '.join(others)}: masks by the baseline's lists, in rounds 2 and 3: nothing to rank here.")
+    return dataclasses.replace(options, ranking=ranking)
+
+
 def write_command(options: Options, **changed: Any) -> str:
     """The command of round 1 with these options, to be pasted into a shell; `changed` take their place."""
     options = dataclasses.replace(options, **changed)
+    ranked = ["baseline" if name in OTHERS else name for name in options.ranking]
+    options = dataclasses.replace(options, ranking=tuple(dict.fromkeys(ranked)))
+    if not _draws_lists(options):
+        options = dataclasses.replace(options, draws=1)
     defaults = _find_defaults(options.demo)
     defaults |= {"token_file": ROOT / TOKEN_FILE, "output_dir": _name_output_dir(options)}
     words = ["python", "baseline.py"]
     for name, default in defaults.items():
         value = getattr(options, name)
-        if name == "k" or value in (None, default):
+        if None not in OF_MASKS.get(name, (None,)) or value in (None, default):
             continue
         words.append(_write_flag(name))
         if isinstance(value, tuple):
@@ -173,13 +205,13 @@ def _find_defaults(demo: bool) -> dict[str, Any]:
     return defaults | DEMO if demo else defaults
 
 
-def _build_parser(doc: str | None, masks: bool, defaults: Mapping[str, Any]) -> _Parser:
-    """The parser of all options; of --k only for a round that masks."""
+def _build_parser(doc: str | None, masks: Side | None, defaults: Mapping[str, Any]) -> _Parser:
+    """The parser of a round's options. masks: as of `parse`."""
     raw = argparse.RawDescriptionHelpFormatter
     # SUPPRESS: an option that is not given is absent, so that a release can say its model.
     parser = _Parser(description=doc, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Options):
-        if field.name == "k" and not masks:
+        if field.name in OF_MASKS and masks not in OF_MASKS[field.name]:
             continue
         default = defaults[field.name]
         settings = dict(field.metadata)
@@ -229,9 +261,28 @@ def _check(options: Options) -> None:
         raise UserError(f"--token-file {options.token_file}: there is no such file")
 
 
+def _check_masks(options: Options, masks: Side | None) -> None:
+    """Raises UserError for what cannot be masked, or drawn. masks: as of `parse`."""
+    if masks is None and set(options.ranking) <= set(OTHERS):
+        names = " ".join(options.ranking)
+        raise UserError(f"--ranking {names}: masks by the baseline's lists, in rounds 2 and 3: give baseline here")
+    if options.keep_only and "0" in options.k:
+        raise UserError("--keep-only: K = 0 keeps nothing, which is run for comparison as it is: leave it out of --k")
+    if options.keep_only and options.control != "none":
+        raise UserError(f"--keep-only: has no control: leave --control {options.control} out")
+    if options.draws > 1 and options.control == "none" and not _draws_lists(options):
+        drawn = " or ".join(DRAWN) if masks is None else f"{', '.join(DRAWN)} or --control direction"
+        raise UserError(f"--draws {options.draws}: nothing is drawn here: give {drawn} too, or leave it out")
+
+
+def _draws_lists(options: Options) -> bool:
+    """Whether any ranking's lists are drawn."""
+    return any(name in DRAWN for name in options.ranking)
+
+
 def _check_names_of_rankings(given: tuple[str, ...]) -> None:
     """Raises UserError for a ranking of one's own that is named as another one is: their files would be the same."""
-    taken = {name.lower(): name for name in RANKINGS}  # no file system has to tell capitals
+    taken = {name.lower(): name for name in CHOICES}  # no file system has to tell capitals
     for one in given:
         if not own_rankings.is_own(one):
             continue
@@ -251,61 +302,6 @@ def _check_text(name: str, text: str) -> None:
             f"{_write_flag(name)} {shown}: holds bytes that are no characters in this locale: use another name, "
             "or a UTF-8 locale"
         ) from None
-
-
-def _settle_names(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
-    """Model and SAE id where the release says them. Refuses names that do not belong together. Downloads nothing."""
-    if not given.keys() & {"model", "sae_release", "sae_id"}:
-        return {}
-    usual_release: str = defaults["sae_release"]
-    release: str = given.get("sae_release", usual_release)
-    in_table = release in catalogue.sae_table()
-    if "sae_release" not in given and "model" in given and in_table:
-        _ask_for_release(given["model"], release)
-    usual_id: str = defaults["sae_id"] if release == usual_release else ""
-    sae_id: str = given.get("sae_id", usual_id)
-    is_folder = Path(bundled(release)).is_dir()
-    is_repository = not in_table and re.fullmatch(r"\w[\w.-]*/[\w.-]+", release)
-    if is_repository and not is_folder:
-        _refuse_repository_of_table(release)
-    if is_repository or is_folder:
-        return {"sae_id": sae_id}  # it may hold one SAE that has no id
-    its_model, sae_id = catalogue.find_sae(release, sae_id)
-    demos_model: str = DEMO["model"]
-    usual_model = demos_model if "demo" in given else its_model
-    model: str = given.get("model", usual_model)
-    if model == demos_model or not catalogue.same_model(model, its_model):
-        raise UserError(f"--sae-release {release}: belongs to {its_model}, not to {model}")
-    return {"model": model, "sae_id": sae_id}
-
-
-def _ask_for_release(model: str, release: str) -> None:
-    """Raises UserError for a model that is given alone and that the default SAE is not for: downloading that SAE would
-    only show that it does not fit."""
-    if not model:
-        return  # _check says so
-    if not Path(bundled(model)).is_dir():
-        catalogue.official_name(model)  # a name that is mistyped is that first
-    found = catalogue.releases_for(bundled(model))
-    if release in found:
-        return
-    advice = f"SAELens' table has {catalogue.enumerate_briefly(found)}"
-    if model == DEMO["model"]:
-        advice = f"{DEMO['sae_release']} is for it"
-    elif not found:
-        advice = "SAELens' table has none for it: give a local SAE folder, or a repository on the Hub"
-    its_model = catalogue.sae_table()[release]["model"]
-    raise UserError(f"--model {model}: give --sae-release too, for the default SAE is for {its_model}: {advice}")
-
-
-def _refuse_repository_of_table(repository: str) -> None:
-    """Raises UserError for a repository whose files SAELens reads by the names of releases in its table alone."""
-    releases = catalogue.releases_of_repository(repository)
-    if releases:
-        raise UserError(
-            f"--sae-release {repository}: give the name that SAELens' table has for it: "
-            f"{catalogue.enumerate_briefly(releases)} (--list-saes RELEASE prints the ids)"
-        )
 
 
 def _name_output_dir(options: Options) -> Path:

@@ -287,3 +287,9 @@ def select(
         return questions[:limit]
     drawn = random.Random(seed).sample(range(len(questions)), sample)
     return [questions[number] for number in sorted(drawn)]
+
+
+def hash_population(asked: Iterable[Question]) -> str:
+    """A short hash of the questions that a figure is a mean over."""
+    ids = "\n".join(question.id for question in asked)
+    return hashlib.sha256(ids.encode()).hexdigest()[:16]

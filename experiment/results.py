@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
+import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TypedDict
 
 from experiment import catalogue, say
-from experiment.masks import Side
 from experiment.options import Options
-from experiment.questions import Question
-from experiment.records import files, lists
-from experiment.records.entries import CommonLatent, Entry, Figures, LatentStatistics, MaskedEntry, UnmaskedEntry
+from experiment.questions import Question, hash_population
+from experiment.records import files
+from experiment.records.entries import CommonLatent, Entry, Figures, LatentStatistics, UnmaskedEntry
 from experiment.records.journal import Journal
-from experiment.records.lists import RankedFile
-from experiment.records.schema import SCORES, KeptRecord, Provenance, RankedLatents, RankedQuestion, Record
-from experiment.report import cells, estimates, folders, outputs, tables
+from experiment.records.schema import KeptRecord, Record
+from experiment.report import cells, estimates, folders, outputs, sentences, tables
 from experiment.rounds import Experiment
-from experiment.scores import score_answer
 
-ROUND_NAMES: dict[Side, str] = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
+WIDTH = 100  # of what is printed
+OF_ANSWER = ("gradsae-answer", "attribution", "effect")  # rankings that need the answer's tokens inside the brackets
 
 
 def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence[Entry]) -> None:
-    """Puts fresh entries in the place of those of the same round, ranking and K, and writes and prints the table.
+    """Puts fresh entries in the place of those of the same mask, and writes and prints what was found and the table.
 
     Entries that are no longer of what lies in the folder are left out, with a line.
     """
@@ -38,19 +35,17 @@ def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence
     files.write_results(path / "results.json", folder.entries)
     outputs.write_report(path, [folder], folder.entries)
     table = tables.build_table(folder.entries)
+    finding = sentences.tell_finding(folder.entries)
+    if finding:
+        print(f"\n{textwrap.fill(finding, WIDTH)}")
     print(f"\n{cells.to_text(table)}", flush=True)
 
 
 def name_entry(entry: Entry) -> tuple[str | None, ...]:
     """What tells the entries of one folder apart."""
-    provenance = entry.provenance
-    return entry.round, provenance.ranking, entry.k, provenance.ablation
-
-
-def hash_population(asked: Iterable[Question]) -> str:
-    """A short hash of the questions that a figure is a mean over."""
-    ids = "\n".join(question.id for question in asked)
-    return hashlib.sha256(ids.encode()).hexdigest()[:16]
+    made = entry.provenance
+    keeps = "keep" if made.keep_only else None
+    return entry.round, made.ranking, entry.k, made.ablation, made.control, keeps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,16 +90,33 @@ def finish_round_1(experiment: Experiment, earlier: list[Entry], journals: dict[
         by_name[name] = journal
         kept[name] = find_kept(experiment, journal)
     fresh = []
-    sentences = []
+    told = []
     for ranking, journal in by_name.items():
         statistics = measure_latents(experiment.options, ranking, kept)
         entry = make_unmasked_entry(experiment, journal, kept[ranking], keep_f1, statistics)
         fresh.append(entry)
-        sentences.append(f"{ranking}: {cells.tell_statistics(statistics, ranking)}")
+        told.append(f"{ranking}: {cells.tell_statistics(statistics, ranking)}")
     report_results(experiment, earlier, fresh)
-    sentences.append(f"{tell_round_1(experiment, fresh[0])} All files: {experiment.options.output_dir}")
-    for sentence in sentences:
+    told.append(f"{tell_round_1(experiment, fresh[0])} All files: {experiment.options.output_dir}")
+    say_unanswered(kept)
+    for sentence in told:
         print(f"\n{sentence}")
+
+
+def say_unanswered(kept: dict[str, dict[Question, KeptRecord]]) -> None:
+    """Says which kept questions have no answer inside the brackets, where a ranking needs it. kept: by ranking."""
+    rankings = [ranking for ranking in kept if ranking in OF_ANSWER]
+    if not rankings:
+        return
+    records = kept[rankings[0]].values()
+    unanswered = [record.id for record in records if not record.inside]
+    if unanswered:
+        named = ", ".join(unanswered[:5])
+        more = ", ..." if len(unanswered) > 5 else ""
+        say(
+            f"{', '.join(rankings)}: {len(unanswered)} of {len(records)} kept questions have no answer inside the "
+            f"brackets: no latent is in their lists ({named}{more})"
+        )
 
 
 def tell_round_1(experiment: Experiment, entry: UnmaskedEntry) -> str:
@@ -172,128 +184,3 @@ def measure_latents(options: Options, ranking: str, kept: dict[str, dict[Questio
         page = catalogue.neuronpedia_page(options.sae_release, options.sae_id, latent.latent)
         latents.append(latent.with_fields(neuronpedia=page))
     return statistics.with_fields(most_frequent_topk=latents, overlap=overlap)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rounds 2 and 3: what masking did
-
-
-def name_journal(provenance: Provenance, side: Side, k: str) -> str:
-    """What a masked round's journal is called: what is not the default is in its name."""
-    assert provenance.ranking is not None  # a masked round is of one
-    names = []
-    if provenance.ranking != "baseline":
-        names.append(provenance.ranking)
-    names.append(ROUND_NAMES[side])
-    if provenance.ablation != "zero":
-        names.append(provenance.ablation)
-    if k != "50%":
-        names.append(f"k{k.replace('%', 'pct')}")
-    return "_".join(names)
-
-
-def make_masked_entry(
-    file: RankedFile, k: str, journal: Journal, asked: list[Question], left_out: list[str]
-) -> MaskedEntry:
-    """The entry of one ranking and K: means, and drops from the unmasked answers to the same questions.
-
-    left_out: ids of selected questions that do not fit the model's context.
-    """
-    records = journal.finish(question.id for question in asked)
-    ranked = [file.questions[question.id] for question in asked]
-    contexts = [question.context for question in asked]
-    after = estimates.collect_columns(records, ranked)
-    if file.selection:
-        unmasked = []
-        for one, question in zip(ranked, asked):
-            assert isinstance(one, RankedQuestion)  # the authors' file has no selection
-            unmasked.append(complete_scores(one, question))
-        before = estimates.collect_columns(unmasked, ranked)
-        figures, clean, drop = estimates.compare(before, after, contexts)
-    else:
-        figures = estimates.summarize(after, contexts)
-        clean = None
-        drop = None
-    masks = measure_masks(file.side, k, ranked)
-    if masks["fewer_than_k"]:
-        say(tell_fewer(file, k, ranked))
-    return MaskedEntry(
-        **figures.fields(),
-        clean=clean,
-        drop=drop,
-        round=ROUND_NAMES[file.side],
-        masked=file.side,
-        k=k,
-        run=journal.provenance,
-        journal=journal.path.name,
-        latents=file.name,
-        **masks,
-        missing=file.missing,
-        left_out=[question_id for question_id in left_out if question_id in file.questions],
-        population=hash_population(asked),
-    )
-
-
-def complete_scores(ranked: RankedQuestion, question: Question) -> RankedQuestion:
-    """A ranked question with all scores of its unmasked answer: what older files lack is scored again."""
-    if all(getattr(ranked, metric) is not None for metric in SCORES):
-        return ranked
-    return ranked.with_fields(**score_answer(ranked.answer, ranked.answer, question.truths) | ranked.fields())
-
-
-class Masks(TypedDict):
-    """Fields of a MaskedEntry that say what was masked; None for what is not known."""
-
-    mean_k: float
-    fewer_than_k: int
-    removed: float | None
-    missed_target: int | None
-
-
-def measure_masks(side: Side, k: str, ranked: list[RankedLatents]) -> Masks:
-    """What was masked at K."""
-    counts = []
-    removed: list[float] = []  # of the questions for which it is known
-    fewer = 0
-    missed = 0
-    for question in ranked:
-        latents, is_enough = lists.find_latents_to_mask(question, side, k)
-        counts.append(len(latents))
-        share = lists.find_removed(question, side, len(latents))
-        if share is not None:
-            removed.append(share)
-        fewer += not is_enough
-        missed += lists.misses_target(question, side, k)
-    return {
-        "mean_k": sum(counts) / len(counts),
-        "fewer_than_k": fewer,
-        "removed": 100 * sum(removed) / len(removed) if len(removed) == len(ranked) else None,
-        "missed_target": missed if is_matched(ranked, side) else None,
-    }
-
-
-def is_matched(ranked: list[RankedLatents], side: Side) -> bool:
-    """Whether a ranking's lists are matched to what the baseline's remove."""
-    return any(question.target(side) is not None for question in ranked)
-
-
-def tell_fewer(file: RankedFile, k: str, ranked: list[RankedLatents]) -> str:
-    """Says of which ranking a file holds too little for K, and how much it holds: that is not K latents."""
-    lengths = []
-    for question in ranked:
-        latents, is_enough = lists.find_latents_to_mask(question, file.side, k)
-        if not is_enough:
-            lengths.append(len(latents))
-    ranking = file.provenance.ranking
-    mask = estimates.MASKS[file.side]
-    name = file.path.name
-    fewer = len(lengths)
-    some = f"{fewer} of {len(ranked)} questions"
-    if is_matched(ranked, file.side):
-        held = f"for {some} the latents that {name} holds remove less than the baseline's: these are masked."
-    else:
-        shortest = min(lengths)
-        longest = max(lengths)
-        count = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
-        held = f"{name} holds fewer latents for {some} ({count}): these are masked, not K."
-    return f"{ranking}'s {mask}, K = {k}: {held}"

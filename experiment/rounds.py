@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,6 +20,7 @@ from experiment.intervention import plan
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.memory import memory_errors
 from experiment.intervention.plan import Sizes
+from experiment.masks import DRAWN
 from experiment.options import Options
 from experiment.prompts import build_prompt, tokenize
 from experiment.questions import Question
@@ -72,8 +73,17 @@ class Experiment:
         is_own = own_rankings.is_own(ranking)
         if is_own:
             provenance = provenance.with_fields(ranking_digest=own_rankings.digest(ranking))
-        if is_own or ranking in ("random", "matched"):  # one's own is handed the seed
+        if is_own or ranking in DRAWN:  # one's own is handed the seed
             provenance = provenance.with_fields(ranking_seed=self.options.seed)
+        return provenance
+
+    def round_1_of(self, ranking: str) -> Provenance:
+        """The provenance of round 1's journal and file of a ranking, which holds as many lists as are asked for."""
+        provenance = self.provenance_of(ranking)
+        if ranking in DRAWN and self.options.draws > 1:
+            provenance = provenance.with_fields(draws=self.options.draws)
+        if ranking == "effect":
+            provenance = provenance.with_fields(effects=self.options.effects)
         return provenance
 
     def select_as(self, stored: Provenance) -> list[Question]:
@@ -105,19 +115,29 @@ class Experiment:
         usual = self.options.output_dir / f"activations_{own_rankings.name_of(ranking)}.json"
         return self.options.activations or usual
 
-    def journal(self, name: str, provenance: Provenance, describe: Describe | None = None) -> Journal:
-        """The journal of this name; of more questions than an earlier one of the same name, it goes on."""
+    def journal(
+        self,
+        name: str,
+        provenance: Provenance,
+        describe: Describe | None = None,
+        only: Collection[str] | None = None,
+    ) -> Journal:
+        """The journal of this file name; of more questions than an earlier one of the same name, it goes on.
+
+        only: as of a Journal.
+        """
         return Journal(
-            self.options.output_dir / f"predictions_{name}.jsonl",
+            self.options.output_dir / name,
             provenance,
             self.state.process_index,
             self.options.overwrite,
             lambda stored: self.adopt_selection(provenance, stored, describe),
+            only,
         )
 
     def is_begun(self, ranking: str) -> bool:
         """Whether round 1's journal is of this run: what is there of another one, an interrupted --overwrite left."""
-        provenance = self.provenance_of(ranking)
+        provenance = self.round_1_of(ranking)
         stored = read_provenance(self.options.output_dir / f"predictions_{provenance.ranking}.jsonl")
         if stored is None:
             return False
@@ -284,7 +304,7 @@ def _make_work(asked: list[Question], batches: list[list[int]], journals: Mappin
 
 
 def _lacks_any(journal: Journal, questions: list[Question]) -> bool:
-    return any(question.id not in journal for question in questions)
+    return any(journal.lacks(question.id) for question in questions)
 
 
 class Bar:

@@ -60,7 +60,8 @@ from experiment import guard, questions  # noqa: E402
 from experiment import options as command_line  # noqa: E402
 from experiment.demo import bundled  # noqa: E402
 from experiment.hub import prepare_libraries  # noqa: E402
-from experiment.intervention import generate  # noqa: E402
+from experiment.intervention import generate, steps  # noqa: E402
+from experiment.intervention.ablations import Ablation  # noqa: E402
 from experiment.intervention.generate import Group  # noqa: E402
 from experiment.intervention.pool import Limits  # noqa: E402
 
@@ -78,7 +79,7 @@ def hub():
     return FakeHub
 
 
-def options(*arguments, masks=False):
+def options(*arguments, masks=None):
     """The options of a demo round, as the command line would give them."""
     return command_line.parse(["--demo", *map(str, arguments)], "", masks)
 
@@ -138,6 +139,23 @@ def answer(model, prompts, contexts, longest, opening=(), pool_tokens=10**9):
 
 
 def answer_masked(model, prompts, contexts, drafts, masks, longest, means=None, pool_tokens=10**9):
-    """[mask][Answer] of one batch. masks: [mask][question], lists of latents."""
+    """[mask][Answer] of one batch. masks: of each a list of latents per question, or an Ablation."""
+    masks = [mask if isinstance(mask, Ablation) else Ablation(mask) for mask in masks]
     group = Group(prompts, list(contexts), [list(range(len(prompts)))], drafts, masks)
     return generate.answer_masked(model, group, Limits(longest, pool_tokens), means)
+
+
+@pytest.fixture(params=[False, True], ids=["run", "replayed"])
+def replayed(request, monkeypatch):
+    """Whether steps are what a CUDA device records and replays; here each is computed anew."""
+    if not request.param:
+        return False
+    start = steps.Steps.__init__
+
+    def start_recordable(self, model, *arguments):
+        monkeypatch.setattr(model, "can_record", True)
+        start(self, model, *arguments)
+
+    monkeypatch.setattr(steps.Steps, "__init__", start_recordable)
+    monkeypatch.setattr(steps, "record", lambda step: step)
+    return True

@@ -20,7 +20,9 @@ from sae_lens.saes.sae import SAEMetadata
 
 import common
 from experiment import UserError
-from experiment.intervention import forward, modules, rankings, splice
+from experiment.intervention import forward, generate, modules, ranked_lists, rankings, splice
+from experiment.intervention.ablations import Ablation
+from experiment.intervention.sequences import Sequences
 from experiment.report import figure
 
 TOKENS = 8
@@ -133,6 +135,12 @@ def make_sae(sae_class, sae_config, more, d_in, hook_name):
             if parameter.dim() == 1:
                 parameter.copy_(0.05 * torch.rand(len(parameter)))
     return sae
+
+
+@pytest.fixture(autouse=True)
+def share_whatever_is_alike(monkeypatch):
+    """Batches are small here: no pass is too much for what it shares."""
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -280,7 +288,7 @@ def test_places(name, tmp_path):
             (error_term, *mask) for error_term in ("drop", "keep") for mask in (([], None), (half, None), (half, means))
         ]:
             model = forward.SplicedModel(bridge, splice.Splice(sae, error_term))
-            mask = model.splice.mask([masked] * 2, set_to)
+            mask = model.splice.mask(Ablation([masked] * 2), set_to)
             handle = splice_by_hand(layers[1], place, name.startswith("gemma"), sae, masked, error_term, set_to)
             with torch.no_grad(), model.ready():
                 expected = plain(ids).logits
@@ -416,7 +424,8 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
     found, _ = conftest.answer(model, prompts, windowed.contexts, STEPS)
     assert [answer.tokens for answer in found] == drafts
     shares = windowed.window == 512
-    assert [kind for kind, _ in seen[:3]] == (["whole", "whole", "step"] if shares else ["whole", "step", "step"])
+    wide = 3 if shares else 1  # over what all prompts begin with, what those of a context do, and the rests
+    assert [kind for kind, _ in seen[: wide + 1]] == ["whole"] * wide + ["step"]
 
     for guess in (drafts[0][:2], drafts[1][:4], [7, *drafts[2][:1]]):  # what answers begin with: right for some
         found, read = conftest.answer(model, prompts, windowed.contexts, STEPS, guess)
@@ -440,9 +449,10 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
         if boundary is None:
             assert not kinds["below"] and not kinds["above"] and seen[0] == ("whole", (len(prompts), width))
         elif shares:
-            (_, prefix), (_, rest), *_ = seen
-            assert [kind for kind, _ in seen[:3]] == ["below", "below", "above"] and kinds["below"] == 2
-            assert prefix[0] == 2 and prefix[1] > 10 and rest == (len(prompts), rest[1]) and rest[1] < 0.6 * width
+            (_, of_all), (_, of_contexts), (_, rest), *_ = seen
+            assert [kind for kind, _ in seen[:4]] == [*["below"] * 3, "above"] and kinds["below"] == 3
+            assert (of_all[0], of_contexts[0], rest[0]) == (1, 2, len(prompts))
+            assert of_all[1] > 10 and of_contexts[1] > 1 and rest[1] < 0.6 * width
         else:
             assert seen[0] == ("below", (len(prompts), width)) and kinds["below"] == 1
         assert kinds["above"] == (len(masks) if boundary else 0)
@@ -555,7 +565,7 @@ def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
 
     count, generated = len(prompts), [answer.tokens for answer in found]
     ids = [str(row) for row in range(count)]
-    sequences = rankings.Sequences(ids, prompts, generated, [3] * count, [[]] * count, range(count), read, [])
+    sequences = Sequences(ids, prompts, generated, [3] * count, [[]] * count, range(count), read, [])
     for row, means, gradients in zip(
         range(count),
         rankings.rank_by_mean_activation(model, sequences, 0),
@@ -568,7 +578,7 @@ def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
         scores, _ = oracle.gradient_scores(windowed.bridge, sae, ids, generated[row][3])
         torch.testing.assert_close(gradients, scores, rtol=1e-3, atol=1e-3 * float(scores.max()))
     # What a latent writes depends on what the position was before it was normalised: it is not told.
-    (lists, *_) = rankings.rank(model, "baseline", sequences, 0)
-    assert lists.keys() == {"topk", "bottomk"}
+    (lists, *_) = ranked_lists.rank(model, "baseline", sequences, 0)
+    assert lists.fields().keys() == {"topk", "bottomk"}
     with pytest.raises(UserError, match=r"--ranking matched: .*layer_norm"):
-        rankings.refuse_unmeasurable("matched", model.splice)
+        ranked_lists.refuse_unmeasurable("matched", model.splice)

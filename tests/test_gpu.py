@@ -1,6 +1,8 @@
 """The default path on a CUDA device: `python -m pytest tests/test_gpu.py -s`. Without one, a tiny shape on the CPU."""
 
 import dataclasses
+import itertools
+import random
 import sys
 
 import pytest
@@ -9,7 +11,9 @@ from conftest import ROOT, options, read_journal
 from test_rounds import run_rounds
 
 from experiment.hub import prepare_libraries
-from experiment.intervention import plan
+from experiment.intervention import generate, plan, rankings, steps
+from experiment.intervention.ablations import Ablation
+from experiment.intervention.generate import Group
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -26,6 +30,40 @@ def test_demo_rounds_in_float16_on_cuda(tmp_path, monkeypatch, capsys):
     kept = sum("active" in record for record in found["baseline"].values())
     assert kept >= 0.8 * len(found["baseline"])
     assert len(found["false"]) == len(found["true"]) == kept
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_steps_are_recorded(dtype, monkeypatch, capsys):
+    """What is replayed says what is run step by step, masked and not, and reads the same."""
+    chosen = options("--device", "cuda", "--dtype", dtype, "--limit", "120")
+    prepare_libraries(chosen)
+    work = workloads.load_demo(chosen)
+    assert work.model.can_record
+    recorded = []
+    record = steps.record
+    monkeypatch.setattr(steps, "record", lambda step: recorded.append(record(step)) or recorded[-1])
+    whole = [range(len(work.prompts))]
+    rng = random.Random(1)
+    lists = [sorted(rng.sample(range(512), 200)) for _ in work.prompts]
+    seeds = [str(number) for number in whole[0]]
+    masks = [Ablation(lists), Ablation(lists, directions=seeds), Ablation(lists, keep_only=True)]
+    group = Group(work.prompts, work.contexts, whole, [[5, 5]] * len(work.prompts), masks)
+    found = [generate.answer_masked(work.model, group, work.limits), *generate.answer(work.model, group, work.limits)]
+    assert len(recorded) >= 4 and "cannot be recorded" not in capsys.readouterr().err
+    work.model.can_record = False
+    expected = [
+        generate.answer_masked(work.model, group, work.limits),
+        *generate.answer(work.model, group, work.limits),
+    ]
+    pairs = list(zip(itertools.chain(*found[0], found[1]), itertools.chain(*expected[0], expected[1]), strict=True))
+    same = sum(one.tokens == other.tokens for one, other in pairs)
+    assert same == len(pairs) if dtype == "float32" else same >= 0.97 * len(pairs)
+    if dtype == "float32":
+        for one, other in pairs:
+            assert one.log_probs == pytest.approx(other.log_probs, abs=1e-3)
+        means = [rankings.mean(work.model, read) for read in (found[2], expected[2])]
+        torch.testing.assert_close(*means, rtol=1e-3, atol=1e-4)
 
 
 @needs_two

@@ -129,7 +129,7 @@ def test_the_demo_needs_no_token(refused, tmp_path, monkeypatch):
     prepare_libraries(options(*demo))
     assert not os.environ["HF_TOKEN"]
     with pytest.raises(UserError, match="token.txt: holds no Hugging Face token"):
-        prepare_libraries(command_line.parse([*map(str, demo), *other], "", masks=False))
+        prepare_libraries(command_line.parse([*map(str, demo), *other], "", masks=None))
     (tmp_path / "token.txt").write_text("hf_abcdefghijkl")
     prepare_libraries(options(*demo))
     assert os.environ["HF_TOKEN"] == "hf_abcdefghijkl"
@@ -265,13 +265,13 @@ def test_an_old_sae_configuration(tmp_path):
 def test_the_default_saes_configuration(hub):
     """Known without a download, as that of every SAE of Gemma Scope: what does not fit costs nothing."""
     asked = len(hub.tokens)
-    config = saes.read_config(command_line.parse([], "", masks=False))
+    config = saes.read_config(command_line.parse([], "", masks=None))
     assert (config.d_in, config.d_sae, config.architecture()) == (3584, 131072, "jumprelu")
     metadata = config.metadata
     assert (metadata.hook_name, metadata.model_name) == ("blocks.9.hook_resid_post", "gemma-2-9b-it")
     chosen = ["--sae-release", "gemma-scope-2b-pt-res", "--sae-id", "embedding/width_4k/average_l0_6"]
     with pytest.raises(UserError, match="is for hook_embed, but only a layer's"):
-        saes.read_config(command_line.parse(chosen, "", masks=False))
+        saes.read_config(command_line.parse(chosen, "", masks=None))
     assert len(hub.tokens) == asked
 
 
@@ -293,7 +293,7 @@ def test_a_release_of_centred_weights(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     old = {"dtype": "float32", "hook_point": sae_id, "d_in": 768, "d_sae": 24576, "model_name": "gpt2-small"}
     (folder / "cfg.json").write_text(json.dumps(old))
-    chosen = command_line.parse(["--sae-release", release, "--sae-id", sae_id], "", masks=False)
+    chosen = command_line.parse(["--sae-release", release, "--sae-id", sae_id], "", masks=None)
     with pytest.raises(
         UserError, match=f"{release} {sae_id}: was trained on a model whose writing weights were centred"
     ):

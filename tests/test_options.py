@@ -12,6 +12,7 @@ from conftest import ROOT
 
 from experiment import UserError, catalogue, options
 from experiment.demo import bundled
+from experiment.intervention.ranked_lists import EFFECT
 from experiment.intervention.rankings import RANKINGS
 from experiment.options import Options
 
@@ -31,8 +32,12 @@ DEFAULTS = {
     "error_term": "drop",
     "ablation": "zero",
     "ranking": ("baseline",),
+    "draws": 1,
+    "effects": 256,
     "activations": None,
     "k": ("50%",),
+    "control": "none",
+    "keep_only": False,
     "output_dir": Path("runs/gemma-2-9b-it/gemma-scope-9b-it-res-canonical/layer_9_width_131k_canonical"),
     "device": "cuda",
     "device_map": None,
@@ -60,11 +65,11 @@ DEMO = {
 }
 
 
-def parse(*arguments, masks=True):
+def parse(*arguments, masks="topk"):
     return options.parse([*map(str, arguments)], "", masks)
 
 
-def show_help(capsys, monkeypatch, *arguments, masks=True):
+def show_help(capsys, monkeypatch, *arguments, masks="topk"):
     """What --help prints."""
     monkeypatch.setenv("COLUMNS", "1000")  # nothing wraps
     with pytest.raises(SystemExit) as end:
@@ -86,7 +91,7 @@ def no_token(tmp_path, monkeypatch):
 def test_defaults(no_token):
     assert dataclasses.asdict(parse()) == DEFAULTS
     assert dataclasses.asdict(parse("--demo")) == DEFAULTS | DEMO
-    assert dataclasses.asdict(parse("--demo", masks=False)) == DEFAULTS | DEMO
+    assert dataclasses.asdict(parse("--demo", masks=None)) == DEFAULTS | DEMO
 
 
 def test_default_options_resolve():
@@ -113,16 +118,21 @@ def test_what_is_given_counts(demo, tmp_path):
 
 def test_the_command_line_is_read_where_nothing_is_given(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["baseline.py", "--demo", "--limit", "4"])
-    chosen = options.parse(None, "", masks=False)
+    chosen = options.parse(None, "", masks=None)
     assert (chosen.demo, chosen.model, chosen.limit) == (True, "demo/model", 4)
 
 
-@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("masks", [None, "topk", "bottomk"])
 def test_help_shows_every_option_and_its_default(masks, capsys, monkeypatch):
     shown = show_help(capsys, monkeypatch, masks=masks)
     assert "What the script says of itself." in shown
     lines = {entry.split()[0]: entry for entry in re.split(r"\n  (?=--)", shown)[1:]}
-    fields = {field.name: field for field in dataclasses.fields(Options) if field.name != "k" or masks}
+    left_out = {
+        None: ("k", "control", "keep_only"),
+        "topk": ("effects",),
+        "bottomk": ("effects", "keep_only"),
+    }
+    fields = {field.name: field for field in dataclasses.fields(Options) if field.name not in left_out[masks]}
     assert lines.keys() == {"--" + name.replace("_", "-") for name in fields} | {"--list-saes"}
     for name, field in fields.items():
         line = lines["--" + name.replace("_", "-")]
@@ -162,7 +172,7 @@ from experiment import UserError, options, questions
 from experiment.demo import bundled
 for arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit, UserError):
-        chosen = options.parse(arguments, "", True)
+        chosen = options.parse(arguments, "", "topk")
 questions.load(bundled(chosen.dataset), "")
 print(*({"torch", "transformers", "datasets", "sae_lens", "transformer_lens", "pandas", "common"} & set(sys.modules)))
 """
@@ -199,6 +209,14 @@ print(*({"torch", "transformers", "datasets", "sae_lens", "transformer_lens", "p
         (["--token-file", "missing.txt"], "missing.txt: there is no such file"),
         (["--ranking", "baseline", "--ranking"], "--ranking"),
         (["--k"], "--k"),
+        (["--control", "matched"], "--control: invalid choice: 'matched'"),
+        (["--keep-only", "--k", "0", "10"], "--keep-only: K = 0 keeps nothing, which is run for comparison as it is"),
+        (["--keep-only", "--control", "direction"], "--keep-only: has no control: leave --control direction out"),
+        (["--draws", "0"], "--draws: '0' is not a whole number of at least 1"),
+        (["--draws", "5"], "--draws 5: nothing is drawn here: give matched, random or --control direction too"),
+        (["--draws", "5", "--ranking", "baseline", "other-context"], "--draws 5: nothing is drawn here"),
+        (["--effects", "9"], "unrecognized arguments: --effects 9"),
+        (["--ranking", "others"], "invalid choice: 'others' (give baseline, "),
     ],
 )  # fmt: skip
 def test_mistakes_get_one_line(arguments, says, capsys):
@@ -219,6 +237,36 @@ def test_names_that_no_file_can_hold(name):
     assert parse("--demo", "--dataset", "café.jsonl").dataset == "café.jsonl"
 
 
+def test_what_is_only_of_some_rounds():
+    for masks, given, says in (
+        ("bottomk", ["--keep-only"], "unrecognized arguments: --keep-only"),
+        (None, ["--control", "direction"], "unrecognized arguments: --control direction"),
+        (None, ["--draws", "2"], "--draws 2: nothing is drawn here: give matched or random too, or leave it out"),
+        (None, ["--ranking", "other"], "--ranking other: masks by the baseline's lists, in rounds 2 and 3"),
+        (None, ["--ranking", "other", "other-context"], "--ranking other other-context: masks by the baseline's"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            parse(*given, masks=masks)
+    assert parse("--draws", "2", "--control", "direction").draws == 2
+    assert parse("--draws", "2", "--ranking", "matched", masks=None).draws == 2
+    assert parse("--effects", "9", masks=None).effects == 9
+
+
+def test_round_1_leaves_out_what_it_does_not_rank(capsys):
+    given = parse("--ranking", "other", "gradsae", "other-context", masks=None)
+    assert options.leave_out_others(given).ranking == ("gradsae",)
+    assert capsys.readouterr().err == (
+        "--ranking other other-context: masks by the baseline's lists, in rounds 2 and 3: nothing to rank here.\n"
+    )
+    assert options.leave_out_others(parse("--ranking", "gradsae", masks=None)).ranking == ("gradsae",)
+    assert capsys.readouterr().err == ""
+    # Where what it makes is missing, the command is one that makes it.
+    asked = parse("--demo", "--ranking", "other", "random", "--draws", "3", "--control", "direction", "--k", "3")
+    assert options.write_command(asked) == "python baseline.py --demo --ranking baseline random --draws 3"
+    asked = parse("--demo", "--ranking", "other", "--draws", "3", "--control", "direction")
+    assert options.write_command(asked) == "python baseline.py --demo"
+
+
 def test_k():
     assert parse("--k", "007", "7", "0", "30", "1%", "050%", "50%", "00").k == ("7", "0", "30", "1%", "50%")
     for k in ("0%", "51%", "-1", "1.5", "ten", "", "50 %", "%", "1%%", "٣", "9" * 5000):
@@ -227,14 +275,17 @@ def test_k():
     with pytest.raises(UserError, match="--k"):
         parse("--k", "-1")
     with pytest.raises(UserError, match="--k"):
-        parse("--k", "10", masks=False)
+        parse("--k", "10", masks=None)
 
 
 def test_rankings_are_those_there_are(capsys, monkeypatch):
     """The names that the command line knows, before PyTorch is there, are those of the functions."""
-    assert options.RANKINGS == tuple(RANKINGS)
+    assert set(options.RANKINGS) == {*RANKINGS, EFFECT}
     assert parse("--ranking", "random", "baseline", "random").ranking == ("random", "baseline")
-    assert re.search("by: baseline, .*, random, or FILE.py:FUNCTION .default: baseline", show_help(capsys, monkeypatch))
+    assert re.search(
+        "by: baseline, .*, random, other, other-context, or FILE.py:FUNCTION .default: baseline",
+        show_help(capsys, monkeypatch),
+    )
     with pytest.raises(UserError, match="--ranking: invalid choice: 'yours'.*baseline.*random"):
         parse("--ranking", "random", "yours")
     with pytest.raises(UserError, match="--activations: such a file holds one ranking"):

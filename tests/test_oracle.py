@@ -13,10 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from experiment import prompts
-from experiment.intervention import layout, modules, rankings, splice
-from experiment.intervention.forward import Layout
+from experiment.intervention import generate, layout, modules, plan, ranked_lists, rankings, splice
+from experiment.intervention.ablations import Ablation
+from experiment.intervention.layout import Layout
 from experiment.intervention.plan import plan_batches
+from experiment.intervention.ranked_lists import RankedLists
 from experiment.intervention.rows import pick_log_probs
+from experiment.intervention.sequences import Sequences
 from experiment.masks import count_to_reach
 from experiment.records.lists import find_latents_to_mask
 from experiment.records.schema import RankedLatents
@@ -76,7 +79,7 @@ def answer_all(model, cases, most=50, guess=()):
 def make_sequences(tokenizer, cases, found, read):
     """The Sequences of all these cases, as round 1 makes them."""
     generated = [one.tokens for one in found]
-    return rankings.Sequences(
+    return Sequences(
         ids=[case["question"].id for case in cases],
         prompts=[case["prompt"] for case in cases],
         generated=generated,
@@ -137,15 +140,15 @@ def test_prompts_are_the_papers(demo, asked):
         (60, False, "No"),
     ],
 )
-def test_answers_and_rankings(demo, asked, size, share, guess):
-    """In batches that split the questions differently, what the questions of a context share run once or not, what
-    answers begin with guessed right, in part, or wrong."""
+def test_answers_and_rankings(demo, asked, size, share, guess, monkeypatch):
+    """In batches that split the questions differently, what prompts share run once or not, what answers begin with
+    guessed right, in part, or wrong."""
     model, tokenizer = demo
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 0 if share else 10**9)
     guess = tokenizer(guess, add_special_tokens=False)["input_ids"]
     exact = ranked = 0
     for batch in in_batches(asked, size):
-        contexts = contexts_of(batch) if share else range(len(batch))
-        found, read = conftest.answer(model, [case["prompt"] for case in batch], contexts, 50, guess)
+        found, read = answer_all(model, batch, 50, guess)
         assert [one.tokens for one in found] == [case["generated"] for case in batch]
         rows = [n for n, case in enumerate(batch) if case["ranking"]]
         cuts = [prompts.find_bracket(tokenizer, one.tokens) for one in found]
@@ -306,7 +309,7 @@ def test_a_mask_goes_to_the_device_all_at_once(demo):
         for set_to in (None, means):
             operators.append(0)
             with Count():
-                mask = splice_.mask(lists, set_to)
+                mask = splice_.mask(Ablation(lists), set_to)
             assert [row.nonzero().flatten().tolist() for row in mask.masked] == lists
             assert mask.means is set_to
             if set_to is not None:
@@ -339,7 +342,7 @@ def test_splice_is_encode_and_decode(demo):
             ours = splice.Splice(sae, error_term)
             ours.chunk = chunk
             latents = ours.encode(residual, stands)
-            found = ours.reconstruct(latents, rows, ours.mask(lists))
+            found = ours.reconstruct(latents, rows, ours.mask(Ablation(lists)))
             acts = sae.encode(residual)
             zeroed = acts.clone()
             for position in range(45):
@@ -396,10 +399,11 @@ def test_a_draft_ends_at_its_first_end_token(demo, asked):
     assert [len(one.log_probs) for one in found] == [len(case["generated"]) for case in cases]
 
 
-def test_padding_is_not_encoded(demo, asked):
+def test_padding_is_not_encoded(demo, asked, monkeypatch):
     model, _ = demo
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 10**9)  # nothing is shared
     prompts = [case["prompt"] for case in asked[:9]]
-    _, read = conftest.answer(model, prompts, range(9), 1)  # a context each: nothing is shared
+    _, read = conftest.answer(model, prompts, range(9), 1)
     encoded, padded = int(read.latents.spliced.sum()), len(read.latents.spliced)
     assert encoded == sum(map(len, prompts)) < padded and not read.latents.counts[~read.latents.spliced].any()
 
@@ -506,15 +510,20 @@ def test_padding_poisons_no_row_in_float16(way, low_scores, asked, demo, monkeyp
         ([[1, 2, 3, 4, 5, 6], [1, 9], [4, 4, 4, 4, 4, 4, 4, 1], [4, 4, 4, 4, 4, 4, 4, 2]], "aabb"),
     ],
 )
-def test_prefixes_are_prefixes(demo, prompts, contexts):
-    """Of every prompt its own, one token at least being left; the batch is no wider than it was; and none is wrong."""
-    prefixes, owners = layout.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], contexts)
-    for prompt, owner in zip(prompts, owners):
-        prefix = prefixes[owner]
-        assert 1 <= len(prefix) < len(prompt) and prompt[: len(prefix)] == prefix
-    laid_out = Layout(prompts, 0, "cpu", prefixes, owners)
-    for row, prompt in enumerate(prompts):
-        assert laid_out.ids[row][laid_out.attention[row].bool()].tolist() == prompt
+def test_prefixes_are_prefixes(demo, prompts, contexts, monkeypatch):
+    """One token at least of every prompt is left, the rests are no wider than the prompts were; and none is wrong."""
+    everyone = [None] * len(prompts)
+    for groupings in ([everyone], [contexts], [everyone, contexts]):
+        levels = layout.find_shared(prompts, [len(prompt) - 1 for prompt in prompts], groupings)
+        laid_out = Layout(prompts, 0, "cpu", levels)
+        assert len(laid_out.levels) == len(groupings) + 1
+        for row, prompt in enumerate(prompts):
+            assert laid_out.ids[row][laid_out.attention[row].bool()].tolist() == prompt
+            assert laid_out.levels[-1].attention[row].equal(laid_out.attention[row])
+            assert laid_out.levels[-1].ids[row, -1] == prompt[-1]
+        run = torch.cat([level.ids.flatten() for level in laid_out.levels])
+        assert run[laid_out.places].equal(laid_out.ids)
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 0)
     model, _ = demo
     alone = [conftest.answer(model, [prompt], "x", 4)[0][0].tokens for prompt in prompts]
     assert [one.tokens for one in conftest.answer(model, prompts, contexts, 4)[0]] == alone
@@ -557,6 +566,29 @@ def test_gradient_scores(demo, sequences, size):
                 assert (theirs > 0).sum() > 50
                 # Of a score that is a sum with terms of both sizes, the smallest carry the largest ones' rounding.
                 torch.testing.assert_close(row, theirs, rtol=1e-5, atol=1e-5 * float(theirs.max()))
+
+
+def test_gradients_in_parts_of_a_size(demo, sequences, monkeypatch):
+    """As many rows at once as fit into what there is room for, and the same scores."""
+    model, _ = demo
+    some = pick(sequences, *range(20))
+    expected = rank(model, "gradsae", some)
+    width = max(len(prompt) + end for prompt, end in zip(some.prompts, some.brackets))
+    token_bytes = plan.graph_bytes_per_token(model.lm.config, torch.float32, 2, width)
+    parts = []
+
+    def find(model, tokens, *arguments):
+        parts.append(len(tokens))
+        return gradients(model, tokens, *arguments)
+
+    gradients = rankings.gradients
+    monkeypatch.setattr(rankings, "gradients", find)
+    for rows, sizes in ((20, [20]), (8.9, [8, 8, 4]), (0.1, [1] * 20), (None, [2] * 10)):
+        del parts[:]
+        monkeypatch.setattr(model, "gradient_room", rows and rows * width * token_bytes)
+        found = rank(model, "gradsae", some)
+        assert parts == sizes
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
 def test_gradient_scores_of_a_dense_sae(demo, sequences, monkeypatch):
@@ -660,14 +692,14 @@ def test_what_masks_remove(demo, sequences, ablation):
     lists = []
     for row, length in zip(scores, (12, 0, 5, 1)):
         topk, bottomk = rankings.top_and_bottom(row, length)
-        lists.append({"topk": topk, "bottomk": bottomk})
-    measured = rankings.add_removed(model, few, lists, means)
+        lists.append(RankedLists(topk, bottomk))
+    measured = ranked_lists.add_removed(model, few, lists, means)
     for residual, before, after in zip(ordinary_residuals(few), lists, measured):
         for which in ("topk", "bottomk"):
-            expected = oracle.removed_shares(model.splice.sae, residual, before[which], means)
-            assert after[which] == before[which]
-            assert after[f"removed_{which}"] == pytest.approx(expected, rel=1e-3, abs=1e-5)  # of four digits
-    assert all(value == float(f"{value:.4g}") for value in measured[0]["removed_topk"])
+            expected = oracle.removed_shares(model.splice.sae, residual, before.latents(which), means)
+            assert after.latents(which) == before.latents(which)
+            assert after.removed(which) == pytest.approx(expected, rel=1e-3, abs=1e-5)  # of four digits
+    assert all(value == float(f"{value:.4g}") for value in measured[0].removed_topk)
 
 
 def test_nothing_is_removed_where_no_position_counts(demo, sequences):
@@ -675,9 +707,9 @@ def test_nothing_is_removed_where_no_position_counts(demo, sequences):
     few = pick(sequences, 0, 1)
     only_special = dataclasses.replace(few, special_ids=range(model.model.cfg.d_vocab))
     assert not only_special.ordinary.any()
-    lists = [{"topk": [1, 2], "bottomk": [3]}] * 2
-    for sample in rankings.add_removed(model, only_special, lists):
-        assert sample["removed_topk"] == [0, 0] and sample["removed_bottomk"] == [0]
+    lists = [RankedLists([1, 2], [3])] * 2
+    for sample in ranked_lists.add_removed(model, only_special, lists):
+        assert sample.removed_topk == [0, 0] and sample.removed_bottomk == [0]
     assert not rank(model, "random", only_special).any()
 
 
@@ -697,18 +729,18 @@ def test_bos_does_not_rule_what_is_removed(demo, sequences):
     model, _ = demo
     plain = pick(sequences, *range(12))
     scaled = scale_bos(model, plain, 49)
-    lists = rankings.rank(model, "baseline", plain, 42)
-    assert rankings.add_removed(model, scaled, lists) == rankings.add_removed(model, plain, lists)
-    baseline = rankings.rank(model, "baseline", scaled, 42)
-    matched = rankings.rank(model, "matched", scaled, 42)
+    lists = ranked_lists.rank(model, "baseline", plain, 42)
+    assert ranked_lists.add_removed(model, scaled, lists) == ranked_lists.add_removed(model, plain, lists)
+    baseline = ranked_lists.rank(model, "baseline", scaled, 42)
+    matched = ranked_lists.rank(model, "matched", scaled, 42)
     shares = {"baseline": [], "matched": []}
     for n, residual in enumerate(ordinary_residuals(scaled)):
         acts = model.splice.sae.encode(residual)
         k = len(scaled.active[n]) // 2
-        ranked = RankedLatents(active=scaled.active[n], **matched[n])
+        ranked = RankedLatents(active=scaled.active[n], **matched[n].fields())
         of_matched, enough = find_latents_to_mask(ranked, "topk", "50%")
         assert enough and (acts[:, of_matched] != 0).any(0).all()
-        for name, latents in (("baseline", baseline[n]["topk"][:k]), ("matched", of_matched)):
+        for name, latents in (("baseline", baseline[n].topk[:k]), ("matched", of_matched)):
             shares[name].append(oracle.removed_shares(model.splice.sae, residual, latents)[-1])
     mean_of = {name: sum(values) / len(values) for name, values in shares.items()}
     assert mean_of["baseline"] > 0.05
@@ -719,15 +751,15 @@ def test_matched_ranking(demo, sequences):
     """None of those that the baseline masks at 50%; 100 latents, or as many as remove as much as its lists."""
     model, _ = demo
     batch = pick(sequences, *range(20))
-    baseline, matched = (rankings.rank(model, name, batch, 42) for name in ("baseline", "matched"))
+    baseline, matched = (ranked_lists.rank(model, name, batch, 42) for name in ("baseline", "matched"))
     for active, theirs, lists in zip(batch.active, baseline, matched):
         half = len(active) // 2
         for which in ("topk", "bottomk"):
-            assert not {*lists[which]} & {*theirs["topk"][:half], *theirs["bottomk"][:half]}
-            assert lists[f"target_{which}"] == theirs[f"removed_{which}"]
-            removed, target = lists[f"removed_{which}"], max(theirs[f"removed_{which}"])
+            assert not {*lists.latents(which)} & {*theirs.topk[:half], *theirs.bottomk[:half]}
+            assert getattr(lists, f"target_{which}") == theirs.removed(which)
+            removed, target = lists.removed(which), max(theirs.removed(which))
             reached = count_to_reach(removed, target)
-            assert len(removed) == len(lists[which]) == max(100, reached)
+            assert len(removed) == len(lists.latents(which)) == max(100, reached)
             assert all(value < target for value in removed[: reached - 1])
 
 
@@ -739,9 +771,8 @@ def test_negative_activations_rank_by_their_size(demo, sequences):
     signed = dataclasses.replace(latents, values=torch.where(latents.ids % 2 == 0, -latents.values, latents.values))
     of_signed = dataclasses.replace(few, read=dataclasses.replace(few.read, latents=signed))
     torch.testing.assert_close(rank(model, "baseline", of_signed), rank(model, "baseline", few))
-    assert (
-        rankings.rank(model, "baseline", of_signed, 42)[0]["bottomk"]
-        == (rankings.rank(model, "baseline", few, 42)[0]["bottomk"])
+    assert ranked_lists.rank(model, "baseline", of_signed, 42)[0].bottomk == (
+        ranked_lists.rank(model, "baseline", few, 42)[0].bottomk
     )
 
 
@@ -756,8 +787,8 @@ def test_stored_lists_hold_100_latents(demo, sequences):
     """So that --k 30 and --k 100 mean what they say; 50% is their beginning."""
     model, _ = demo
     few = pick(sequences, *range(9))
-    for scores, lists in zip(rank(model, "baseline", few), rankings.rank(model, "baseline", few, 42)):
-        assert len(lists["topk"]) == len(lists["bottomk"]) == min(100, (scores != 0).sum())
+    for scores, lists in zip(rank(model, "baseline", few), ranked_lists.rank(model, "baseline", few, 42)):
+        assert len(lists.topk) == len(lists.bottomk) == min(100, (scores != 0).sum())
 
 
 def test_ties_go_to_the_lower_id():
@@ -793,11 +824,11 @@ def test_special_tokens_bypass_the_sae(demo, sequences):
     residual = seen[0][0, counted]
     acts = sae.encode(residual)
     torch.testing.assert_close(scores, acts.mean(0), rtol=1e-4, atol=1e-5)
-    bypassed = rankings.Sequences(["0"], [ids], [[]], [0], [[]], [0], read, special)
+    bypassed = Sequences(["0"], [ids], [[]], [0], [[]], [0], read, special)
     assert torch.equal(bypassed.ordinary, counted)
-    (lists,) = rankings.rank(other, "baseline", bypassed, 42)
-    expected = oracle.removed_shares(sae, residual, lists["topk"][:3])
-    assert lists["removed_topk"][:3] == pytest.approx(expected, rel=1e-3)
+    (lists,) = ranked_lists.rank(other, "baseline", bypassed, 42)
+    expected = oracle.removed_shares(sae, residual, lists.topk[:3])
+    assert lists.removed_topk[:3] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_sure_model_keeps_its_gradient(demo, sequences):

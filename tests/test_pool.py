@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import os
 import random
 import sys
 from collections import defaultdict
@@ -18,7 +19,9 @@ from test_oracle import log_probs_by_hand
 from experiment import UserError
 from experiment.hub import prepare_libraries
 from experiment.intervention import forward, generate, plan, splice
+from experiment.intervention.ablations import Ablation
 from experiment.intervention.generate import Group, Limits
+from experiment.intervention.layout import choose_shared
 from experiment.intervention.rows import Answer
 from experiment.prompts import build_prompt, tokenize
 
@@ -43,7 +46,8 @@ def make_group(tokenizer, questions, samples, batch_tokens=2048, ks=KS):
     batches = plan.plan_batches(lengths, batch_tokens, contexts)
     masks = []
     for k in ks:
-        masks.append([sample["topk"][: len(sample["active"]) // 2 if k is None else k] for sample in samples])
+        latents = [sample["topk"][: len(sample["active"]) // 2 if k is None else k] for sample in samples]
+        masks.append(Ablation(latents))
     return Group(prompts, contexts, batches, drafts, masks)
 
 
@@ -77,7 +81,7 @@ def expected(demo, few):
     said = []
     for of_mask in few.masks:
         said.append([])
-        for prompt, latents in zip(few.prompts, of_mask):
+        for prompt, latents in zip(few.prompts, of_mask.latents):
             said[-1].append(oracle.generate(model.model, model.splice.sae, tokenizer, prompt, latents))
     return said
 
@@ -100,7 +104,7 @@ def take(group, numbers, size):
         contexts=[group.contexts[number] for number in numbers],
         batches=[places[first : first + size] for first in range(0, len(places), size)],
         drafts=[group.drafts[number] for number in numbers],
-        masks=[[of_mask[number] for number in numbers] for of_mask in group.masks],
+        masks=[of_mask.take(numbers) for of_mask in group.masks],
     )
 
 
@@ -167,18 +171,19 @@ def test_pools_of_so_many_rows(demo, few, expected, together, drafted, monkeypat
     for of_mask, latents in zip(found, few.masks):
         for number in range(0, len(few.prompts), 4):
             scored = few.drafts[number] if drafted else of_mask[number].tokens
-            by_hand = log_probs_by_hand(model, few.prompts[number], scored, latents[number])
+            by_hand = log_probs_by_hand(model, few.prompts[number], scored, latents.latents[number])
             assert of_mask[number].log_probs == pytest.approx(by_hand, abs=2e-4)
 
 
-def test_masked_answers_whatever_waits(demo, group):
+def test_masked_answers_whatever_waits(demo, group, replayed):
     """Alone, in pools of a few rows and all together: the naive loop's answers, and the same log probabilities."""
     model, tokenizer = demo
     alone = generate.answer_masked(model, group, Limits(50, 1))
     changed = 0
     for number in range(0, len(group.prompts), 9):
         for of_mask, latents in zip(alone, group.masks):
-            expected = oracle.generate(model.model, model.splice.sae, tokenizer, group.prompts[number], latents[number])
+            masked = latents.latents[number]
+            expected = oracle.generate(model.model, model.splice.sae, tokenizer, group.prompts[number], masked)
             assert of_mask[number].tokens == expected
             changed += expected != group.drafts[number]
     assert changed >= 4
@@ -187,7 +192,7 @@ def test_masked_answers_whatever_waits(demo, group):
             assert_same(found, expected)
 
 
-def test_unmasked_answers_and_what_was_read(demo, group):
+def test_unmasked_answers_and_what_was_read(demo, group, replayed):
     """Round 1's rows go on together too, and what the SAE read is put together from the steps they shared."""
     model, tokenizer = demo
     opening = tokenizer("Result = [[", add_special_tokens=False)["input_ids"]
@@ -208,24 +213,24 @@ def test_unmasked_answers_and_what_was_read(demo, group):
 
 @pytest.mark.parametrize("ablation", ["zero", "mean"])
 @pytest.mark.parametrize("error_term", ["drop", "keep"])
-def test_pools_of_other_masks(demo, few, error_term, ablation, monkeypatch):
+def test_pools_of_other_masks(demo, few, error_term, ablation, replayed, monkeypatch):
     """Latents at zero or at their means, without the error term and with it, decoded from entries and whole: as the
     naive loop."""
     model = forward.SplicedModel(demo[0].model, splice.Splice(demo[0].splice.sae, error_term))
     means = 0.06 * torch.rand(512, generator=torch.Generator().manual_seed(2)) if ablation == "mean" else None
     rng = random.Random(3)
-    masks = [[sorted(rng.sample(range(512), 200)) for _ in few.prompts] for _ in range(2)]
+    masks = [Ablation([sorted(rng.sample(range(512), 200)) for _ in few.prompts]) for _ in range(2)]
     group = take(dataclasses.replace(few, masks=masks), range(7), 3)
     how = {"means": means, "error": error_term == "keep"}
     expected = []
     for of_mask in group.masks:
         expected.append([])
-        for prompt, latents in zip(group.prompts, of_mask):
+        for prompt, latents in zip(group.prompts, of_mask.latents):
             said = oracle.generate(model.model, model.splice.sae, demo[1], prompt, latents, 12, **how)
             expected[-1].append(said)
     left = count_left(expected, group.drafts)
     assert len(left) >= 7 and len({*left}) >= 4
-    assert (model.splice.mask([[1]], means).written is not None) == (ablation == "mean")
+    assert (model.splice.mask(Ablation([[1]]), means).written is not None) == (ablation == "mean")
     for dense in (1, 0):  # from which share of active latents on activations are decoded whole
         monkeypatch.setattr(splice, "DENSE", dense)
         for batched, pool_tokens in ((one_by_one(group), 1), (group, EVERYTHING)):
@@ -243,9 +248,10 @@ def test_pools_of_other_masks(demo, few, error_term, ablation, monkeypatch):
         "blocks.2.hook_resid_post",
     ],
 )
-def test_pools_behind_windows_and_at_other_places(hook_name, windowed, monkeypatch):
+def test_pools_behind_windows_and_at_other_places(hook_name, windowed, replayed, monkeypatch):
     """A window shorter than the prompts, and one that is longer; an SAE before all layers, between two, inside one and
     behind the last: the naive loop's answers."""
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 0)
     model = test_families.splice_into(windowed, hook_name)
     masks = test_families.draw_masks(model.splice.d_sae)
     sae = model.splice.sae
@@ -260,7 +266,9 @@ def test_pools_behind_windows_and_at_other_places(hook_name, windowed, monkeypat
     for drafts in (unmasked, wrong):
         left = count_left(expected, drafts)
         assert len(left) >= 3 and max(left) >= 6
-        group = Group(windowed.prompts, windowed.contexts, [[0, 1], [2, 3]], drafts, masks)
+        group = Group(
+            windowed.prompts, windowed.contexts, [[0, 1], [2, 3]], drafts, [Ablation(latents) for latents in masks]
+        )
         for batched, pool_tokens, together in ((one_by_one(group), 1, 1), (group, EVERYTHING, len(left))):
             with monkeypatch.context() as patch:
                 _, steps = watch_passes(model, patch)
@@ -279,7 +287,7 @@ def test_pools_in_half_precision(demo, few):
     group = dataclasses.replace(few, masks=few.masks[1:3])
     numbers = range(0, len(few.prompts), 3)
     expected = []
-    for of_mask in ([[]] * len(few.prompts), *group.masks):
+    for of_mask in ([[]] * len(few.prompts), *(mask.latents for mask in group.masks)):
         said = []
         for number in numbers:
             prompt = few.prompts[number]
@@ -298,7 +306,7 @@ def test_pools_in_half_precision(demo, few):
             prompt = few.prompts[number]
             by_hand = log_probs_by_hand(half, prompt, unmasked[number].tokens, [])
             assert unmasked[number].log_probs == pytest.approx(by_hand, abs=0.02)
-            by_hand = log_probs_by_hand(half, prompt, few.drafts[number], group.masks[1][number])
+            by_hand = log_probs_by_hand(half, prompt, few.drafts[number], group.masks[1].latents[number])
             assert masked[1][number].log_probs == pytest.approx(by_hand, abs=0.02)
     assert generate.answer(half, batched, limits)[0] == unmasked
     assert generate.answer_masked(half, batched, limits) == masked
@@ -383,6 +391,106 @@ def test_steps_of_many_layers(monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What prompts begin with
+
+
+def with_example(tokenizer, questions, group):
+    """The group behind a solved example, which all its prompts begin with."""
+    example = questions[0]
+    template = json.loads((ROOT / "activations_baseline.json").read_text())["run"]["prompt_template"]
+    solved = build_prompt(template, example.context, example.question) + "Result = [[ no ]]<end_of_turn>\n"
+    ids = tokenize(tokenizer, solved)
+    return dataclasses.replace(group, prompts=[[*ids, *prompt[1:]] for prompt in group.prompts])  # BOS once
+
+
+def watch_shapes(model, monkeypatch):
+    """The shape of each wide pass from now on."""
+    shapes = []
+    run = model._run
+
+    def watched(ids, attention, *arguments, **more):
+        if not ids.shape[1] == 1 < attention.shape[1]:
+            shapes.append(tuple(ids.shape))
+        return run(ids, attention, *arguments, **more)
+
+    monkeypatch.setattr(model, "_run", watched)
+    return shapes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_all_prompts_begin_with_is_run_once(demo, demo_questions, few, dtype, monkeypatch):
+    """A few-shot template, then the contexts, then the rests: three passes over less than half of the positions, in
+    round 1 as below the SAE of a masked round. Answers are the naive loop's."""
+    model, tokenizer = demo if dtype == "float32" else load("--dtype", dtype)
+    whole = list(range(len(few.prompts)))
+    rng = random.Random(5)
+    drawn = [sorted(rng.sample(range(512), 200)) for _ in whole]
+    masks = [Ablation(drawn)]
+    group = dataclasses.replace(with_example(tokenizer, demo_questions, few), batches=[whole], masks=masks)
+    expected = [[], []]
+    for number in whole[::3]:
+        for said, latents in zip(expected, ([], drawn[number])):
+            prompt = group.prompts[number]
+            said.append(oracle.generate(model.model, model.splice.sae, tokenizer, prompt, latents, 12))
+    of_all = len(os.path.commonprefix(group.prompts))
+    assert of_all > 60
+
+    with monkeypatch.context() as patch:
+        shapes = watch_shapes(model, patch)
+        found, _ = generate.answer(model, group, Limits(12, EVERYTHING))
+    drafts = [answer.tokens for answer in found]
+    (first, second, third) = shapes
+    assert first == (1, of_all) and (second[0], third[0]) == (3, 12)
+    run = sum(rows * positions for rows, positions in shapes)
+    assert run < 0.45 * 12 * max(map(len, group.prompts))
+
+    group = dataclasses.replace(group, drafts=drafts)
+    with monkeypatch.context() as patch:
+        shapes = watch_shapes(model, patch)
+        (masked,) = generate.answer_masked(model, group, Limits(12, EVERYTHING))
+    assert shapes[0] == first and len(shapes) == 4  # the last one above the SAE, whole
+    for found_here, said in zip((found, masked), expected):
+        same = [found_here[number].tokens == tokens for number, tokens in zip(whole[::3], said)]
+        assert sum(same) >= (4 if dtype == "float32" else 3)
+        assert len(same) == 4
+    assert expected[0] != expected[1]
+
+
+def test_what_is_not_worth_a_pass(demo, few, monkeypatch):
+    """BOS alone, and a few tokens of a few rows, are run again: no level is made for them."""
+    model, _ = demo
+    of_contexts = {context: number for number, context in enumerate(few.contexts)}
+    one_each = take(few, of_contexts.values(), 3)
+    for prompts in (one_each.prompts, [[prompt[0], *prompt[20:]] for prompt in one_each.prompts]):
+        assert 0 < len(os.path.commonprefix(prompts)) < 60
+        group = dataclasses.replace(one_each, prompts=prompts)
+        with monkeypatch.context() as patch:
+            shapes = watch_shapes(model, patch)
+            generate.answer(model, group, Limits(12, EVERYTHING))
+        assert shapes == [(3, max(map(len, prompts)))]
+
+
+def test_levels_by_what_they_save():
+    """The levels of the least cost: positions, padding included, and so many more for each pass."""
+    head = list(range(10))
+    prompts = []
+    for context in (1, 2):
+        prompts += [[*head, *[100 + context] * 5, 200 + number, 7] for number in range(3)]
+    contexts = [1, 1, 1, 2, 2, 2]
+    limits = [len(prompt) - 1 for prompt in prompts]
+
+    def count(pass_cost, window=1000):
+        levels = choose_shared(prompts, limits, contexts, window, pass_cost)
+        return [[len(tokens) for tokens in level.tokens] for level in levels]
+
+    # 102 positions at once, 52 with a head, 42 with contexts, 32 with both.
+    assert count(9) == [[10], [5, 5]]
+    assert count(11) == count(59) == [[15, 15]]
+    assert count(61) == []
+    assert count(9, window=16) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Out of memory
 
 
@@ -390,6 +498,7 @@ def test_steps_of_many_layers(monkeypatch, capsys):
 def test_out_of_memory_at_any_pass(demo, few, expected, masked, little_garbage, monkeypatch, capsys):
     """30 times: whichever pass finds no memory, of a batch or of the pool, once or as long as there are many rows."""
     model, _ = demo
+    monkeypatch.setattr(generate, "PASS_ON_CPU", 0)  # passes over prefixes, too
     group = take(dataclasses.replace(few, masks=few.masks[1:3]), range(7), 3)
 
     def answer():
@@ -404,7 +513,7 @@ def test_out_of_memory_at_any_pass(demo, few, expected, masked, little_garbage, 
     tokens = [tokens for of_mask in expected[1:3] for tokens in of_mask[:7]] if masked else group.drafts
     assert [one.tokens for one in whole] == tokens
     passes = len(wide) + len(steps)
-    assert len(wide) >= 6 and len(steps) >= 10
+    assert len(wide) >= 5 and len(steps) >= 10
     once = min(passes, 24)
     run = model._run
     rng = random.Random(4)
@@ -486,3 +595,44 @@ def test_tokens_that_fit():
     assert shared == [(1024, 1024), (8192, 16384), (16384, 16384), (32768, 65536), (65536, 131072)]
     assert plan.share_memory(52e9, config, torch.float16, 16384, None) == (16384, 81920)
     assert plan.share_memory(52e9, config, torch.float16, None, 7) == (32768, 7)
+
+
+def test_gradients_that_fit():
+    """Of gemma-2-9b-it on an 80 GB card, whose batches and pool take 49 GB: six of SQuAD's longest prompts at once."""
+    gemma = dict(num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8, head_dim=256)
+    config = transformers.Gemma2Config(**gemma, hidden_size=3584, intermediate_size=14336)
+    room = plan.room_of(plan.Sizes(32768, 65536, 262144), config, torch.float16)
+    assert room == 32768 * (344_064 + plan.layer_bytes_per_token(config, torch.float16)) + 1.25 * 65536 * 344_064
+    assert 48e9 < room < 50e9
+    rows = []
+    for width in (100, 210, 815, 100_000):
+        token_bytes = plan.graph_bytes_per_token(config, torch.float16, 32, width)
+        rows.append(plan.gradient_rows(room, 109, width, token_bytes))
+        assert rows[-1] == 1 or rows[-1] * width * token_bytes <= room < (rows[-1] + 1) * width * token_bytes
+    assert rows == [81, 36, 6, 1]
+    assert [plan.gradient_rows(None, count, 815, 1) for count in (1, 16, 17, 109)] == [1, 1, 2, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", ["Gemma2", "Llama", "Qwen2"])
+def test_what_a_graph_keeps(family, dtype):
+    """What PyTorch saves for the way back, weights left out: no more than is reckoned with, and not much less."""
+    sizes = dict(hidden_size=64, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, vocab_size=50)
+    config = getattr(transformers, f"{family}Config")(**sizes, head_dim=16, num_hidden_layers=3, use_cache=False)
+    config._attn_implementation = "eager"
+    lm = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval().requires_grad_(False)
+    weights = {weight.data_ptr() for weight in lm.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    rows, width = 2, 100
+    start = torch.randn(rows, width, 64, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lm.model(inputs_embeds=start)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (rows * width)
+    expected = plan.graph_bytes_per_token(config, dtype, 3, width)
+    assert 0.6 * expected < found < 1.1 * expected

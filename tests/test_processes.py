@@ -159,7 +159,7 @@ def test_a_mistake_is_one_line(tmp_path):
 @pytest.mark.parametrize("budget, workers, most", [(16384, 2, 0.56), (2000, 2, 0.51), (2000, 4, 0.27)])
 def test_work_is_split_evenly(demo_questions, budget, workers, most, batches_per_group):
     """Of all the demo's questions in its own batches, and of many small ones; whatever a group holds."""
-    experiment = common.prepare(options.parse(["--demo"], "", masks=False))
+    experiment = common.prepare(options.parse(["--demo"], "", masks=None))
     sizes = Sizes(budget, budget, batches_per_group * budget)
     shares = []
     for worker in range(workers):

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,20 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from experiment.intervention.layout import Layout, close_gaps
+from experiment.intervention.ablations import Mask
+from experiment.intervention.layout import Layout, Level, close_gaps
 from experiment.intervention.modules import (
     Reached,
     Replace,
-    heads_in_groups,
     hooked,
     keep,
     layers_replaced,
+    lean_attention,
     padding_that_sees,
     stopped_at,
 )
-from experiment.intervention.splice import Mask, SparseActivations, Splice, join
+from experiment.intervention.sparse import SparseActivations, join
+from experiment.intervention.splice import Splice
 
 Outputs = tuple[Int[Tensor, "output"], Int[Tensor, "output"]]  # rows and columns of the logits that are wanted
 
@@ -69,12 +71,21 @@ def layers_of(cache: DynamicCache) -> list[Any]:
     return cache.layers
 
 
+def go_on_from(level: Level, cache: DynamicCache) -> None:
+    """Makes the cache of the level before one of this level's rows."""
+    for layer in layers_of(cache):
+        if layer.is_initialized:
+            layer.batch_select_indices(level.parents.to(layer.keys.device))
+
+
 class SplicedModel:
     """A TransformerBridge with an SAE in it. All forward passes of the rounds are made here, inside `ready()`.
 
     boundary: the first layer that has to run again for another mask; None where all have to.
     at_boundary: whether the SAE stands between two layers there, so that what it gives is all that the layers above
-    see.  window: how many positions a layer looks back at; infinite where all layers look back at all.
+    see.  layers_above: how many a gradient at the SAE's place goes through.  window: how many positions a layer looks
+    back at; infinite where all layers look back at all.  gradient_room: as of plan.gradient_rows, which a round sets.
+    can_record: whether a step may be recorded, to be replayed: all on one CUDA device, and no recording has failed.
     """
 
     def __init__(self, model: Any, splice: Splice):
@@ -89,22 +100,28 @@ class SplicedModel:
         layers = len(self.lm.get_decoder().layers)
         above = int(self.hook_name.split(".")[1]) + self.hook_name.endswith("resid_post")
         self.boundary = above if 0 < above < layers else None
+        self.layers_above = layers - above
         self.at_boundary = self.boundary is not None and "resid" in self.hook_name
         self.window: float = getattr(self.lm.config.get_text_config(), "sliding_window", None) or float("inf")
+        self.gradient_room: float | None = None
+        is_on_one = len({self.device, splice.device, *map(_device_of, self.lm.parameters())}) == 1
+        self.can_record = is_on_one and self.device.type == "cuda"
         self._replace: Replace = keep  # what is done at the SAE's place in the pass under way
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """The SAE in its place, for as long as the block lasts."""
         in_place = hooked(self.model, self.hook_name, lambda residual: self._replace(residual))
-        with in_place, padding_that_sees(), heads_in_groups():
+        with in_place, padding_that_sees(), lean_attention():
             yield
 
     def where_sae_applies(
-        self, ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row pos"]
+        self, ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row cached+pos"]
     ) -> Bool[Tensor, "row pos"]:
         """Where the SAE stands: not at padding, nor at tokens that bypass it."""
-        return attention.bool() & ~torch.isin(ids, self.splice.bypass.to(ids.device))
+        bypass = self.splice.bypass.to(ids.device)
+        is_bypassed = (ids.unsqueeze(-1) == bypass).any(-1)  # a GPU's isin() may make the host wait
+        return attention[:, -ids.shape[1] :].bool() & ~is_bypassed
 
     def forward(
         self,
@@ -114,12 +131,13 @@ class SplicedModel:
         mask: Mask | None = None,
         outputs: Outputs | None = None,
         read: list[SparseActivations] | None = None,
+        positions: Int[Tensor, "row pos"] | None = None,
     ) -> Float[Tensor, "output vocab"]:
         """A whole pass, and the logits at `outputs` (None: at each row's last position).
 
-        read: a list that gets what the SAE read, row by row.
+        read: a list that gets what the SAE read, row by row.  positions: of the ids; None: as the attention says.
         """
-        stands = self.where_sae_applies(ids, attention[:, -ids.shape[1] :]).flatten()
+        stands = self.where_sae_applies(ids, attention).flatten()
 
         def splice(residual: Float[Tensor, "row pos *d_in"]) -> Float[Tensor, "row pos *d_in"]:
             latents = self.splice.encode(residual.flatten(0, 1), stands)
@@ -128,26 +146,37 @@ class SplicedModel:
             rows = number_rows(ids, self.splice.device)
             return self.splice.reconstruct(latents, rows, mask).view_as(residual)
 
-        return self._run(ids, attention, cache, splice, outputs)
+        return self._run(ids, attention, cache, splice, outputs, positions)
+
+    def forward_whole(
+        self,
+        ids: Int[Tensor, "row 1"],
+        attention: Int[Tensor, "row cached+1"],
+        cache: DynamicCache,
+        mask: Mask | None,
+        positions: Int[Tensor, "row 1"],
+    ) -> tuple[Float[Tensor, "row vocab"], Float[Tensor, "row *d_in"]]:
+        """`forward` of one token per row, for which the host never waits for the device, and the SAE's input.
+
+        All latents are encoded and decoded, active or not.
+        """
+        stands = self.where_sae_applies(ids, attention).flatten()
+        rows = number_rows(ids, self.splice.device)
+        read: list[Float[Tensor, row * d_in]] = []
+
+        def splice(residual: Float[Tensor, "row 1 *d_in"]) -> Float[Tensor, "row 1 *d_in"]:
+            read.append(residual.flatten(0, 1))
+            return self.splice.reconstruct_whole(read[0], stands, rows, mask).view_as(residual)
+
+        logits = self._run(ids, attention, cache, splice, None, positions)
+        return logits, read[0]
 
     def forward_below(self, layout: Layout) -> Below:
-        """The layers below the SAE alone, over the prefixes and then over the rests: once for all masks of a batch."""
+        """The layers below the SAE alone, level by level: once for all masks of a batch."""
         cache = new_cache(self.lm)
         if self.boundary is None:
             return Below(layout.ids, layout.attention, cache)
-        layer = self.lm.get_decoder().layers[self.boundary]
-
-        def run(
-            ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row cached+pos"], cache: DynamicCache
-        ) -> Float[Tensor, "pos d_model"]:
-            try:
-                self._run(ids, attention, cache, keep)
-            except Reached as reached:
-                return reached.hidden.flatten(0, 1)
-            raise RuntimeError(f"the forward pass did not reach layer {self.boundary}")
-
-        with stopped_at(layer):
-            parts = self.run_shared(layout, cache, run)
+        parts = [self._run_below(level, cache) for level in layout.levels]
         # Between what is shared and the rest there is padding, which the layers above need not run.
         columns, attention = close_gaps(layout.attention)
         rows = torch.arange(len(columns), device=columns.device)
@@ -159,11 +188,23 @@ class SplicedModel:
         if not self.at_boundary:
             return Below(ids, attention, cache, start=torch.cat(parts)[places.to(parts[0].device)])
         latents = []
-        for (part_ids, mask), residual in zip(layout.parts(), parts):
-            latents.append(self.splice.encode(residual, self.where_sae_applies(part_ids, mask).flatten()))
+        for level, residual in zip(layout.levels, parts):
+            applies = self.where_sae_applies(level.ids, level.attention)
+            latents.append(self.splice.encode(residual, applies.flatten()))
         of_rows = join(latents).take(places.flatten().to(self.splice.device))
         stands = of_rows.spliced & attention.flatten().bool().to(self.splice.device)  # a column of padding may be any
         return Below(ids, attention, cache, latents=dataclasses.replace(of_rows, spliced=stands))
+
+    def _run_below(self, level: Level, cache: DynamicCache) -> Float[Tensor, "pos d_model"]:
+        """What the first layer above the SAE reads at a level's positions, node by node."""
+        assert self.boundary is not None
+        go_on_from(level, cache)
+        with stopped_at(self.lm.get_decoder().layers[self.boundary]):
+            try:
+                self._run(level.ids, level.attention, cache, keep)
+            except Reached as reached:
+                return reached.hidden.flatten(0, 1)
+        raise RuntimeError(f"the forward pass did not reach layer {self.boundary}")
 
     def forward_above(
         self, below: Below, mask: Mask | None, outputs: Outputs
@@ -202,21 +243,6 @@ class SplicedModel:
         with layers_replaced(self.lm, reconstruction, self.boundary):
             return self._run(ids, attention, cache, replace, outputs)
 
-    def run_shared(
-        self,
-        layout: Layout,
-        cache: DynamicCache,
-        run: Callable[[Int[Tensor, "row pos"], Int[Tensor, "row cached+pos"], DynamicCache], Tensor],
-    ) -> list[Tensor]:
-        """run(ids, attention, cache) over the prefixes and then over the rest of each row; what each run gave."""
-        if not layout.prefix_ids.shape[1]:
-            return [run(layout.rest_ids, layout.attention, cache)]
-        of_prefixes = run(layout.prefix_ids, layout.prefix_mask, cache)
-        for layer in layers_of(cache):
-            if layer.is_initialized:
-                layer.batch_select_indices(layout.owners.to(layer.keys.device))
-        return [of_prefixes, run(layout.rest_ids, layout.attention, cache)]
-
     def _run(
         self,
         ids: Int[Tensor, "row pos"],
@@ -224,8 +250,11 @@ class SplicedModel:
         cache: DynamicCache | None,
         replace: Replace,
         outputs: Outputs | None = None,
+        positions: Int[Tensor, "row pos"] | None = None,
     ) -> Float[Tensor, "output vocab"]:
         """One run of the Transformers model, with `replace` done at the SAE's place."""
+        if positions is None:
+            positions = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         rows, columns = (slice(None), -1) if outputs is None else outputs
 
         def pick(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -237,12 +266,16 @@ class SplicedModel:
                 return self.lm(
                     input_ids=ids,
                     attention_mask=attention,
-                    position_ids=(attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                    position_ids=positions,
                     past_key_values=cache,
                     use_cache=cache is not None,
                 ).logits
         finally:
             self._replace = keep
+
+
+def _device_of(parameter: Tensor) -> torch.device:
+    return parameter.device
 
 
 def number_rows(ids: Int[Tensor, "row pos"], device: torch.device | str) -> Int[Tensor, "pos"]:

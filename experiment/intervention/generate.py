@@ -2,9 +2,11 @@
 
 One loop makes every answer: propose, run, keep.
 
-Propose: what most answers begin with (round 1), or the unmasked answer (rounds 2 and 3).
-Run: one wide pass over each prompt and what is proposed behind it, a batch of rows at a time. Below the SAE nothing
-    depends on a mask: those layers run once per batch, those above once per mask.
+Propose: in round 1 the opening, tokens with which most answers begin; in rounds 2 and 3 the draft, which is the
+    unmasked answer. Either way what a wide pass reads behind a prompt is a row's proposal.
+Run: one wide pass over each prompt and its proposal, a batch of rows at a time; before it, one over what all prompts
+    begin with, or those of each context, where that saves more than a pass costs. Below the SAE nothing depends on a
+    mask: those layers run once per batch, those above once per mask.
 Keep: what the model itself says, up to and including its first token that differs from the proposal.
 
 Rows that have not ended then wait in a pool, over batches and masks, each with its own mask and cache: on a GPU a step
@@ -21,13 +23,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from experiment import own_mistakes
-from experiment.intervention.forward import SplicedModel, new_cache
-from experiment.intervention.layout import Layout, find_shared
+from experiment.intervention.ablations import Ablation, Mask
+from experiment.intervention.forward import SplicedModel, go_on_from, new_cache
+from experiment.intervention.layout import PASS_ON_CPU, PASS_ON_GPU, Layout, Prefixes, choose_shared
 from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.pool import Limits, Pool
 from experiment.intervention.rows import NO_TOKEN, Answer, Row, cut_at_end, pick_log_probs, pick_tokens
 from experiment.intervention.sequences import ReadInPass, SequenceActivations
-from experiment.intervention.splice import Mask, SparseActivations, join
+from experiment.intervention.sparse import SparseActivations, join
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,15 @@ class Group:
     """Questions whose answers are made together: lists with an item per question.
 
     prompts: token ids.  contexts: what names each one's context; prompts on one context share what they begin with.
-    batches: numbers of questions, those that are run at once.  drafts: the unmasked answers' token ids, possibly empty.
-    masks: [mask][question], what each mask ablates.
+    batches: numbers of questions, those that are run at once.  drafts: token ids, possibly none.
+    masks: what each mask ablates of each question.
     """
 
     prompts: list[list[int]]
     contexts: list[Hashable]
     batches: list[list[int]]
     drafts: list[list[int]] = field(default_factory=list)
-    masks: list[list[list[int]]] = field(default_factory=list)
+    masks: list[Ablation] = field(default_factory=list)
 
 
 def _ignore(count: int) -> None:
@@ -61,7 +64,7 @@ def answer(
 ) -> tuple[list[Answer], SequenceActivations]:
     """Greedy answers with nothing masked, one per question, and what the SAE read in prompts and answers.
 
-    opening: tokens with which most answers begin: where the model says the same, they take no step each.
+    opening: where the model says the same, its tokens take no step each.
     on_ended: called with how many answers have ended since it was called last.
     Raises UserError where a single question does not fit into memory, or logits are not finite.
     """
@@ -125,15 +128,14 @@ def _run_unmasked(
 ) -> ReadInPass:
     """A batch's prompts and what is proposed behind them, with nothing masked. Returns what the SAE read."""
     layout = build_layout(model, rows, contexts)
-    outputs = find_outputs(rows)
+    *prefixes, rests = layout.levels
     cache = new_cache(model.lm)
     activations: list[SparseActivations] = []
-
-    def run(ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row cached+pos"], cache: DynamicCache) -> Tensor:
-        wanted = outputs if ids is layout.rest_ids else None
-        return model.forward(ids, attention, cache, outputs=wanted, read=activations)
-
-    logits = model.run_shared(layout, cache, run)[-1]
+    for level in prefixes:
+        go_on_from(level, cache)
+        model.forward(level.ids, level.attention, cache, read=activations)
+    go_on_from(rests, cache)
+    logits = model.forward(rests.ids, rests.attention, cache, outputs=find_outputs(rows), read=activations)
     read = join(activations)
     attention = keep_agreed(rows, logits, layout.attention, cache, None, pool)
     return ReadInPass.of_batch(numbers, layout.places, attention, read)
@@ -156,7 +158,7 @@ def _run_masked(
     outputs = find_outputs(rows)
     below = model.forward_below(layout)
     for number in masks:
-        mask = model.splice.mask([group.masks[number][question] for question in batch], means)
+        mask = model.splice.mask(group.masks[number].take(batch), means)
         logits, cache = model.forward_above(below, mask, outputs)
         of_mask = [Row(prompt, proposal) for prompt, proposal in zip(prompts, proposals)]
         keep_agreed(of_mask, logits, below.attention, cache, mask, pool)
@@ -167,18 +169,15 @@ def _run_masked(
 def build_layout(model: SplicedModel, rows: list[Row], contexts: list[Hashable] | None) -> Layout:
     """Where the rows' sequences stand in a batch.
 
-    contexts: as of a Group; None: nothing is shared. Nor is it where a sliding window is shorter than the batch is
-    wide: a window counts places, and between what is shared and the rest there is padding.
+    contexts: as of a Group; None: nothing is shared.
     """
     sequences = [row.sequence for row in rows]
-    whole = Layout(sequences, model.pad_id, model.device)
-    is_short = min(len(row.prompt) for row in rows) < 2  # nothing to share that leaves a token to go on from
-    if contexts is None or is_short:
-        return whole
-    limits = [len(row.prompt) - 1 for row in rows]
-    prefixes, owners = find_shared(sequences, limits, contexts)
-    layout = Layout(sequences, model.pad_id, model.device, prefixes, owners)
-    return layout if layout.ids.shape[1] <= model.window else whole
+    prefixes: list[Prefixes] = []
+    if contexts is not None:
+        limits = [len(row.prompt) - 1 for row in rows]  # a token at least is left to go on from
+        pass_cost = PASS_ON_CPU if model.device.type == "cpu" else PASS_ON_GPU
+        prefixes = choose_shared(sequences, limits, contexts, model.window, pass_cost)
+    return Layout(sequences, model.pad_id, model.device, prefixes)
 
 
 def find_outputs(rows: list[Row]) -> tuple[Int[Tensor, "output"], Int[Tensor, "output"]]:
@@ -208,21 +207,25 @@ def keep_agreed(
 
     logits: at `find_outputs`.  Returns the attention without what proposals have behind their first difference.
     """
-    lengths = [len(row.proposal) for row in rows]
     said = pick_tokens(logits)
     targets = []
     first = 0
-    for row, length in zip(rows, lengths):
-        targets += row.targets(said[first : first + length])
-        first += length
-    log_probs = pick_log_probs(logits, torch.tensor(targets, device=logits.device)).tolist()
-    first = 0
-    for row, length in zip(rows, lengths):
-        row.keep(said[first : first + length], log_probs[first : first + length])
-        first += length
+    for row in rows:
+        end = first + len(row.proposal)
+        targets += row.targets(said[first:end])
+        first = end
+    targeted = torch.tensor(targets, device=logits.device)
+    log_probs = pick_log_probs(logits, targeted).tolist()
     width = attention.shape[1]
-    ends = [width - length + len(row.tokens) for row, length in zip(rows, lengths)]
+    ends = []  # of what is kept: [row], a column
+    first = 0
+    for row in rows:
+        end = first + len(row.proposal)
+        row.keep(said[first:end], log_probs[first:end])
+        ends.append(width - len(row.proposal) + len(row.tokens))
+        first = end
     columns = torch.arange(width, device=attention.device)
-    attention = attention * (columns < torch.tensor(ends, device=attention.device).unsqueeze(1))
+    is_kept = columns < torch.tensor(ends, device=attention.device).unsqueeze(1)
+    attention = attention * is_kept
     pool.add(rows, cache, attention, mask)
     return attention

@@ -2,94 +2,192 @@
 
 import os
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+# What one more pass costs, in positions that could be run instead. On a GPU a pass waits for its launches: 25 to 45 ms
+# for gemma-2-9b-it's 42 layers, in which they would run about a thousand positions. On a CPU it costs far less: 3 ms
+# for the demo's, at 35 microseconds per position.
+PASS_ON_GPU = 1024
+PASS_ON_CPU = 100
 
 
 def pad(
     sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str, side: Literal["left", "right"]
 ) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
     """Token ids and attention mask, 1 at tokens and 0 at padding, which stands on one side of every row."""
-    length = max(map(len, sequences))
-    ids = torch.full((len(sequences), length), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        first = length - len(sequence) if side == "left" else 0
-        ids[row, first : first + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, first : first + len(sequence)] = 1
+    tokens = []
+    ones = []
+    for sequence in sequences:
+        row = torch.tensor(sequence, dtype=torch.long)
+        tokens.append(row)
+        ones.append(torch.ones_like(row))
+    ids = pad_sequence(tokens, batch_first=True, padding_value=pad_id, padding_side=side)
+    mask = pad_sequence(ones, batch_first=True, padding_value=0, padding_side=side)
     return ids.to(device), mask.to(device)
 
 
-def find_shared(
-    sequences: list[list[int]], limits: list[int], contexts: Sequence[Hashable]
-) -> tuple[list[list[int]], list[int]]:
-    """What the sequences of each context begin with: a list of prefixes, and for each sequence the index of its own.
+@dataclass(frozen=True)
+class Prefixes:
+    """What sequences of a batch begin with alike.
 
-    limits: how much of each sequence may be in a prefix, at least 1 less than its length. Prefixes are cut so that
-    about as much is left of all sequences: padding costs what it costs in a batch without prefixes.
+    tokens: of each prefix, possibly none.  owners: of each sequence the index of its prefix.
+    """
+
+    tokens: list[list[int]]
+    owners: list[int]
+
+    @property
+    def width(self) -> int:
+        return max(map(len, self.tokens))
+
+
+def find_prefixes(sequences: list[list[int]], limits: list[int], keys: Sequence[Hashable]) -> Prefixes:
+    """What the sequences of each key begin with.
+
+    limits: how much of each sequence may be in a prefix. Prefixes are cut so that about as much is left of all
+    sequences: padding costs what it costs in a batch without prefixes.
     """
     groups: dict[Hashable, list[int]] = {}
-    for row, (key, sequence) in enumerate(zip(contexts, sequences)):
-        groups.setdefault((key, sequence[0]), []).append(row)  # those that begin alike, so that no prefix is empty
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
+    longest = []
     shared = []
-    longest_rests = []
+    left = []  # behind what is shared
     for rows in groups.values():
         of_group = [sequences[row] for row in rows]
-        length = min(len(os.path.commonprefix(of_group)), *(limits[row] for row in rows))
+        most = max(map(len, of_group))
+        alike = len(os.path.commonprefix(of_group))
+        limit = min(limits[row] for row in rows)
+        length = min(alike, limit)
+        longest.append(most)
         shared.append(length)
-        if len(rows) > 1:
-            longest_rests.append(max(map(len, of_group)) - length)
-    left = max(longest_rests, default=max(map(len, sequences)))
-    prefixes = []
+        if len(rows) > 1:  # one sequence alone may be as long behind its prefix as those that share
+            left.append(most - length)
+    widest = max(left, default=max(longest))
+    tokens = []
     owners = [0] * len(sequences)
-    for number, (rows, length) in enumerate(zip(groups.values(), shared)):
-        longest = max((sequences[row] for row in rows), key=len)
-        prefixes.append(longest[: max(1, min(length, len(longest) - left))])
+    for number, rows in enumerate(groups.values()):
+        needed = max(0, longest[number] - widest)
+        length = min(shared[number], needed)
+        first = sequences[rows[0]]
+        tokens.append(first[:length])
         for row in rows:
             owners[row] = number
-    return prefixes, owners
+    return Prefixes(tokens, owners)
+
+
+def find_shared(
+    sequences: list[list[int]], limits: list[int], groupings: Sequence[Sequence[Hashable]]
+) -> list[Prefixes]:
+    """What the sequences begin with alike, level by level: each level's prefixes go on where the last one's end.
+
+    groupings: for each level a key per sequence. Sequences of one key in a level are of one key in all levels before.
+    limits: as of find_prefixes, of the levels together.
+    """
+    levels: list[Prefixes] = []
+    taken = [0] * len(sequences)
+    for keys in groupings:
+        rests = rests_behind(sequences, levels)
+        left = [limit - first for limit, first in zip(limits, taken)]
+        level = find_prefixes(rests, left, keys)
+        levels.append(level)
+        for row, owner in enumerate(level.owners):
+            taken[row] += len(level.tokens[owner])
+    return levels
+
+
+def choose_shared(
+    sequences: list[list[int]], limits: list[int], contexts: Sequence[Hashable], window: float, pass_cost: int
+) -> list[Prefixes]:
+    """The levels of prefixes with which a batch costs least: of all sequences, of each context's, both, or none.
+
+    limits: as of find_shared.  window: how wide a batch with prefixes may be, for between what is shared and the rest
+    there is padding, and a sliding window counts places.  pass_cost: of a pass, in positions; each level takes one.
+    """
+    everyone = [None] * len(sequences)
+    best: list[Prefixes] = []
+    least = len(sequences) * max(map(len, sequences))
+    for groupings in ([everyone], [contexts], [everyone, contexts]):
+        levels = find_shared(sequences, limits, groupings)
+        rests = rests_behind(sequences, levels)
+        width = max(map(len, rests))
+        cost = len(sequences) * width
+        for level in levels:
+            width += level.width
+            cost += len(level.tokens) * level.width
+            cost += pass_cost
+        if cost < least and width <= window:
+            best = levels
+            least = cost
+    return best
+
+
+def rests_behind(sequences: list[list[int]], levels: Sequence[Prefixes]) -> list[list[int]]:
+    """What is left of each sequence behind its prefixes."""
+    rests = []
+    for row, sequence in enumerate(sequences):
+        taken = sum(len(level.tokens[level.owners[row]]) for level in levels)
+        rests.append(sequence[taken:])
+    return rests
+
+
+@dataclass(frozen=True)
+class Level:
+    """What is run in one pass, behind the cache of the level before.
+
+    attention: also over the places of all levels before.  parents: the row of the level before that each one goes on
+    from.
+    """
+
+    ids: Int[Tensor, "node pos"]
+    attention: Int[Tensor, "node cached+pos"]
+    parents: Int[Tensor, "node"]
 
 
 class Layout:
-    """A batch of sequences on the device, in two parts: shared prefixes, and the rest of each sequence.
+    """A batch of sequences on the device, level by level: shared prefixes first, in the end the rest of each sequence.
 
     Prefixes are padded on the right, where padding has a token to look back at. Rests are padded on the left: every
     row's next token stands at the same place.
 
-    prefix_ids, prefix_mask: [context, prefix]; rest_ids: [row, rest]; owners: [row], each one's prefix. Without
-    prefixes that part is 0 positions wide.
-    ids, attention, places: [row, prefix + rest]; places says where each position stands among all the prefixes' and
-    then all the rests' positions, which is the order in which they are run.
+    levels: in the order in which they are run; without prefixes one.
+    ids, attention, places: [row, pos], the levels side by side; places says where each position stands among all that
+    are run, level by level.
     """
 
     def __init__(
-        self,
-        sequences: list[list[int]],
-        pad_id: int,
-        device: torch.device | str,
-        prefixes: Sequence[Sequence[int]] = ((),),
-        owners: list[int] | None = None,
+        self, sequences: list[list[int]], pad_id: int, device: torch.device | str, prefixes: Sequence[Prefixes] = ()
     ):
-        owners = [0] * len(sequences) if owners is None else owners
-        rests = [sequence[len(prefixes[owner]) :] for owner, sequence in zip(owners, sequences)]
-        self.prefix_ids, self.prefix_mask = pad(prefixes, pad_id, device, "right")
-        self.rest_ids, self.rest_mask = pad(rests, pad_id, device, "left")
-        self.owners = torch.tensor(owners, device=device)
-        self.ids = torch.cat([self.prefix_ids[self.owners], self.rest_ids], 1)
-        self.attention = torch.cat([self.prefix_mask[self.owners], self.rest_mask], 1)
-        of_prefixes = torch.arange(self.prefix_ids.numel(), device=device).view_as(self.prefix_ids)
-        of_rests = torch.arange(self.rest_ids.numel(), device=device).view_as(self.rest_ids)
-        self.places = torch.cat([of_prefixes[self.owners], of_rests + self.prefix_ids.numel()], 1)
-
-    def parts(self) -> list[tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]]:
-        """Ids and mask of the prefixes, where there are any, and of the rests."""
-        of_rests = [(self.rest_ids, self.rest_mask)]
-        if not self.prefix_ids.shape[1]:
-            return of_rests
-        return [(self.prefix_ids, self.prefix_mask), *of_rests]
+        rests = Prefixes(rests_behind(sequences, prefixes), list(range(len(sequences))))
+        self.levels: list[Level] = []
+        ids = []
+        attention = []
+        places = []
+        before = rests.owners  # of each row its place in the level before; the first level has none
+        first = 0
+        for part in (*prefixes, rests):
+            part_ids, mask = pad(part.tokens, pad_id, device, "left" if part is rests else "right")
+            owners = torch.tensor(part.owners, device=device)
+            count = part_ids.numel()
+            in_order = torch.arange(first, first + count, device=device).view_as(part_ids)
+            first += count
+            ids.append(part_ids[owners])
+            attention.append(mask[owners])
+            places.append(in_order[owners])
+            some_rows = [part.owners.index(number) for number in range(len(part.tokens))]  # one of each node
+            seen = torch.cat(attention, 1)[some_rows]
+            parents = [before[row] for row in some_rows]
+            self.levels.append(Level(part_ids, seen, torch.tensor(parents, device=device)))
+            before = part.owners
+        self.ids = torch.cat(ids, 1)
+        self.attention = torch.cat(attention, 1)
+        self.places = torch.cat(places, 1)
 
 
 def close_gaps(attention: Int[Tensor, "row pos"]) -> tuple[Int[Tensor, "row left"], Int[Tensor, "row left"]]:

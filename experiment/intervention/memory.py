@@ -36,9 +36,11 @@ def halve_on_oom(
     run: Callable[[list[Item]], None],
     items: list[Item],
     make_room: Callable[[], bool] = lambda: False,
+    name: str = "questions in a batch",
 ) -> None:
     """run(items); where memory runs out, again once make_room() has freed some, and then for each half of the items.
 
+    name: what the items are, for the person who waits.
     What `run` has noted before it failed stays noted: called again, it does what is left.
     Raises what `run` raised where even one item is too much: what it is a part of may still be split.
     """
@@ -51,11 +53,16 @@ def halve_on_oom(
         failure = error.with_traceback(None)  # the traceback holds on to every tensor on its way
     release_memory()
     if make_room():
-        halve_on_oom(run, items, make_room)
+        halve_on_oom(run, items, make_room, name)
         return
     if len(items) == 1:
         raise failure
-    say(f"Out of memory with {len(items)} questions in a batch: this one is split in two; nothing is lost.")
+    say_split(len(items), name)
     half = len(items) // 2
-    halve_on_oom(run, items[:half], make_room)
-    halve_on_oom(run, items[half:], make_room)
+    halve_on_oom(run, items[:half], make_room, name)
+    halve_on_oom(run, items[half:], make_room, name)
+
+
+def say_split(count: int, name: str) -> None:
+    """Tells that so many items were too much. name: of what, in the plural."""
+    say(f"Out of memory with {count} {name}: they are split in two; nothing is lost.")

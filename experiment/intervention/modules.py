@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+SCORES_IN_CACHE = 2**19  # numbers: two megabytes in single precision
+
 Replace = Callable[[Float[Tensor, "row pos *d_in"]], Float[Tensor, "row pos *d_in"]]
 
 
@@ -47,7 +49,8 @@ def hooked(model: Any, hook_name: str, replace: Replace) -> Iterator[PreTrainedM
 
 @contextlib.contextmanager
 def padding_that_sees() -> Iterator[None]:
-    """Eager attention in which a position that may see nothing sees everything, for as long as the block lasts.
+    """Eager attention in which, in float16, a position that may see nothing sees everything, for as long as the block
+    lasts.
 
     Padding on the left sees only padding. To the score of what is not to be seen Transformers adds the lowest number of
     the dtype, in float16 -65504, and from a score of -16 down the sum is -inf. A position at which all scores are -inf
@@ -58,6 +61,8 @@ def padding_that_sees() -> Iterator[None]:
 
     def build_mask(**how: Any) -> Float[Tensor, "row 1 pos cached+pos"]:
         mask = usual(**how)  # 0 at what a position sees
+        if mask.dtype != torch.float16:
+            return mask  # of a larger range, where the sum stays finite
         sees_nothing = (mask < 0).all(-1, keepdim=True)
         return mask.masked_fill_(sees_nothing, 0)
 
@@ -69,11 +74,13 @@ def padding_that_sees() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def heads_in_groups() -> Iterator[None]:
-    """Eager attention of a single position that repeats no keys and values, for as long as the block lasts.
+def lean_attention() -> Iterator[None]:
+    """Eager attention with less to write and read, for as long as the block lasts.
 
-    Where several heads share a head of keys and values, Transformers copies these for each of them: in a step that is
-    the whole cache. Here such heads are handed to the family's own function as so many positions of one head.
+    Of a single position it repeats no keys and values. Where several heads share a head of these, Transformers copies
+    them for each: in a step that is the whole cache. Here such heads are handed to the family's own function as so many
+    positions of one head. Of many positions, a CPU does as many rows at a time as have their scores in its cache: the
+    demo's masked rounds are a tenth faster.
     """
     before = ALL_ATTENTION_FUNCTIONS.get("eager", None)
     ALL_ATTENTION_FUNCTIONS["eager"] = _attend
@@ -98,13 +105,23 @@ def _attend(
     rows, heads, positions, d_head = query.shape
     groups = heads // key.shape[1]
     if positions > 1 or groups == 1 or hasattr(module, "sinks"):  # sinks: a number per head
-        return attend(module, query, key, value, attention_mask, **how)
-    module.num_key_value_groups = 1
+        size = rows
+        if query.device.type == "cpu":
+            size = max(1, SCORES_IN_CACHE // (heads * positions * key.shape[2]))
+        parts = []
+        for first in range(0, rows, size):
+            some = slice(first, first + size)
+            mask = None if attention_mask is None else attention_mask[some]
+            out, _ = attend(module, query[some], key[some], value[some], mask, **how)
+            parts.append(out)
+        return torch.cat(parts), None
+    attributes = vars(module)  # setting it as an attribute takes a module longer than the attention of a short row
+    attributes["num_key_value_groups"] = 1
     try:
         grouped = query.view(rows, heads // groups, groups, d_head)
         out, weights = attend(module, grouped, key, value, attention_mask, **how)
     finally:
-        module.num_key_value_groups = groups
+        attributes["num_key_value_groups"] = groups
     return out.transpose(1, 2).reshape(rows, 1, heads, -1), weights
 
 

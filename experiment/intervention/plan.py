@@ -1,5 +1,6 @@
 """How many tokens are run at once, and which questions: decided by lengths and memory, before anything is run."""
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,42 @@ def layer_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     vectors = 24 * config.hidden_size + 3 * d_mlp
     attention = config.num_attention_heads * LONG_PROMPT * (dtype.itemsize + torch.float32.itemsize) // 2
     return vectors * dtype.itemsize + attention
+
+
+def room_of(sizes: Sizes, config: PreTrainedConfig, dtype: torch.dtype) -> float:
+    """The bytes that a batch and the pool take together: as much is free where answers are made and no cache is there
+    any more. Of the sizes alone, so that a round that goes on finds the same."""
+    cache = cache_bytes_per_token(config, dtype)
+    in_a_layer = layer_bytes_per_token(config, dtype)
+    return sizes.batch * (cache + in_a_layer) + sizes.pool * cache * WAITING
+
+
+def graph_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype, layers: int, width: int) -> int:
+    """What a gradient's graph keeps per token of sequences of this width, over so many layers: at most, about.
+
+    Per layer, what Gemma 2 keeps: four and a half vectors of the residual stream in single precision (its norms), three
+    of the MLP, three of all heads, and attention's scores once in single precision and twice in the model's. Llama and
+    Qwen keep three quarters of that.
+    """
+    config = config.get_text_config()
+    d_mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    heads = config.num_attention_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    norms = 4.5 * config.hidden_size * torch.float32.itemsize
+    products = 3 * (d_mlp + heads * d_head) * dtype.itemsize
+    scores = heads * width * (torch.float32.itemsize + 2 * dtype.itemsize)
+    return layers * int(norms + products + scores)
+
+
+def gradient_rows(room: float | None, rows: int, width: int, token_bytes: int) -> int:
+    """How many rows of a batch, all of this width, have their gradients found at once.
+
+    room: bytes that their graph may take; None: a sixteenth of the batch, for on its way back a token takes in every
+    layer about 16 times what it takes in the cache.  token_bytes: as of graph_bytes_per_token.
+    """
+    if room is None:
+        return math.ceil(rows / 16)
+    return max(1, int(room // (width * token_bytes)))
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int, contexts: Sequence[Hashable]) -> list[list[int]]:

@@ -2,21 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate.utils.memory import release_memory
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from experiment import say
+from experiment.intervention.ablations import Mask
 from experiment.intervention.forward import SplicedModel, layers_of, new_cache, pick_positions
 from experiment.intervention.layout import Layout, close_gaps
-from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors
+from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors, say_split
 from experiment.intervention.rows import Row, pick_log_probs, pick_tokens
-from experiment.intervention.splice import Mask, SparseActivations, join
+from experiment.intervention.sparse import SparseActivations
+from experiment.intervention.steps import FixedLayer, Steps
+
+IN_POOL = "answers that go on together"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Pool:
         rows = [row for piece in pieces for row in piece.rows]
         mask = join_masks([piece.mask for piece in pieces])
         try:
-            self._decode_greedily(rows, mask, *join_caches(self.model, pieces, self.limits.max_new_tokens))
+            cache, attention = join_caches(self.model, pieces, self.limits.max_new_tokens)
+            self._decode_greedily(rows, Steps(self.model, cache, attention, mask))
             return
         except Exception as error:
             if not is_out_of_memory(error):
@@ -93,7 +95,7 @@ class Pool:
         pieces.clear()
         release_memory()
         self.capacity //= 2
-        say(f"Out of memory with {len(rows)} answers that go on together: they are split in two; nothing is lost.")
+        say_split(len(rows), IN_POOL)
 
         def go_on(numbers: Sequence[int]) -> None:
             self._start_again(rows, mask, numbers)
@@ -102,7 +104,7 @@ class Pool:
         with memory_errors():  # not a batch's: to split that would leave these rows without an end
             for numbers in (range(half), range(half, len(rows))):
                 if numbers:
-                    halve_on_oom(go_on, list(numbers))
+                    halve_on_oom(go_on, list(numbers), name=IN_POOL)
 
     def _start_again(self, rows: list[Row], mask: Mask | None, numbers: Sequence[int]) -> None:
         """Goes on with some of the rows, whose caches are lost: what they have said so far stays."""
@@ -110,39 +112,33 @@ class Pool:
         if not going:
             return
         some = [rows[number] for number in going]
-        mask_of_some = mask and mask.take(torch.tensor(going))
-        layout = Layout([row.prompt + row.tokens[:-1] for row in some], self.model.pad_id, self.model.device)
+        index = torch.tensor(going)
+        mask_of_some = mask and mask.take(index)
+        sequences = [row.prompt + row.tokens[:-1] for row in some]
+        layout = Layout(sequences, self.model.pad_id, self.model.device)
         cache = new_cache(self.model.lm)
-        self.model.forward(layout.rest_ids, layout.attention, cache, mask_of_some)
-        self._decode_greedily(some, mask_of_some, cache, layout.attention)
+        self.model.forward(layout.ids, layout.attention, cache, mask_of_some)
+        pieces = [take_rows(some, list(range(len(some))), cache, layout.attention, mask_of_some)]
+        cache, attention = join_caches(self.model, pieces, self.limits.max_new_tokens)
+        self._decode_greedily(some, Steps(self.model, cache, attention, mask_of_some))
 
-    def _decode_greedily(
-        self, rows: list[Row], mask: Mask | None, cache: DynamicCache, attention: Int[Tensor, "row pos"]
-    ) -> None:
+    def _decode_greedily(self, rows: list[Row], steps: Steps) -> None:
         """Greedy steps until all rows have ended. Those that have ended leave once they are half of what is there."""
-        model = self.model
         while True:
             places = [place for place, row in enumerate(rows) if not self._has_ended(row)]
             if not places:
                 return
             if 2 * len(places) <= len(rows):
-                index = torch.tensor(places, device=attention.device)
-                for layer in layers_of(cache):
-                    layer.batch_select_indices(index.to(layer.keys.device))
-                attention = attention[index]
-                mask = mask and mask.take(index)
+                steps = steps.leave(torch.tensor(places))
                 rows = [rows[place] for place in places]
-            ids = torch.tensor([row.tokens[-1:] for row in rows], device=attention.device)
-            attention = torch.cat([attention, torch.ones_like(attention[:, :1])], 1)
-            activations: list[SparseActivations] | None = [] if self.keeps_read else None
-            logits = model.forward(ids, attention, cache, mask, read=activations)
+            logits = steps.run([row.tokens[-1] for row in rows])
             chosen = pick_tokens(logits)
             log_probs = [0.0] * len(rows)
             if not all(row.is_draft for row in rows):
                 log_probs = pick_log_probs(logits, torch.tensor(chosen, device=logits.device)).tolist()
+            if self.keeps_read:
+                self.read.append((list(rows), steps.read()))
             going = [not self._has_ended(row) for row in rows]
-            if activations is not None:
-                self.read.append((list(rows), join(activations)))
             for row, goes_on, token, log_prob in zip(rows, going, chosen, log_probs):
                 if goes_on:
                     row.append(token, log_prob)
@@ -150,49 +146,6 @@ class Pool:
 
     def _has_ended(self, row: Row) -> bool:
         return row.has_ended(self.model.end_ids, self.limits.max_new_tokens)
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values with room behind them: a step writes into it, and copies nothing that is there."""
-
-    keys: Tensor  # there from the start, other than those of a DynamicLayer
-    values: Tensor
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor], width: int, room: int):
-        """keys, values: [row, head, pos, d_head] of several pieces, each put at the right end of `width` positions."""
-        super().__init__()
-        self.lazy_initialization(keys[0], values[0])
-        self._keys = _put_together(keys, width, room)
-        self._values = _put_together(values, width, room)
-        self._show(width)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        first = self.length
-        self._show(first + key_states.shape[-2])
-        self._keys[:, :, first : self.length] = key_states
-        self._values[:, :, first : self.length] = value_states
-        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
-
-    def batch_select_indices(self, indices: Int[Tensor, "left"]) -> None:
-        self._keys = self._keys[indices]
-        self._values = self._values[indices]
-        self._show(self.length)
-
-    def _show(self, length: int) -> None:
-        self.length = length
-        self.keys = self._keys[:, :, :length]
-        self.values = self._values[:, :, :length]
-
-
-def _put_together(pieces: list[Tensor], width: int, room: int) -> Float[Tensor, "row head width+room d_head"]:
-    rows = sum(len(piece) for piece in pieces)
-    _, heads, _, d_head = pieces[0].shape
-    together = pieces[0].new_zeros(rows, heads, width + room, d_head)
-    first = 0
-    for piece in pieces:
-        together[first : first + len(piece), :, width - piece.shape[2] : width] = piece
-        first += len(piece)
-    return together
 
 
 def take_rows(
@@ -220,7 +173,7 @@ def join_caches(model: SplicedModel, pieces: list[Waiting], room: int) -> tuple[
     for number in range(len(cache.layers)):
         keys = [piece.keys.pop(0) for piece in pieces]
         values = [piece.values.pop(0) for piece in pieces]
-        cache.layers[number] = RoomyLayer(keys, values, width, room)
+        cache.layers[number] = FixedLayer(keys, values, width, room)
     attention = []
     for piece in pieces:
         padding = width - piece.attention.shape[1]

@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from experiment.intervention.splice import SparseActivations, Splice
+from experiment.intervention.sparse import SparseActivations
+from experiment.intervention.splice import Splice
 
 
 def removed_shares(
@@ -17,20 +18,33 @@ def removed_shares(
 
     positions: of each sequence those that count.
     """
-    lengths = [len(ids) for ids in lists]
+    flat: list[int] = []
+    lengths = []
+    for ids in lists:
+        flat += ids
+        lengths.append(len(ids))
     # One upload and one download for all of them: each makes the device wait.
-    together = torch.tensor([latent for ids in lists for latent in ids], dtype=torch.long, device=splice.device)
+    together = torch.tensor(flat, dtype=torch.long, device=splice.device)
     shares = []
-    for latents, ids in zip(positions, together.split(lengths)):
-        shares.append(removed_share(splice, latents, ids, means))
-    numbers = [float(f"{share:.4g}") for share in torch.cat(shares).tolist()]
-    ends = torch.tensor(lengths).cumsum(0).tolist()
-    return [numbers[end - length : end] for end, length in zip(ends, lengths)]
+    for latents, of_list in zip(positions, together.split(lengths)):
+        share = removed_share(splice, latents, of_list, means)
+        shares.append(share)
+    numbers = torch.cat(shares).tolist()
+    of_lists = []
+    first = 0
+    for length in lengths:
+        of_list = numbers[first : first + length]
+        of_lists.append([float(f"{share:.4g}") for share in of_list])
+        first += length
+    return of_lists
 
 
 @torch.no_grad()
 def removed_share(
-    splice: Splice, latents: SparseActivations, ids: Int[Tensor, " list"], means: Float[Tensor, " d_sae"] | None = None
+    splice: Splice,
+    latents: SparseActivations,
+    ids: Int[Tensor, " list"],
+    means: Float[Tensor, " d_sae"] | None = None,
 ) -> Float[Tensor, " list"]:
     """What masking the first 1, 2, ... of these latents takes away: the share of each position's own norm, and of these
     shares the mean over the positions, so that no position of a large norm rules it. 0 without any position.
@@ -41,31 +55,55 @@ def removed_share(
     changes = values_of(latents, ids, splice.d_sae)
     if means is not None:
         changes = changes - means[ids].float()
-    norms = norms_of_first(changes, splice.sae.W_dec[ids].float())
-    own = latents.residual.to(splice.device).flatten(1).float().norm(dim=1)
-    there = own > 0  # nothing can be taken away from a position that is zero
-    shares = norms[there] / own[there].unsqueeze(1)
-    return shares.sum(0) / max(1, len(shares))
+    rows = splice.sae.W_dec[ids].float()
+    norms = norms_of_first(changes, rows)
+    residual = latents.residual.to(splice.device).flatten(1)
+    own = residual.float().norm(dim=1)
+    is_there = own > 0  # nothing can be taken away from a position that is zero
+    norms = norms[is_there]
+    own = own[is_there]
+    shares = norms / own.unsqueeze(1)
+    count = max(1, len(shares))
+    return shares.sum(0) / count
 
 
-def values_of(latents: SparseActivations, ids: Int[Tensor, " list"], d_sae: int) -> Float[Tensor, "pos list"]:
+def values_of(
+    latents: SparseActivations,
+    ids: Int[Tensor, " list"],
+    d_sae: int,
+) -> Float[Tensor, "pos list"]:
     """The activation of each listed latent at each position, 0 where it is not active."""
-    places = torch.full((d_sae,), -1, device=ids.device)  # of each latent in the list
-    places[ids] = torch.arange(len(ids), device=ids.device)
+    device = ids.device
+    places = torch.full((d_sae,), -1, device=device)  # of each latent in the list
+    places[ids] = torch.arange(len(ids), device=device)
     place = places[latents.ids]  # [entry]
-    listed = place >= 0
-    values = torch.zeros(len(latents.counts), len(ids), device=ids.device)
-    values[latents.entry_positions()[listed], place[listed]] = latents.values[listed].float()
+    is_listed = place >= 0
+    columns = place[is_listed]
+    positions = latents.entry_positions()
+    rows = positions[is_listed]
+    found = latents.values[is_listed]
+    values = torch.zeros(
+        len(latents.counts),
+        len(ids),
+        device=device,
+    )
+    values[rows, columns] = found.float()
     return values
 
 
-def norms_of_first(changes: Float[Tensor, "pos list"], rows: Float[Tensor, "list d_in"]) -> Float[Tensor, "pos list"]:
+def norms_of_first(
+    changes: Float[Tensor, "pos list"],
+    rows: Float[Tensor, "list d_in"],
+) -> Float[Tensor, "pos list"]:
     """The norm of what the first 1, 2, ... latents write at each position: `changes[:, :n] @ rows[:n]` for each n.
 
     With the nth latent its square grows by a_n * (2 * (a_1 g_n1 + ... + a_(n-1) g_n(n-1)) + a_n g_nn), where a are the
     changes at the position and g the products of the rows.
     """
     products = rows @ rows.T  # [list, list]
-    weights = 2 * products.tril() - products.diag().diag()
+    own = products.diag().diag()
+    weights = 2 * products.tril() - own
     growth = changes * (changes @ weights.T)
-    return growth.cumsum(1).clamp(min=0).sqrt()  # rounding may leave a little less than nothing
+    squares = growth.cumsum(1)
+    squares = squares.clamp(min=0)  # rounding may leave a little less than nothing
+    return squares.sqrt()

@@ -10,6 +10,10 @@ from experiment import UserError
 
 NO_TOKEN = -1  # ends a proposal that is only the beginning of an answer
 LOG_PROB_ROWS = 256  # of logits that are in memory in single precision at once
+NOT_FINITE = (
+    "the model's logits are not finite: float16 overflows in some models; try --dtype bfloat16 "
+    "(or float32; and the same for --sae-dtype)"
+)
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,7 @@ def pick_tokens(logits: Float[Tensor, "output vocab"]) -> list[int]:
     is_finite = logits.isfinite().all(-1)
     tokens = torch.where(is_finite, logits.argmax(-1), NO_TOKEN).tolist()  # the one time that the device is waited for
     if NO_TOKEN in tokens:
-        raise UserError(
-            "the model's logits are not finite: float16 overflows in some models; try --dtype bfloat16 "
-            "(or float32; and the same for --sae-dtype)"
-        )
+        raise UserError(NOT_FINITE)
     return tokens
 
 

@@ -1,12 +1,14 @@
-"""What the SAE read in whole sequences, put together from the passes that ran them. Knows nothing of answers."""
+"""What the SAE read in whole sequences, put together from the passes that ran them; the sequences that are ranked."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from experiment.intervention.splice import SparseActivations, join
+from experiment.intervention.sparse import SparseActivations, join
 
 
 @dataclass(frozen=True)
@@ -99,3 +101,96 @@ class SequenceActivations:
             self.columns[is_inside][order],
             torch.arange(len(positions), device=device),
         )
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The kept questions of a batch as a ranking sees them: lists with an item each.
+
+    ids: the questions'.  prompts, generated: token ids.  brackets: the place in `generated` of the last token with a [
+    in its text.  answer_positions: the places there of the tokens inside the brackets.  rows: each one's in `read`,
+    which is what the SAE read in the whole group.  special_ids: of the tokenizer's special tokens, BOS among them.
+    """
+
+    ids: list[str]
+    prompts: list[list[int]]
+    generated: list[list[int]]
+    brackets: list[int]
+    answer_positions: list[list[int]]
+    rows: list[int]
+    read: SequenceActivations
+    special_ids: Sequence[int]
+
+    def tokens_until(self, number: int, place: int) -> list[int]:
+        """A sequence's tokens up to this place in what was generated, without the one there."""
+        return self.prompts[number] + self.generated[number][:place]
+
+    def until(self, places: Sequence[int], numbers: Sequence[int] | None = None) -> SequenceActivations:
+        """What the SAE read in sequences (`numbers`; None: in all) up to these places in what was generated."""
+        numbers = range(len(self.rows)) if numbers is None else numbers
+        rows = [self.rows[number] for number in numbers]
+        ends = []
+        for number, place in zip(numbers, places):
+            tokens = self.tokens_until(number, place)
+            ends.append(len(tokens))
+        return self.read.select(rows, ends)
+
+    @functools.cached_property
+    def ranked(self) -> SequenceActivations:
+        """What the paper ranks: each sequence up to the last [, without it."""
+        return self.until(self.brackets)
+
+    @functools.cached_property
+    def active(self) -> list[list[int]]:
+        """The latents active at the last position that is ranked, ascending: a list for each sequence."""
+        spliced = self.ranked.latents.spliced
+        rows = self.ranked.rows[spliced]
+        positions = spliced.nonzero().flatten()
+        last = rows.new_zeros(len(self.rows))
+        last = last.scatter_reduce(0, rows, positions, "amax")
+        at_the_end = self.ranked.latents.take(last)
+        ids = at_the_end.ids.tolist()
+        active = []
+        first = 0
+        for count in at_the_end.counts.tolist():
+            of_sequence = ids[first : first + count]
+            active.append(sorted(of_sequence))
+            first += count
+        return active
+
+    @functools.cached_property
+    def ordinary(self) -> Bool[Tensor, " pos"]:
+        """Where in `ranked` the SAE stands at a token that is not special. Controls are drawn and what masks remove is
+        measured there: at BOS, whose norm is many times the others', an SAE's latents say nothing of the text."""
+        return self.find_ordinary(self.ranked, self.brackets, range(len(self.rows)))
+
+    def find_ordinary(
+        self,
+        read: SequenceActivations,
+        places: Sequence[int],
+        numbers: Sequence[int],
+    ) -> Bool[Tensor, " pos"]:
+        """Where in `read`, what `until` gives for these places, the SAE stands at a token that is not special."""
+        tokens = []
+        for number, place in zip(numbers, places):
+            tokens += self.tokens_until(number, place)
+        spliced = read.latents.spliced
+        special_ids = torch.tensor([*self.special_ids], device=spliced.device)
+        is_special = torch.isin(torch.tensor(tokens, device=spliced.device), special_ids)
+        return spliced & ~is_special
+
+    def read_ordinary(self) -> list[SparseActivations]:
+        """What the SAE read at the `ordinary` positions of each sequence."""
+        positions = self.ordinary.nonzero().flatten()
+        counts = self.ranked.rows[positions].bincount(minlength=len(self.rows))
+        parts = positions.split(counts.tolist())
+        return [self.ranked.latents.take(part) for part in parts]
+
+    @functools.cached_property
+    def answered(self) -> dict[int, int]:
+        """{sequence with an answer inside the brackets: the place of its last token in what was generated}."""
+        places = {}
+        for number, inside in enumerate(self.answer_positions):
+            if inside:
+                places[number] = inside[-1]
+        return places

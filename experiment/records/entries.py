@@ -41,6 +41,41 @@ class Figures(Stored):
         return getattr(self, metric)
 
 
+class Estimate(Stored):
+    """A mean over n questions, with its 95% interval over their contexts: correlations, or shares from 0 to 1.
+
+    mean: None where no question counts.  low, high: None where those that count are on a single context.
+    """
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+class Excess(Figures):
+    """What a mask costs more than its control does: paired drops minus the control's, on n questions of both.
+
+    Of EM, F1, named (in points) and the answer's log probability (nats per token).
+    """
+
+
+class Agreement(Stored):
+    """How well a ranking's scores tell which latents matter: those whose masking alone costs the answer most.
+
+    spearman: between scores and effects.  share: of the sum of the positive effects, what the ranking's TopK holds.
+    found: of the K latents of largest effect, how many its TopK holds.  All are means over the questions in which
+    something varies, at K = 50% of the latents active at the last position, over the latents that were measured.
+    unmeasured: active latents without a measured effect, per question.
+    """
+
+    spearman: Estimate
+    share: Estimate
+    found: Estimate
+    unmeasured: float | None = None
+    k: Text = "50%"
+
+
 class CommonLatent(Stored):
     """A latent in the TopK of so many questions. neuronpedia: its page there; empty where there is none."""
 
@@ -61,12 +96,17 @@ class SharedPercent(Stored):
 
 
 class LatentStatistics(Stored):
-    """The paper's table 3 for one ranking, at K = 50%. overlap: with the other rankings, by name."""
+    """The paper's table 3 for one ranking, at K = 50%. overlap: with the other rankings, by name.
+
+    union_topk: how many latents are in any question's TopK.
+    """
 
     n: int
     active: float | None
     k_at_half: float | None = Field(alias="k_at_50%")
     same_context_percent: SharedPercent
+    other_context_percent: SharedPercent | None = None
+    union_topk: int | None = None
     most_frequent_topk: list[CommonLatent]
     overlap: dict[str, SharedPercent] = {}
 
@@ -105,6 +145,7 @@ class UnmaskedEntry(Entry):
     wrong: int | None = None
     unranked: int | None = None
     statistics: LatentStatistics | None = None
+    agreement: Agreement | None = None
 
 
 class MaskedEntry(Entry):
@@ -114,6 +155,11 @@ class MaskedEntry(Entry):
     lists are shorter than K.  removed: percent of the residual stream's norm.  missed_target: questions for which a
     matched mask removes more or less than the baseline's by over half of it.  missing: of the file, those that the
     data set lacks.
+
+    control: what the same hole was made of instead of these latents.  draws: figures are means over so many within each
+    question first.  keep_only: everything but these latents is masked.  excess: over a control, by its name ("own": the
+    baseline's own mask).  faithfulness, completeness: of TopK kept alone, and masked; auc: over log K, on the entry of
+    the largest K.
     """
 
     masked: Side
@@ -126,6 +172,19 @@ class MaskedEntry(Entry):
     removed: float | None = None
     missed_target: int | None = None
     missing: list[str] = []
+    control: Text | None = None
+    draws: int | None = None
+    keep_only: bool | None = None
+    excess: dict[str, Excess] | None = None
+    faithfulness: Estimate | None = None
+    completeness: Estimate | None = None
+    faithfulness_auc: Estimate | None = None
+    completeness_auc: Estimate | None = None
+
+    @property
+    def masks_nothing(self) -> bool:
+        """Whether it is the same for all rankings and masks: K = 0 masks nothing, unless it is what nothing keeps."""
+        return self.k == "0" and not self.keep_only
 
 
 def parse_entry(value: object) -> Entry:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from experiment import UserError, os_errors, own_mistakes, say
+from experiment.masks import ROUND_NAMES
 from experiment.records import files
 from experiment.records.provenance import ALL, SELECTION, refuse_other_run
 from experiment.records.schema import (
@@ -41,6 +42,7 @@ class Journal(dict[str, Record]):
         process: int = 0,
         overwrite: bool = False,
         adopt_selection: Callable[[Provenance], Provenance] | None = None,
+        only: Collection[str] | None = None,
     ):
         """provenance: what makes these records. `self.provenance` is that of the files that are there, if any: it
         differs in nothing that is compared. overwrite: starts again, and reads nothing.
@@ -48,12 +50,15 @@ class Journal(dict[str, Record]):
         adopt_selection: for what a file says, what it has to say, so that a journal of fewer questions can go on as one
         of more; without it, that is `provenance`.
 
+        only: the ids of the questions that it is of, where these are not all that the round asks.
+
         Raises UserError for files that are damaged or of another run.
         """
         super().__init__()
         self.path = path
         self.provenance = provenance
         self._provenance_now = provenance
+        self._only = only
         self._adopt_selection = adopt_selection or (lambda stored: provenance)
         self._own = path if process == 0 else path.with_name(f"{path.stem}.part{process}{path.suffix}")
         self._is_whole = False  # whether our own file ends with a whole line that was written here
@@ -72,12 +77,16 @@ class Journal(dict[str, Record]):
         """A journal as it is on disk, whatever made it."""
         return cls(path, read_provenance(path) or Provenance())
 
+    def lacks(self, question_id: str) -> bool:
+        """Whether the record of a question of the round is not there yet, and belongs here."""
+        return question_id not in self and (self._only is None or question_id in self._only)
+
     @own_mistakes()
     def append(self, records: Iterable[Record]) -> None:
-        """Writes the records that are not there yet, and syncs them to disk."""
+        """Writes the records that are not there yet and belong here, and syncs them to disk."""
         fresh = {}
         for record in records:
-            if record.id not in self:
+            if self.lacks(record.id):
                 fresh[record.id] = record
         if not fresh:
             return
@@ -163,6 +172,24 @@ class Journal(dict[str, Record]):
         now = self._provenance_now.fields()
         of_questions = {name: now[name] for name in (*SELECTION, "activations") if name in now}
         return stored.with_fields(**of_questions)
+
+
+def name_masked(provenance: Provenance) -> str:
+    """The name of a masked round's journal: what is not the default is in it."""
+    assert provenance.ranking is not None and provenance.masked is not None and provenance.k is not None
+    names = []
+    if provenance.ranking != "baseline":
+        names.append(provenance.ranking)
+    names.append("keep" if provenance.keep_only else ROUND_NAMES[provenance.masked])
+    if provenance.ablation != "zero":
+        names.append(provenance.ablation)
+    if provenance.k != "50%":
+        names.append(f"k{provenance.k.replace('%', 'pct')}")
+    if provenance.control is not None:
+        names.append(provenance.control)
+    if provenance.draw is not None:
+        names.append(f"draw{provenance.draw}")
+    return f"predictions_{'_'.join(names)}.jsonl"
 
 
 def read_provenance(path: Path) -> Provenance | None:

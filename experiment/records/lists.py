@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiment.masks import Side, count_masked, count_to_reach
@@ -15,10 +15,10 @@ from experiment.records.schema import Provenance, RankedLatents
 class RankedFile:
     """The ranked latents of a file of activations, of which a round masks one side.
 
-    provenance: of that round.  path: the file's.  name: the file's in results.json, without the folder where it is the
-    output folder's own or ships.  questions: by question id.  missing: the questions that the data set lacks.
-    selection: round 1's --limit, --sample and --seed; None where the file does not say (the authors'): then it has no
-    unmasked answers either.
+    provenance: of that round, or of one of its masks.  path: the file's.  name: the file's in results.json, without the
+    folder where it is the output folder's own or ships.  questions: by question id.  missing: the questions that the
+    data set lacks.  selection: round 1's --limit, --sample and --seed; None where the file does not say (the authors'):
+    then it has no unmasked answers either.
     """
 
     provenance: Provenance
@@ -32,6 +32,14 @@ class RankedFile:
     def digest_used(self, ids: Sequence[str]) -> dict[str, str]:
         """The field of a provenance that says what a round uses of the latents of these questions."""
         return {"activations": digest_ranked(self.questions, self.side, ids)}
+
+    def of_draw(self, draw: int, ids: Sequence[str]) -> RankedFile:
+        """The same with the lists of another draw, the first of which is 1. ids: of the questions that are selected."""
+        if draw == 1:
+            return self
+        questions = {question_id: question.of_draw(draw) for question_id, question in self.questions.items()}
+        file = replace(self, questions=questions)
+        return replace(file, provenance=self.provenance.with_fields(**file.digest_used(ids)))
 
 
 def find_latents_to_mask(question: RankedLatents, side: Side, k: str) -> tuple[list[int], bool]:

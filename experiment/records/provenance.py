@@ -22,9 +22,10 @@ SETTINGS = (
     *("model", "sae_release", "sae_id", "hook_name", "d_sae", "dtype", "sae_dtype", "error_term"),
     *("exclude_special_tokens", "questions", "prompt_template", "max_new_tokens"),
 )
-RANKED = (*SETTINGS, "ranking", "ranking_seed")  # of a ranking's lists
+RANKED = (*SETTINGS, "ranking", "ranking_seed", "draws", "effects")  # of a ranking's lists
 SELECTION = ("limit", "sample", "seed")  # which of the data set's questions are asked
-MASK = ("masked", "k", "ablation", "activations", "means")  # of a masked round; the last two are digests
+# Of a masked round; activations and means are digests.
+MASK = ("masked", "k", "control", "control_seed", "draw", "keep_only", "ablation", "activations", "means")
 ALL = (*RANKED, *SELECTION, *MASK)  # of a journal
 # Compared where both have them: the SAE says the first two once it is loaded, round 1 the third.
 KNOWN_LATER = ("hook_name", "d_sae", "ranking_seed")

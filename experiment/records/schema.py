@@ -136,9 +136,20 @@ class Provenance(Stored):
     versions: dict[str, str] | None = None
     ranking_seed: int | None = None
     """Of a ranking that draws."""
+    draws: int | None = None
+    """Lists that round 1 drew for each question, where these are several."""
+    effects: int | None = None
+    """Latents of a question that round 1 masked alone, at most."""
     ranking_digest: str | None = None
     """Of the file of a ranking of one's own."""
     masked: Side | None = None
+    control: Text | None = None
+    """What the same hole is made of instead of the latents that are masked: "direction", one drawn at random."""
+    control_seed: int | None = None
+    draw: int | None = None
+    """Of what is drawn several times: which one, from the second on."""
+    keep_only: bool | None = None
+    """Whether everything but these latents is masked."""
     ablation: Text = "zero"
     hook_name: Text | None = None
     d_sae: int | None = None
@@ -153,11 +164,33 @@ class Provenance(Stored):
     kept: int | None = None
 
 
+class Draw(Stored):
+    """Lists of a further draw of a ranking that draws, as of RankedLatents."""
+
+    topk: Latents
+    bottomk: Latents
+    removed_topk: list[float] | None = None
+    removed_bottomk: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        for name, latents, removed in (
+            ("topk", self.topk, self.removed_topk),
+            ("bottomk", self.bottomk, self.removed_bottomk),
+        ):
+            if removed is not None and len(removed) != len(latents):
+                raise ValueError(f"removed_{name} is not as long as {name}")
+        return self
+
+
 class RankedLatents(Stored):
     """The latents of a kept question: those active at the last position, TopK and BottomK.
 
     removed: what masking the first 1, 2, ... of a list takes away.  target: of the matched ranking, what the baseline's
     take away.  tokens: of the unmasked answer.  inside: the positions of those inside its brackets.
+    measured: latents whose effect on the answer was measured by masking each alone.  effects: of each of them, in nats
+    per token; in the file of the ranking by effects.  scores: the file's ranking's own, of each of them.  unmeasured:
+    active latents that were left out.  more_draws: further lists of a ranking that draws.
     """
 
     active: Latents
@@ -169,6 +202,11 @@ class RankedLatents(Stored):
     removed_bottomk: list[float] | None = None
     target_topk: list[float] | None = None
     target_bottomk: list[float] | None = None
+    measured: Latents | None = None
+    effects: list[FiniteFloat] | None = None
+    scores: list[FiniteFloat] | None = None
+    unmeasured: int | None = None
+    more_draws: list[Draw] | None = None
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -183,6 +221,16 @@ class RankedLatents(Stored):
 
     def removed(self, side: Side) -> list[float] | None:
         return self.removed_topk if side == "topk" else self.removed_bottomk
+
+    @property
+    def draws(self) -> int:
+        """How often its lists were drawn; 1 where they are not."""
+        return 1 + len(self.more_draws or [])
+
+    def of_draw(self, draw: int) -> Self:
+        """The same with the lists of another draw, from 2 on."""
+        assert self.more_draws is not None  # activations.refuse_fewer_draws has seen to it
+        return self.with_fields(**self.more_draws[draw - 2].fields())
 
     def target(self, side: Side) -> list[float] | None:
         return self.target_topk if side == "topk" else self.target_bottomk

@@ -99,7 +99,7 @@ def summarize(columns: Mapping[str, ArrayLike], contexts: Sequence[Hashable]) ->
     columns: {metric: a score for each question}; NaN or None where it does not count.  contexts: a key for each. A
     metric that counts nowhere is None, as is an interval over less than two contexts.
     """
-    (figures,) = _summarize_each([columns], contexts)
+    (figures,) = summarize_each([columns], contexts)
     return figures
 
 
@@ -116,7 +116,7 @@ def compare(
     for metric, column in masked.items():
         if metric in unmasked:
             drops[metric] = np.asarray(unmasked[metric], dtype=float) - np.asarray(column, dtype=float)
-    after, before, drop = _summarize_each([_leave_levels(masked), _leave_levels(unmasked), drops], contexts)
+    after, before, drop = summarize_each([_leave_levels(masked), _leave_levels(unmasked), drops], contexts)
     return after, before, drop
 
 
@@ -125,7 +125,7 @@ def _leave_levels(columns: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
     return {metric: column for metric, column in columns.items() if metric not in DROP_ONLY}
 
 
-def _summarize_each(tables: Sequence[Mapping[str, ArrayLike]], contexts: Sequence[Hashable]) -> list[Figures]:
+def summarize_each(tables: Sequence[Mapping[str, ArrayLike]], contexts: Sequence[Hashable]) -> list[Figures]:
     """`summarize` of each, with one bootstrap for all: to draw the contexts is what takes time."""
     scaled: list[np.ndarray] = []
     for columns in tables:
@@ -161,14 +161,19 @@ def _summarize_one(
 def latent_statistics(ranked: Sequence[RankedLatents], contexts: Sequence[Hashable]) -> LatentStatistics:
     """The paper's table 3 for one ranking, at K = 50%.
 
-    Latents active at the last position and K, means over questions; what TopK and BottomK of two questions on one
-    context share, in percent of their mean length, pooled over all such pairs; and the 10 latents in most TopKs.
+    Latents active at the last position and K, means over questions; what TopK and BottomK of two questions share, in
+    percent of their mean length, pooled over all pairs on one context, and over all pairs on different ones; how many
+    latents are in any TopK, and the 10 in most of them.
 
     contexts: a key for each question.
     """
     same_context = {}
+    other_context = {}
     for side in SIDES:
-        same_context[side] = _share_on_one_context(ranked, contexts, side)
+        shared, possible = _count_shared(ranked, contexts, side)
+        shared_by_any, possible_by_any = _count_shared(ranked, [""] * len(ranked), side)
+        same_context[side] = _percent(shared, possible)
+        other_context[side] = _percent(shared_by_any - shared, possible_by_any - possible)
     counts: collections.Counter[int] = collections.Counter()
     for question in ranked:
         counts.update(_at_half(question, "topk"))
@@ -179,13 +184,16 @@ def latent_statistics(ranked: Sequence[RankedLatents], contexts: Sequence[Hashab
         "active": _mean(active),
         "k_at_50%": _mean([number // 2 for number in active]),
         "same_context_percent": SharedPercent.model_validate(same_context),
+        "other_context_percent": SharedPercent.model_validate(other_context),
+        "union_topk": len(counts),
         "most_frequent_topk": [CommonLatent(latent=latent, questions=count) for latent, count in most],
     }
     return LatentStatistics.model_validate(fields)
 
 
-def _share_on_one_context(ranked: Sequence[RankedLatents], contexts: Sequence[Hashable], side: Side) -> float | None:
-    """What a list of two questions on one context shares, percent of its mean length; None where there is no pair."""
+def _count_shared(ranked: Sequence[RankedLatents], contexts: Sequence[Hashable], side: Side) -> tuple[int, int]:
+    """How many latents the lists of two questions on one context have in common, over all such pairs, and how many they
+    would if their lists were the same. Both are counted from either side."""
     questions = collections.Counter(contexts)
     lists_with: collections.Counter[tuple[Hashable, int]] = collections.Counter()  # (context, latent): how many
     shared = 0
@@ -196,7 +204,11 @@ def _share_on_one_context(ranked: Sequence[RankedLatents], contexts: Sequence[Ha
         for latent in latents:
             shared += 2 * lists_with[context, latent]  # with each list before, counted from both sides
             lists_with[context, latent] += 1
-    return 100 * shared / possible if possible else None
+    return shared, possible
+
+
+def _percent(part: int, whole: int) -> float | None:
+    return 100 * part / whole if whole else None
 
 
 def ranking_overlap(

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from experiment import UserError, questions, say
 from experiment.demo import ROOT, bundled
+from experiment.masks import OTHERS
 from experiment.questions import Question
 from experiment.records import files
 from experiment.records.entries import Entry, MaskedEntry, UnmaskedEntry
-from experiment.records.journal import Journal
+from experiment.records.journal import Journal, name_masked
 from experiment.records.lists import find_latents_to_mask
+from experiment.records.others import take_from_others
 from experiment.records.provenance import (
     ALL,
     depends_on,
@@ -22,10 +24,12 @@ from experiment.records.provenance import (
     same_answer,
 )
 from experiment.records.schema import KeptRecord, Provenance, RankedQuestion, Record
-from experiment.report import tables
+from experiment.report import relations, tables
+from experiment.report.comparisons import Scores
+from experiment.report.relations import Mask
 
 Ranked = dict[str, dict[str, RankedQuestion]]
-"""{file of activations: {id: its ranked question}}"""
+"""{file of activations: {id: its ranked question}}; with another question's lists under a name of their own"""
 Journals = dict[str, Journal]
 """{its name: a journal}"""
 
@@ -64,10 +68,15 @@ def read_folder(path: Path, entries: list[Entry] | None = None, known: list[Ques
         entries = read_entries(path / "results.json")
     journals = _read_journals(path, entries)
     ranked = _read_ranked(path, entries)
-    entries = [entry for entry in entries if _is_of(path, entry, journals, ranked)]
+    if known is None:
+        known = _load_questions(entries[0].provenance) if journals else []
+    contexts = {question.id: question.context for question in known}
+    lists = ranked | _swap_lists(entries, ranked, contexts)
+    entries = [entry for entry in entries if _is_of(path, entry, journals, lists)]
     if not entries:
         raise UserError(f"{path}: none of its results is of what lies in it: repeat its rounds")
-    round_1 = _find_round_1(entries, journals)
+    unmasked = _find_unmasked(entries, journals)
+    round_1 = next(iter(unmasked.values()), None)
     answers = _find_answers(round_1, ranked)
     others = _find_other_answers(ranked, answers)
     masked = []
@@ -75,8 +84,10 @@ def read_folder(path: Path, entries: list[Entry] | None = None, known: list[Ques
         journal = _find_whole(journals, entry)
         if journal is not None and entry.latents not in others:
             masked.append((entry, journal))
-    if known is None:
-        known = _load_questions(entries[0].provenance) if round_1 or masked else []
+    if contexts:
+        scores = _score_masks(path, masked, lists)
+        entries = relations.add_agreement(entries, unmasked, contexts)
+        entries = relations.relate(entries, scores, relations.score_unmasked(ranked.values()), contexts)
     return Folder(
         path=path,
         entries=entries,
@@ -84,7 +95,7 @@ def read_folder(path: Path, entries: list[Entry] | None = None, known: list[Ques
         answers=answers,
         kept=_list_kept(round_1, masked),
         masked=masked,
-        ranked=ranked,
+        ranked=lists,
     )
 
 
@@ -143,17 +154,56 @@ def _read_ranked(path: Path, entries: Iterable[Entry]) -> Ranked:
 
 def _find_ranked(ranked: Ranked, entry: MaskedEntry) -> dict[str, RankedQuestion] | None:
     """The file of activations that an entry names, where it names one that was read."""
-    return None if entry.latents is None else ranked.get(entry.latents)
+    return ranked.get(_name_lists(entry))
 
 
-def _find_round_1(entries: Iterable[Entry], journals: Journals) -> Journal | None:
-    """The first whole journal of unmasked answers."""
-    first = None
+def _name_lists(entry: MaskedEntry) -> str:
+    """What the lists that an entry's round masked are called in Ranked."""
+    provenance = entry.provenance
+    name = entry.latents or ""
+    return f"{name} {provenance.ranking} {provenance.ranking_seed}" if provenance.ranking in OTHERS else name
+
+
+def _swap_lists(entries: Iterable[Entry], ranked: Ranked, contexts: Mapping[str, str]) -> Ranked:
+    """The lists of the masked rounds that took another question's, where the data set is known. contexts: by id."""
+    swapped: Ranked = {}
     for entry in entries:
-        if isinstance(entry, UnmaskedEntry):
-            journal = _find_whole(journals, entry)
-            first = journal if first is None else first
-    return first
+        if not isinstance(entry, MaskedEntry) or entry.provenance.ranking not in OTHERS or not contexts:
+            continue
+        name = _name_lists(entry)
+        if entry.latents in ranked and name not in swapped:
+            swapped[name] = take_from_others(entry.provenance, ranked[entry.latents], contexts)
+    return swapped
+
+
+def _score_masks(path: Path, masked: Iterable[tuple[MaskedEntry, Journal]], lists: Ranked) -> dict[Mask, Scores]:
+    """The scores of the answers under each mask of which all is there: journals, and the file of activations."""
+    scores = {}
+    for entry, journal in masked:
+        of_file = _find_ranked(lists, entry)
+        draws = [journal, *_read_draws(path, entry)]
+        has_file = of_file is not None or entry.drop is None  # the authors' has no unmasked answers
+        if has_file and len(draws) == (entry.draws or 1):
+            scores[Mask.of(entry)] = relations.score_mask(draws, of_file or {})
+    return scores
+
+
+def _read_draws(path: Path, entry: MaskedEntry) -> list[Journal]:
+    """The journals of an entry's second and further draws: those that are whole."""
+    later = range(2, 1 + (entry.draws or 1))
+    names = [name_masked(entry.provenance.with_fields(draw=draw)) for draw in later]
+    journals = _read_journals(path, [entry.with_fields(journal=name) for name in names])
+    return [journal for journal in journals.values() if len(journal) == entry.n]
+
+
+def _find_unmasked(entries: Iterable[Entry], journals: Journals) -> Journals:
+    """The whole journals of unmasked answers, by ranking."""
+    unmasked = {}
+    for entry in entries:
+        journal = _find_whole(journals, entry) if isinstance(entry, UnmaskedEntry) else None
+        if journal is not None:
+            unmasked[str(entry.provenance.ranking)] = journal
+    return unmasked
 
 
 def _find_answers(round_1: Journal | None, ranked: Ranked) -> Mapping[str, Record | RankedQuestion]:
@@ -285,7 +335,7 @@ def join_entries(folders: list[Folder]) -> list[Entry]:
             raise UserError(f"{folder.path}: has neither model, SAE nor questions in common with the other folders")
         entries += folder.entries
     table = tables.build_table(entries)
-    masked = [entry for entry in entries if isinstance(entry, MaskedEntry) and entry.k != "0"]
+    masked = [entry for entry in entries if isinstance(entry, MaskedEntry) and not entry.masks_nothing]
     if (table.masked != "none").sum() < len(masked):
         raise UserError("the folders hold the same ranking, mask and K of the same settings: they cannot be told apart")
     return entries

@@ -61,7 +61,7 @@ def build_table(entries: Sequence[Entry]) -> DataFrame:
             rows.append(_make_row(of_mask, of_mask.clean, "kept", of_mask.population))
     # Round 1 did not ask all there is: the paper's figures do not stand beside these.
     partial = {entry.population for entry in unmasked if not _asks_all(entry.provenance)}
-    for of_mask in sorted(masked, key=lambda entry: entry.k != "0"):
+    for of_mask in sorted(masked, key=lambda entry: not entry.masks_nothing):
         row = _make_masked_row(of_mask)
         if of_mask.population not in partial:
             row |= dict(zip(("paper_em", "paper_f1"), find_published(of_mask) or ()))
@@ -97,7 +97,7 @@ def _make_masked_row(entry: MaskedEntry) -> dict[str, Any]:
     for name in ("k", "mean_k", "fewer_than_k", "removed", "missed_target"):
         row[name] = getattr(entry, name)
     row["left_out"] = len(entry.left_out)
-    if entry.k != "0":
+    if not entry.masks_nothing:
         row["ranking"] = entry.provenance.ranking
         row["masked"] = name_mask(entry)
         row["ablation"] = entry.provenance.ablation
@@ -182,6 +182,8 @@ def _order_entry(entry: MaskedEntry, folder: int) -> tuple:
         folder,
         made.error_term != PAPERS_CHOICE["error_term"],
         made.ablation != PAPERS_CHOICE["ablation"],
+        bool(entry.keep_only),
+        entry.control or "",
         entry.mean_k,
         entry.k.endswith("%"),
         float(entry.k.removesuffix("%")),
@@ -189,8 +191,11 @@ def _order_entry(entry: MaskedEntry, folder: int) -> tuple:
 
 
 def name_mask(entry: MaskedEntry) -> str:
-    """ "TopK" or "BottomK", and what of PAPERS_CHOICE is not the paper's."""
-    words = [MASKS[entry.masked]]
+    """ "TopK" or "BottomK", what takes its place, and what of PAPERS_CHOICE is not the paper's."""
+    words = ["all but"] if entry.keep_only else []
+    words.append(MASKS[entry.masked])
+    if entry.control is not None:
+        words.append(entry.control)
     for name, choice in PAPERS_CHOICE.items():
         value = getattr(entry.provenance, name)
         if value != choice:

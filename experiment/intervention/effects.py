@@ -1,0 +1,188 @@
+"""What each latent does for the answer: it is masked alone, at every position, and the answer is asked for again.
+
+IE(l) = m(nothing masked) - m(l masked), where m is the mean log probability (nats per token) of the unmasked answer's
+own tokens inside the brackets, each given the prompt and the answer before it. A positive effect: the answer is less
+likely without the latent. A negative one: the latent speaks against the answer, which is likelier without it. Masked
+latents are zero. Source: Marks et al. 2024 (arXiv 2403.19647), who estimate it by attribution.
+
+Exact, so it takes a row of a batch for each latent. Layers below the SAE run once per sequence.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from experiment import UserError
+from experiment.intervention.ablations import Ablation
+from experiment.intervention.forward import Below, SplicedModel
+from experiment.intervention.layout import Layout
+from experiment.intervention.memory import halve_on_oom
+from experiment.intervention.rankings import Scores, add_up, top_and_bottom
+from experiment.intervention.rows import NOT_FINITE, pick_log_probs
+from experiment.intervention.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The latents of a sequence whose effect is measured, ascending, and how many active ones are left out.
+
+    left_out: None where the sequence has no answer inside the brackets: then nothing is measured.
+    """
+
+    latents: list[int] = field(default_factory=list)
+    left_out: int | None = None
+
+
+def find_candidates(
+    model: SplicedModel,
+    sequences: Sequences,
+    scores: Iterable[Scores],
+    most: int,
+) -> list[Candidates]:
+    """Of each sequence the latents that are active at an ordinary position before the answer's last token.
+
+    Where there are more than `most` of them, first those in the TopK of one of these scores at K = 50%, then those that
+    write most: by the sum over these positions of the activation's size times the norm of its decoder row.
+    """
+    candidates = [Candidates() for _ in sequences.rows]
+    if not sequences.answered:
+        return candidates
+    tops = find_tops(sequences, scores)
+    numbers = list(sequences.answered)
+    places = list(sequences.answered.values())
+    read = sequences.until(places, numbers)
+    is_ordinary = sequences.find_ordinary(read, places, numbers)
+    sizes = add_up(model, read, read.latents.values.abs(), is_ordinary)
+    norms = model.splice.sae.W_dec.norm(dim=1)
+    for number, of_sequence in zip(numbers, sizes):
+        active = of_sequence.nonzero().flatten()
+        written = of_sequence[active] * norms[active]
+        order = []
+        for latent, amount in zip(active.tolist(), written.tolist()):
+            is_below = latent not in tops[number]
+            order.append((is_below, -amount, latent))
+        order.sort()
+        chosen = [latent for _, _, latent in order[:most]]
+        candidates[number] = Candidates(sorted(chosen), len(order) - len(chosen))
+    return candidates
+
+
+def find_tops(sequences: Sequences, scores: Iterable[Scores]) -> list[set[int]]:
+    """The latents of each sequence that are in the TopK at 50% of any of these scores."""
+    tops: list[set[int]] = [set() for _ in sequences.rows]
+    for of_ranking in scores:
+        for top, row, active in zip(tops, of_ranking, sequences.active):
+            topk, _ = top_and_bottom(row, len(active) // 2)
+            top.update(topk)
+    return tops
+
+
+def count_passes(lengths: Iterable[int], most: int, batch_tokens: int) -> int:
+    """How many passes it takes to mask each of `most` latents alone in sequences of these lengths, in tokens."""
+    passes = 0
+    for length in lengths:
+        passes += math.ceil(most / _latents_per_pass(length, batch_tokens))
+    return passes
+
+
+def _latents_per_pass(length: int, batch_tokens: int) -> int:
+    """One row less than fits: in the first one nothing is masked."""
+    return max(1, batch_tokens // length - 1)
+
+
+def _ignore(count: int) -> None:
+    pass
+
+
+@torch.no_grad()
+def measure(
+    model: SplicedModel,
+    sequences: Sequences,
+    candidates: list[Candidates],
+    batch_tokens: int,
+    on_measured: Callable[[int], None] = _ignore,
+) -> list[list[float]]:
+    """The effect of each candidate of each sequence, in nats per token.
+
+    batch_tokens: of one pass; two rows at least.  on_measured: called with 1 once a sequence is done.
+    Raises UserError where logits are not finite.
+    """
+    effects = []
+    with model.ready():
+        for number, of_sequence in enumerate(candidates):
+            found = _measure_sequence(model, sequences, number, of_sequence.latents, batch_tokens)
+            effects.append(found)
+            on_measured(1)
+    return effects
+
+
+def _measure_sequence(
+    model: SplicedModel,
+    sequences: Sequences,
+    number: int,
+    latents: list[int],
+    batch_tokens: int,
+) -> list[float]:
+    if not latents:
+        return []
+    inside = sequences.answer_positions[number]
+    sequence = sequences.tokens_until(number, inside[-1])
+    targets = torch.tensor([sequences.generated[number][place] for place in inside])
+    first = len(sequences.prompts[number])
+    columns = torch.tensor([first + place - 1 for place in inside])
+    below = model.forward_below(Layout([sequence], model.pad_id, model.device))
+    effects: list[float] = []
+
+    def run(some: list[int]) -> None:
+        # In every pass a row with nothing masked: in half precision the last digits hang on how many rows there are.
+        masked = [[], *([latent] for latent in some)]
+        means = _score_answer(model, below, Ablation(masked), columns, targets)
+        unmasked, *others = means.tolist()
+        for mean in others:
+            effects.append(unmasked - mean)
+
+    size = _latents_per_pass(len(sequence), batch_tokens)
+    for start in range(0, len(latents), size):
+        halve_on_oom(run, latents[start : start + size], name="masks in a batch")
+    if not all(map(math.isfinite, effects)):
+        raise UserError(NOT_FINITE)
+    return effects
+
+
+def _score_answer(
+    model: SplicedModel,
+    below: Below,
+    ablation: Ablation,
+    columns: Tensor,
+    targets: Tensor,
+) -> Float[Tensor, "row"]:
+    """m under each of these masks, of the tokens `targets`, which stand behind these columns."""
+    count = len(ablation.latents)
+    rows = torch.arange(count).repeat_interleave(len(columns))
+    mask = model.splice.mask(ablation)
+    logits, _ = model.forward_above(repeat(below, count), mask, (rows, columns.repeat(count)))
+    log_probs = pick_log_probs(logits, targets.repeat(count).to(logits.device))
+    return log_probs.double().view(count, -1).mean(1)
+
+
+def repeat(below: Below, count: int) -> Below:
+    """A batch of one row as one of so many rows alike. Its cache stays as it is: nothing goes on from there."""
+    latents = below.latents
+    start = below.start
+    if latents is not None:
+        positions = torch.arange(len(latents.counts), device=latents.counts.device)
+        latents = latents.take(positions.repeat(count))
+    if start is not None:
+        start = start.repeat(count, 1, 1)
+    return dataclasses.replace(
+        below,
+        ids=below.ids.repeat(count, 1),
+        attention=below.attention.repeat(count, 1),
+        latents=latents,
+        start=start,
+    )

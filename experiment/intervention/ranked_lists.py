@@ -1,0 +1,337 @@
+"""TopK and BottomK by the scores of rankings, and what masking them takes away. Knows nothing of files or SQuAD."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from experiment import UserError
+from experiment.intervention import effects
+from experiment.intervention.effects import Candidates
+from experiment.intervention.forward import SplicedModel
+from experiment.intervention.rankings import (
+    Scores,
+    Seed,
+    find_ranking,
+    mean,
+    top_and_bottom,
+)
+from experiment.intervention.removed import removed_shares
+from experiment.intervention.sequences import Sequences
+from experiment.intervention.splice import Splice
+from experiment.masks import DRAWN, SIDES, count_to_reach
+
+STORED = 100  # latents of a list at least, so that --k 30 and --k 100 mean what they say
+LONGEST = 1000  # of the lists of the matched ranking, which takes as many latents as remove enough
+EFFECT = "effect"  # the ranking by `effects`
+
+
+@dataclass(frozen=True)
+class RankedLists:
+    """The lists of a sequence, and what is known of them. Names as in files; None: not there.
+
+    removed: what masking the first 1, 2, ... of a list takes away.  target: of the matched ranking, what the baseline's
+    take away.  measured: the latents whose single effect was measured.  effects: of each of them, in nats per token; of
+    the ranking by effects alone.  scores: this ranking's own of each of them.  unmeasured: active latents without a
+    measured effect.  more_draws: the lists of further draws.
+    """
+
+    topk: list[int]
+    bottomk: list[int]
+    removed_topk: list[float] | None = None
+    removed_bottomk: list[float] | None = None
+    target_topk: list[float] | None = None
+    target_bottomk: list[float] | None = None
+    measured: list[int] | None = None
+    effects: list[float] | None = None
+    scores: list[float] | None = None
+    unmeasured: int | None = None
+    more_draws: "list[RankedLists] | None" = None
+
+    def latents(self, side: str) -> list[int]:
+        return getattr(self, side)
+
+    def removed(self, side: str) -> list[float]:
+        removed = getattr(self, f"removed_{side}")
+        assert removed is not None  # they are asked for where the SAE tells them
+        return removed
+
+    def fields(self) -> dict[str, Any]:
+        """{name: value} of what is there, as a record has it."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                values[field.name] = value
+        if self.more_draws is not None:
+            values["more_draws"] = [draw.fields() for draw in self.more_draws]
+        return values
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How rankings are made.
+
+    seed: of those that draw.  batch_tokens: of a pass in which single latents are masked.  effects: how many latents of
+    a sequence are masked alone, at most.  draws: lists that a ranking that draws makes for each sequence.
+    """
+
+    seed: int
+    batch_tokens: int
+    effects: int
+    draws: int = 1
+
+
+def rank_all(
+    model: SplicedModel,
+    names: Collection[str],
+    sequences: Sequences,
+    settings: Settings,
+    given: Collection[str] = (),
+    on_measured: Callable[[int], None] = lambda count: None,
+) -> dict[str, list[RankedLists]]:
+    """{name: the lists of each sequence by this ranking}.
+
+    names, given: as --ranking takes them. given: all rankings of the command, where `names` are those still to be made.
+    With the ranking by effects among them each ranking's lists also have its scores of the latents that are measured.
+    on_measured: called with 1 once a sequence's effects are there.  Errors: as of `rank`.
+    """
+    together = dict.fromkeys(names)
+    if EFFECT in (*names, *given):
+        together |= dict.fromkeys([*given, EFFECT])
+    scores = {}
+    for name in together:
+        if name != EFFECT:
+            scores[name] = find_scores(model, name, sequences, settings.seed)
+    ranked = {}
+    for name in names:
+        if name != EFFECT:
+            ranked[name] = _rank_by(model, name, sequences, scores[name], settings.seed, settings.draws)
+    if EFFECT not in together:
+        return ranked
+    candidates = effects.find_candidates(model, sequences, scores.values(), settings.effects)
+    for name, lists in ranked.items():
+        ranked[name] = add_scores(lists, candidates, scores[name])
+    if EFFECT in names:
+        measured = effects.measure(model, sequences, candidates, settings.batch_tokens, on_measured)
+        ranked[EFFECT] = rank_by_effects(model, sequences, candidates, measured)
+    return ranked
+
+
+def rank(model: SplicedModel, name: str, sequences: Sequences, seed: int, draws: int = 1) -> list[RankedLists]:
+    """The lists of each sequence by one ranking, but for that by effects, with what masking them takes away.
+
+    name: as --ranking takes it.  draws: how many lists a ranking that draws makes for each sequence.
+    The lists hold 100 latents, or half of those active at the last position where that is more. Those of the matched
+    ranking go on until they remove as much as the baseline's.
+    Raises UserError for scores of another shape, or a score that is NaN.
+    """
+    scores = find_scores(model, name, sequences, seed)
+    return _rank_by(model, name, sequences, scores, seed, draws)
+
+
+def _rank_by(
+    model: SplicedModel,
+    name: str,
+    sequences: Sequences,
+    scores: Scores,
+    seed: int,
+    draws: int,
+) -> list[RankedLists]:
+    """`rank`, where the scores of the first draw are there."""
+    first = _rank_once(model, name, sequences, scores)
+    if draws == 1 or name not in DRAWN:
+        return first
+    others = []
+    for draw in range(2, draws + 1):
+        drawn = find_scores(model, name, sequences, f"{seed} {draw}")
+        others.append(_rank_once(model, name, sequences, drawn))
+    return add_draws(first, others)
+
+
+def _rank_once(model: SplicedModel, name: str, sequences: Sequences, scores: Scores) -> list[RankedLists]:
+    """The lists of a single draw."""
+    if name != "matched":
+        return add_removed(model, sequences, cut_lists(scores, sequences))
+    lists = add_removed(model, sequences, cut_lists(scores, sequences, LONGEST))
+    means = mean(model, sequences.ranked)
+    baseline = add_removed(model, sequences, cut_lists(means, sequences))
+    with_targets = add_targets(lists, baseline)
+    return [cut_matched(sample) for sample in with_targets]
+
+
+def find_scores(model: SplicedModel, name: str, sequences: Sequences, seed: Seed) -> Scores:
+    """The scores of a ranking, but for that by effects. Errors: as of `rank`."""
+    scores = find_ranking(name)(model, sequences, seed)
+    refuse_other_shape(name, scores, (len(sequences.rows), model.splice.d_sae))
+    refuse_nan(name, scores, sequences.ids)
+    return scores
+
+
+def refuse_other_shape(name: str, scores: object, shape: tuple[int, int]) -> None:
+    """Raises UserError where a ranking's scores are none of this shape, [sequence, d_sae]."""
+    given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if given != shape:
+        raise UserError(f"--ranking {name}: gives {given}, not a tensor of scores [sequence, d_sae], here {shape}")
+
+
+def refuse_nan(name: str, scores: Scores, ids: list[str]) -> None:
+    """Raises UserError where a score is not a number: such latents would stand first in every list."""
+    wrong = scores.isnan().any(1).nonzero().flatten().tolist()
+    if wrong:
+        raise UserError(
+            f"--ranking {name}: gives scores that are not a number (NaN), first for question {ids[wrong[0]]}: a mean "
+            "over no position?"
+        )
+
+
+def refuse_unmeasurable(name: str, splice: Splice) -> None:
+    """Raises UserError for a ranking that needs to know what latents remove, with an SAE that does not tell."""
+    if name == "matched" and not splice.writes_rows:
+        raise UserError(
+            "--ranking matched: what a latent of this SAE removes is not known, for decoding does more than add up the "
+            f"latents' rows (normalize_activations: {splice.sae.cfg.normalize_activations}): leave matched out"
+        )
+
+
+def cut_lists(scores: Scores, sequences: Sequences, length: int | None = None) -> list[RankedLists]:
+    """topk and bottomk of each sequence, so many latents of each; None: as many as are stored."""
+    lists = []
+    for row, active in zip(scores, sequences.active):
+        topk, bottomk = top_and_bottom(row, length or count_stored(active))
+        lists.append(RankedLists(topk, bottomk))
+    return lists
+
+
+def count_stored(active: list[int]) -> int:
+    """How many latents a list holds. active: those at the last position."""
+    return max(STORED, len(active) // 2)
+
+
+def rank_by_effects(
+    model: SplicedModel,
+    sequences: Sequences,
+    candidates: list[Candidates],
+    measured: list[list[float]],
+) -> list[RankedLists]:
+    """The lists by the effects of those latents that were measured; the others are in none.
+
+    TopK are those without which the answer is least likely. BottomK are the lowest: with a negative effect, those
+    without which it is likelier.
+    """
+    lists = []
+    for active, of_sequence, found in zip(sequences.active, candidates, measured):
+        scores = torch.zeros(model.splice.d_sae, dtype=torch.float64)
+        scores[of_sequence.latents] = scores.new_tensor(found)
+        topk, bottomk = top_and_bottom(scores, count_stored(active), of_sequence.latents)
+        one = RankedLists(
+            topk,
+            bottomk,
+            measured=of_sequence.latents,
+            effects=[round_to_four(effect) for effect in found],
+            unmeasured=of_sequence.left_out,
+        )
+        lists.append(one)
+    return add_removed(model, sequences, lists)
+
+
+def add_scores(lists: list[RankedLists], candidates: list[Candidates], scores: Scores) -> list[RankedLists]:
+    """A ranking's lists with its own scores of the latents whose effect is measured."""
+    with_scores = []
+    for sample, of_sequence, row in zip(lists, candidates, scores):
+        own = row[of_sequence.latents].tolist()
+        rounded = [round_to_four(score) for score in own]
+        with_scores.append(dataclasses.replace(sample, measured=of_sequence.latents, scores=rounded))
+    return with_scores
+
+
+def round_to_four(value: float) -> float:
+    """A number in four significant digits, for files of a readable size."""
+    return float(f"{value:.4g}")
+
+
+def add_removed(
+    model: SplicedModel,
+    sequences: Sequences,
+    lists: Sequence[RankedLists],
+    means: Float[Tensor, " d_sae"] | None = None,
+) -> list[RankedLists]:
+    """The lists, with what masking the first 1, 2, ... latents of each takes away (`removed.removed_share`).
+
+    means: what masked latents are set to, None for zero.  Without these numbers where the SAE does not tell them.
+    """
+    if not model.splice.writes_rows:
+        return list(lists)
+    positions = sequences.read_ordinary()
+    topk = removed_shares(model.splice, positions, [sample.topk for sample in lists], means)
+    bottomk = removed_shares(model.splice, positions, [sample.bottomk for sample in lists], means)
+    with_removed = []
+    for sample, of_topk, of_bottomk in zip(lists, topk, bottomk):
+        with_removed.append(dataclasses.replace(sample, removed_topk=of_topk, removed_bottomk=of_bottomk))
+    return with_removed
+
+
+def measure_again(
+    model: SplicedModel,
+    name: str,
+    sequences: Sequences,
+    lists: Sequence[RankedLists],
+    means: Float[Tensor, " d_sae"],
+) -> list[RankedLists]:
+    """Lists that were made before, with what setting their latents to these means changes (`add_removed`).
+
+    name: of the ranking that made them; matched has what that changes of the baseline's as its target.
+    """
+    measured = add_removed(model, sequences, lists, means)
+    if name == "matched":
+        scores = mean(model, sequences.ranked)
+        baseline = add_removed(model, sequences, cut_lists(scores, sequences), means)
+        measured = add_targets(measured, baseline)
+    draws = []
+    for of_draw in zip(*(sample.more_draws or [] for sample in lists)):
+        draws.append(add_removed(model, sequences, of_draw, means))
+    return add_draws(measured, draws)
+
+
+def add_draws(lists: list[RankedLists], draws: list[list[RankedLists]]) -> list[RankedLists]:
+    """The lists of a first draw with those of further ones: [draw][sequence]. Targets stand with the first alone."""
+    if not draws:
+        return lists
+    with_draws = []
+    for number, sample in enumerate(lists):
+        more = []
+        for of_draw in draws:
+            without_targets = dataclasses.replace(of_draw[number], target_topk=None, target_bottomk=None)
+            more.append(without_targets)
+        with_draws.append(dataclasses.replace(sample, more_draws=more))
+    return with_draws
+
+
+def add_targets(lists: list[RankedLists], baseline: list[RankedLists]) -> list[RankedLists]:
+    """The matched ranking's lists, with what the baseline's remove."""
+    with_targets = []
+    for sample, theirs in zip(lists, baseline):
+        changed = dataclasses.replace(
+            sample,
+            target_topk=theirs.removed_topk,
+            target_bottomk=theirs.removed_bottomk,
+        )
+        with_targets.append(changed)
+    return with_targets
+
+
+def cut_matched(sample: RankedLists) -> RankedLists:
+    """The matched ranking's lists, as long as it takes to remove as much as any beginning of the baseline's."""
+    shorter: dict[str, Any] = {}
+    for side in SIDES:
+        removed = sample.removed(side)
+        target = getattr(sample, f"target_{side}")
+        enough = count_to_reach(removed, max(target, default=0))
+        length = max(STORED, enough)
+        shorter[side] = sample.latents(side)[:length]
+        shorter[f"removed_{side}"] = removed[:length]
+    return dataclasses.replace(sample, **shorter)
