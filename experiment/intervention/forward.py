@@ -162,7 +162,7 @@ class SplicedModel:
         """
         stands = self.where_sae_applies(ids, attention).flatten()
         rows = number_rows(ids, self.splice.device)
-        read: list[Float[Tensor, row * d_in]] = []
+        read: list[Tensor] = []  # [row, *d_in]
 
         def splice(residual: Float[Tensor, "row 1 *d_in"]) -> Float[Tensor, "row 1 *d_in"]:
             read.append(residual.flatten(0, 1))

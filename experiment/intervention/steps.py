@@ -84,7 +84,7 @@ class Steps:
         self.visible = torch.cat([attention, room], 1)  # what is not there yet, the cache's length keeps from sight
         self.count = 0
         self._read: list[SparseActivations] = []  # of the last step, if that was run as it is
-        self._residual: Float[Tensor, row * d_in] | None = None  # and if it was replayed
+        self._residual: Tensor | None = None  # [row, *d_in]; and if it was replayed
         self._replay: Pass | None = None
 
     def run(self, tokens: list[int]) -> Float[Tensor, "row vocab"]:
