@@ -266,7 +266,7 @@ def add_removed(
     """
     if not model.splice.writes_rows:
         return list(lists)
-    positions = sequences.read_ordinary()
+    positions = sequences.take_ordinary()
     topk = removed_shares(model.splice, positions, [sample.topk for sample in lists], means)
     bottomk = removed_shares(model.splice, positions, [sample.bottomk for sample in lists], means)
     with_removed = []

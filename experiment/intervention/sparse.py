@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+ENTRIES = 8192  # of which rows of the decoder are in memory at once
+
 
 @dataclass(frozen=True)
 class SparseActivations:
-    """The active latents at a row of positions, and the residual stream there.
+    """The active latents at positions, in any order, and the residual stream there.
 
     residual: with heads and d_head instead of d_in at `hook_z`.  spliced: False where the SAE does not stand: at
     padding, and at special tokens that bypass it.  ids, values: an entry per active latent, position by position.

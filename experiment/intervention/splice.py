@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from experiment.intervention.ablations import Ablation, Mask, draw_directions, turn
-from experiment.intervention.sparse import SparseActivations
+from experiment.intervention.ablations import Ablation, Mask, build_mask, turn
+from experiment.intervention.sparse import ENTRIES, SparseActivations
 
 if TYPE_CHECKING:  # importing it takes seconds
     from sae_lens import SAE
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # importing it takes seconds
 CHUNK_BYTES = 2**29  # of one [position, d_sae] tensor; encoding holds about three of them
 CHUNK_POSITIONS = 1024  # at most: on a CPU a small SAE's chunk then fits into the cache
 DENSE = 1 / 16  # of the latents active: from there on matrix products are the faster way
-ENTRIES = 8192  # of which slopes are taken at once
 
 
 class Splice:
@@ -88,58 +87,11 @@ class Splice:
         means: Float[Tensor, "d_sae"] | None = None,
     ) -> Mask:
         """A mask with a row per item of the ablation. means: as in Mask."""
-        count = len(ablation.latents)
-        flat = []
-        numbers = []
-        for number, of_row in enumerate(ablation.latents):
-            flat += of_row
-            numbers += [number] * len(of_row)
-        # One upload of each: every one makes the device wait.
-        latents = torch.tensor(flat, dtype=torch.long).to(self.device)
-        rows = torch.tensor(numbers, dtype=torch.long).to(self.device)
-        masked = torch.zeros(
-            count,
-            self.d_sae,
-            dtype=torch.bool,
-            device=self.device,
-        )
-        masked[rows, latents] = True
-        if ablation.keep_only:
-            masked = ~masked
-        written = None
-        if means is not None and self.bias is not None:
-            of_latents = means.to(self.sae.W_dec)
-            written = self._add_up_rows(of_latents, rows, latents, count)
-            if ablation.keep_only:
-                of_all = of_latents @ self.sae.W_dec
-                written = of_all - written
-        directions = None
-        if ablation.directions is not None:
-            drawn = draw_directions(ablation.directions, self.d_in)
-            directions = drawn.to(self.device)
-        return Mask(masked, means, written, directions)
+        adds_up_rows = self.bias is not None
+        return build_mask(ablation, self.sae.W_dec, means, adds_up_rows)
 
-    def _add_up_rows(
-        self,
-        activations: Float[Tensor, "d_sae"],
-        rows: Int[Tensor, "listed"],
-        latents: Int[Tensor, "listed"],
-        count: int,
-    ) -> Float[Tensor, "row d_in"]:
-        """What these latents write at these activations, added up for each of `count` rows."""
-        decoder = self.sae.W_dec
-        written = decoder.new_zeros(count, self.d_in)
-        parts = zip(
-            rows.split(ENTRIES),
-            latents.split(ENTRIES),
-        )
-        for some_rows, some in parts:
-            sizes = activations[some].unsqueeze(1)
-            written.index_add_(0, some_rows, sizes * decoder[some])
-        return written
-
-    def read(self, residual: Float[Tensor, "pos *d_in"]) -> Float[Tensor, "pos *d_in"]:
-        """What the SAE reads, in its dtype.
+    def to_input(self, residual: Float[Tensor, "pos *d_in"]) -> Float[Tensor, "pos *d_in"]:
+        """The residual stream as the SAE takes it, in its dtype and on its device.
 
         Some SAEs for `hook_z` say in their configuration that they put the heads side by side themselves; Gemma
         Scope 2's do not.
@@ -150,7 +102,7 @@ class Splice:
         return residual.flatten(1)
 
     def _chunks(self, count: int) -> tuple[Int[Tensor, "chunk"], ...]:
-        """So many positions, a chunk at a time."""
+        """The numbers of so many positions, a chunk at a time."""
         positions = torch.arange(count, device=self.device)
         return positions.split(self.chunk)
 
@@ -191,8 +143,8 @@ class Splice:
     ) -> Float[Tensor, "chunk d_sae"]:
         """Every latent's activation at some of the positions."""
         places = chunk.to(residual.device)
-        read = self.read(residual[places])
-        return self.sae.encode(read)
+        given = self.to_input(residual[places])
+        return self.sae.encode(given)
 
     @torch.no_grad()
     def reconstruct(
@@ -230,7 +182,7 @@ class Splice:
         out = self._reconstruct_whole(residual, rows, mask)
         if mask is not None and mask.directions is not None:
             if self.keeps_error:
-                unmasked = self.read(residual).flatten(1)
+                unmasked = self.to_input(residual).flatten(1)
             else:
                 unmasked = self._reconstruct_whole(residual, rows, None)
             out = turn(unmasked, out, mask.directions[rows])
@@ -253,7 +205,8 @@ class Splice:
     def _find_unmasked(self, latents: SparseActivations) -> Float[Tensor, "pos d_in"]:
         """What stands in the model's place with nothing masked, in the SAE's dtype."""
         if self.keeps_error:
-            return self.read(latents.residual).flatten(1)
+            before = self.to_input(latents.residual)
+            return before.flatten(1)
         return self._decode(latents, None, None)
 
     def _decode(
@@ -275,6 +228,7 @@ class Splice:
         rows: Int[Tensor, "pos"] | None,
         mask: Mask | None,
     ) -> Float[Tensor, "pos d_in"]:
+        """`_decode` from the active latents alone: what the decoder's rows add up to."""
         assert self.bias is not None
         values = latents.values
         if mask is not None:
@@ -292,7 +246,7 @@ class Splice:
             per_sample_weights=values,
         )
         if self.keeps_error:
-            out = self.read(latents.residual) - decoded
+            out = self.to_input(latents.residual) - decoded
         else:
             out = decoded + self.bias
         if mask is None or mask.written is None:
@@ -306,6 +260,7 @@ class Splice:
         rows: Int[Tensor, "pos"] | None,
         mask: Mask | None,
     ) -> Float[Tensor, "pos d_in"]:
+        """`_decode` by the SAE's own encoding and decoding, a chunk of positions at a time."""
         out = []
         for chunk in self._chunks(len(residual)):
             acts = self._encode_whole(residual, chunk)
@@ -332,7 +287,7 @@ class Splice:
         gradient: Float[Tensor, "pos *d_in"],
     ) -> Float[Tensor, "entry"]:
         """The gradient at each entry's activation, from the one at the reconstruction."""
-        gradient = self.read(gradient)
+        gradient = self.to_input(gradient)
         if self.bias is None:
             return self._vjp_whole(latents, gradient)
         positions = latents.entry_positions()
