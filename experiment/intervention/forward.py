@@ -48,7 +48,9 @@ class Below:
 
 
 def pick_positions(
-    states: Float[Tensor, "row head pos d_head"], rows: Int[Tensor, "left"], columns: Int[Tensor, "left new"]
+    states: Float[Tensor, "row head pos d_head"],
+    rows: Int[Tensor, "left"],
+    columns: Int[Tensor, "left new"],
 ) -> Float[Tensor, "left head new d_head"]:
     """These rows' keys or values at these columns. rows, columns: on any device."""
     rows = rows.to(states.device)
@@ -128,7 +130,9 @@ class SplicedModel:
             yield
 
     def where_sae_applies(
-        self, ids: Int[Tensor, "row pos"], attention: Int[Tensor, "row cached+pos"]
+        self,
+        ids: Int[Tensor, "row pos"],
+        attention: Int[Tensor, "row cached+pos"],
     ) -> Bool[Tensor, "row pos"]:
         """Where the SAE stands: not at padding, nor at tokens that bypass it.
 
@@ -211,10 +215,12 @@ class SplicedModel:
             start = together[places.to(together.device)]
             return Below(ids, attention, cache, start=start)
         latents = self._encode_levels(layout.levels, hidden)
-        of_rows = latents.take(places.flatten().to(self.splice.device))
-        is_token = attention.flatten().bool().to(self.splice.device)
-        spliced = of_rows.spliced & is_token  # a column of padding may be any
-        return Below(ids, attention, cache, latents=dataclasses.replace(of_rows, spliced=spliced))
+        positions = places.flatten().to(self.splice.device)
+        latents = latents.take(positions)
+        is_token = attention.flatten().bool()
+        spliced = latents.spliced & is_token.to(self.splice.device)  # a column of padding may be any
+        latents = dataclasses.replace(latents, spliced=spliced)
+        return Below(ids, attention, cache, latents=latents)
 
     def _pick_columns(self, cache: DynamicCache, columns: Int[Tensor, "row left"]) -> None:
         """Leaves these columns of each row alone in the cache of the layers below."""
@@ -245,7 +251,10 @@ class SplicedModel:
         raise RuntimeError(f"the forward pass did not reach layer {self.boundary}")
 
     def forward_above(
-        self, below: Below, mask: Mask | None, outputs: Outputs
+        self,
+        below: Below,
+        mask: Mask | None,
+        outputs: Outputs,
     ) -> tuple[Float[Tensor, "output vocab"], DynamicCache]:
         """The layers above for one mask: the logits at `outputs`, and a cache of all layers that is the caller's."""
         cache = new_cache(self.lm)

@@ -131,7 +131,11 @@ def answer_masked(
 
 
 def _run_unmasked(
-    model: SplicedModel, rows: list[Row], numbers: list[int], contexts: list[Hashable], pool: Pool
+    model: SplicedModel,
+    rows: list[Row],
+    numbers: list[int],
+    contexts: list[Hashable],
+    pool: Pool,
 ) -> ReadInPass:
     """A batch's prompts and what is proposed behind them, with nothing masked. Returns what the SAE read.
 

@@ -18,7 +18,10 @@ PASS_ON_CPU = 100
 
 
 def pad(
-    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str, side: Literal["left", "right"]
+    sequences: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device | str,
+    side: Literal["left", "right"],
 ) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
     """Token ids and attention, 1 at tokens and 0 at padding, which stands on one side of every row."""
     tokens = []
@@ -85,7 +88,9 @@ def find_prefixes(sequences: list[list[int]], limits: list[int], keys: Sequence[
 
 
 def find_shared(
-    sequences: list[list[int]], limits: list[int], groupings: Sequence[Sequence[Hashable]]
+    sequences: list[list[int]],
+    limits: list[int],
+    groupings: Sequence[Sequence[Hashable]],
 ) -> list[Prefixes]:
     """What the sequences begin with alike, level by level: each level's prefixes go on where the last one's end.
 
@@ -105,7 +110,11 @@ def find_shared(
 
 
 def choose_shared(
-    sequences: list[list[int]], limits: list[int], contexts: Sequence[Hashable], window: float, pass_cost: int
+    sequences: list[list[int]],
+    limits: list[int],
+    contexts: Sequence[Hashable],
+    window: float,
+    pass_cost: int,
 ) -> list[Prefixes]:
     """The levels of prefixes with which a batch costs least: of all sequences, of each context's, both, or none.
 
@@ -168,7 +177,11 @@ class Layout:
     """
 
     def __init__(
-        self, sequences: list[list[int]], pad_id: int, device: torch.device | str, prefixes: Sequence[Prefixes] = ()
+        self,
+        sequences: list[list[int]],
+        pad_id: int,
+        device: torch.device | str,
+        prefixes: Sequence[Prefixes] = (),
     ):
         """prefixes: level by level, as find_shared gives them; the sequences are whole, prefixes included."""
         everyone = list(range(len(sequences)))

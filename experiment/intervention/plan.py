@@ -28,7 +28,11 @@ class Sizes:
 
 
 def choose_sizes(
-    device: torch.device, config: PreTrainedConfig, dtype: torch.dtype, batch: int | None, pool: int | None
+    device: torch.device,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    batch: int | None,
+    pool: int | None,
 ) -> Sizes:
     """Sizes for a loaded model, those that are given as they are. batch, pool: in tokens; None: not given.
 
@@ -48,7 +52,11 @@ def choose_sizes(
 
 
 def share_memory(
-    free: float, config: PreTrainedConfig, dtype: torch.dtype, batch: int | None, pool: int | None
+    free: float,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    batch: int | None,
+    pool: int | None,
 ) -> tuple[int, int]:
     """Tokens of a batch and of the pool that fit into so many bytes, those that are given as they are.
 

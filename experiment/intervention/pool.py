@@ -134,7 +134,8 @@ class Pool:
         if mask is not None:
             mask = mask.take(torch.tensor(numbers))
         piece = self._read_again(going, mask)
-        self._decode_greedily(going, begin_steps(self.model, [piece], mask, self.limits.max_new_tokens))
+        room = self.limits.max_new_tokens
+        self._decode_greedily(going, begin_steps(self.model, [piece], mask, room))
 
     def _read_again(self, rows: list[Row], mask: Mask | None) -> Waiting:
         """The rows with a cache again, from one pass over their prompts and what they have said."""
@@ -190,7 +191,11 @@ class Pool:
 
 
 def take_rows(
-    rows: list[Row], going: list[int], cache: DynamicCache, attention: Int[Tensor, "row pos"], mask: Mask | None
+    rows: list[Row],
+    going: list[int],
+    cache: DynamicCache,
+    attention: Int[Tensor, "row pos"],
+    mask: Mask | None,
 ) -> Waiting:
     """Those of a batch's rows that go on, their caches without the places that no attention goes to.
 
@@ -209,7 +214,12 @@ def take_rows(
     return Waiting(taken, keys, values, attention, mask)
 
 
-def begin_steps(model: SplicedModel, pieces: list[Waiting], mask: Mask | None, room: int) -> Steps:
+def begin_steps(
+    model: SplicedModel,
+    pieces: list[Waiting],
+    mask: Mask | None,
+    room: int,
+) -> Steps:
     """The steps of all rows that wait, in one cache with room for so many. mask: of all these rows.
 
     Takes the pieces' tensors away, layer by layer: the memory of one layer at a time is needed twice.
