@@ -148,7 +148,8 @@ def _add_up_rows(
 ) -> Float[Tensor, "row d_in"]:
     """What these latents write at these activations, added up for each of `count` rows."""
     written = decoder.new_zeros(count, decoder.shape[1])
-    for some_rows, some in zip(rows.split(ENTRIES), latents.split(ENTRIES)):
+    parts = zip(rows.split(ENTRIES), latents.split(ENTRIES))
+    for some_rows, some in parts:
         sizes = activations[some].unsqueeze(1)
         written.index_add_(0, some_rows, sizes * decoder[some])
     return written

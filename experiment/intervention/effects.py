@@ -117,7 +117,8 @@ def measure(
     """The effect of each candidate of each sequence, in nats per token: [sequence][candidate].
 
     batch_tokens: of one pass; two rows at least.  on_measured: called with 1 once a sequence is done.
-    Raises UserError where logits are not finite, and what ran out of memory where even one latent is too much.
+    Raises UserError where logits are not finite, and the device's own error where even one latent is too much for its
+    memory.
     """
     effects = []
     with model.ready():
@@ -139,8 +140,7 @@ def _measure_sequence(
     if not latents:
         return []
     targets = find_targets(sequences, number)
-    *_, last = sequences.answer_positions[number]
-    sequence = sequences.tokens_until(number, last)
+    sequence = sequences.tokens_until(number, sequences.answered[number])
     layout = Layout([sequence], model.pad_id, model.device)
     below = model.forward_below(layout)
     effects: list[float] = []
@@ -155,7 +155,8 @@ def _measure_sequence(
 
     size = _latents_per_pass(len(sequence), batch_tokens)
     for start in range(0, len(latents), size):
-        halve_on_oom(run, latents[start : start + size], name="masks in a batch")
+        some = latents[start : start + size]
+        halve_on_oom(run, some, name="masks in a batch")
     if not all(map(math.isfinite, effects)):
         raise UserError(NOT_FINITE)
     return effects
@@ -179,7 +180,8 @@ def _score_answer(
             tokens.append(token)
     outputs = (torch.tensor(rows), torch.tensor(columns))
     mask = model.splice.mask(ablation)
-    logits, _ = model.forward_above(repeat(below, count), mask, outputs)
+    rows_alike = repeat(below, count)
+    logits, _ = model.forward_above(rows_alike, mask, outputs)
     ids = torch.tensor(tokens, device=logits.device)
     log_probs = pick_log_probs(logits, ids).double()
     of_rows = log_probs.view(count, -1)
@@ -191,8 +193,7 @@ def repeat(below: Below, count: int) -> Below:
     latents = below.latents
     start = below.start
     if latents is not None:
-        positions = torch.arange(len(latents.counts), device=latents.counts.device)
-        of_rows = positions.repeat(count)
+        of_rows = latents.every_position().repeat(count)
         latents = latents.take(of_rows)
     if start is not None:
         start = start.repeat(count, 1, 1)

@@ -259,7 +259,8 @@ class SplicedModel:
         """The layers above for one mask: the logits at `outputs`, and a cache of all layers that is the caller's."""
         cache = new_cache(self.lm)
         if self.boundary is None:
-            return self.forward(below.ids, below.attention, cache, mask, outputs), cache
+            logits = self.forward(below.ids, below.attention, cache, mask, outputs)
+            return logits, cache
         if below.latents is not None:
             rows = number_rows(below.ids, self.splice.device)
             out = self.splice.reconstruct(below.latents, rows, mask)

@@ -111,18 +111,22 @@ def answer_masked(
 
     def run(batch: list[int]) -> None:
         # All masks, unless memory ran out behind some of them: these are not run again.
-        left = [number for number, of_mask in enumerate(rows) if batch[0] not in of_mask]
-        for number, of_mask in _run_masked(model, group, batch, left, means, pool):
-            rows[number].update(zip(batch, of_mask))
+        left = []
+        for number, of_mask in enumerate(rows):
+            if batch[0] not in of_mask:
+                left.append(number)
+        for number, of_batch in _run_masked(model, group, batch, left, means, pool):
+            rows[number].update(zip(batch, of_batch))
 
     with model.ready():
         for batch in group.batches:
             halve_on_oom(run, batch, pool.make_room)
         pool.decode()
+    questions = range(len(group.prompts))
     answers = []
     for of_mask in rows:
-        of_questions = [of_mask[question].answer() for question in range(len(group.prompts))]
-        answers.append(of_questions)
+        in_order = [of_mask[question].answer() for question in questions]
+        answers.append(in_order)
     return answers
 
 

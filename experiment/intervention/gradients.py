@@ -52,8 +52,8 @@ def gradients(
 
 
 def pull_of(logits: Float[Tensor, "row vocab"], next_ids: list[int]) -> Float64[Tensor, "row vocab"]:
-    """The derivative of each row's probability P of its next id by the logits: P times (1 at that id, else 0) minus the
-    softmax.
+    """The derivative of each row's probability P of its next id by the logits: P times (1 at that id, else 0, less the
+    softmax).
 
     In double precision: where P is all but 1, 1 - P would vanish.
     """
@@ -100,9 +100,9 @@ def _place_targets(
     rows = []
     columns = []
     tokens = []
-    for row, (sequence, of_sequence) in enumerate(zip(sequences, targets)):
+    for row, sequence in enumerate(sequences):
         padding = width - len(sequence)
-        for position, token in of_sequence.items():
+        for position, token in targets[row].items():
             rows.append(row)
             columns.append(padding + position - 1)
             tokens.append(token)
@@ -110,7 +110,11 @@ def _place_targets(
     return outputs, tokens
 
 
-def _begin_at_reconstruction(model: SplicedModel, layout: Layout, read: SequenceActivations) -> Beginning:
+def _begin_at_reconstruction(
+    model: SplicedModel,
+    layout: Layout,
+    read: SequenceActivations,
+) -> Beginning:
     """What stands in the model's place in a batch, as a leaf of the graph; zero at padding."""
     reconstruction = model.splice.reconstruct(read.latents)
     device = reconstruction.device
@@ -145,7 +149,8 @@ def _go_back(
     tiny = torch.finfo(pull.dtype).tiny
     scale = scale.clamp(min=tiny)
     scaled = pull / scale[rows].unsqueeze(1)
-    (slope,) = torch.autograd.grad(logits, leaf, scaled.to(logits.dtype))
+    scaled = scaled.to(logits.dtype)
+    (slope,) = torch.autograd.grad(logits, leaf, scaled)
     of_positions = slope[beginning.rows, beginning.columns]
     device = model.splice.device
     return of_positions.to(device), scale.to(device)

@@ -50,8 +50,17 @@ class Prefixes:
         """The length of the longest prefix, in tokens."""
         return max(map(len, self.tokens))
 
+    def find_first_owned(self) -> list[int]:
+        """The first sequence of each prefix."""
+        numbers = range(len(self.tokens))
+        return [self.owners.index(number) for number in numbers]
 
-def find_prefixes(sequences: list[list[int]], limits: list[int], keys: Sequence[Hashable]) -> Prefixes:
+
+def find_prefixes(
+    sequences: list[list[int]],
+    limits: list[int],
+    keys: Sequence[Hashable],
+) -> Prefixes:
     """What the sequences of each key begin with.
 
     limits: how many tokens of each sequence may be in a prefix.  keys: one per sequence.
@@ -203,10 +212,11 @@ class Layout:
             ids.append(part_ids[owners])
             attention.append(part_attention[owners])
             places.append(part_places[owners])
-            some_rows = [part.owners.index(node) for node in range(len(part.tokens))]  # one of each node
             until_here = torch.cat(attention, 1)
-            parents = torch.tensor([before[row] for row in some_rows], device=device)
-            self.levels.append(Level(part_ids, until_here[some_rows], parents))
+            rows_of_nodes = part.find_first_owned()  # what a node has before it all of its rows have
+            parents = [before[row] for row in rows_of_nodes]
+            level = Level(part_ids, until_here[rows_of_nodes], torch.tensor(parents, device=device))
+            self.levels.append(level)
             before = part.owners
         self.ids = torch.cat(ids, 1)
         self.attention = torch.cat(attention, 1)

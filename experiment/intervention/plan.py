@@ -130,7 +130,12 @@ def layer_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     return vectors * dtype.itemsize + attention
 
 
-def graph_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype, layers: int, width: int) -> int:
+def graph_bytes_per_token(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    layers: int,
+    width: int,
+) -> int:
     """What a gradient's graph keeps per token of sequences of this width, over so many layers: at most, about.
 
     Per layer, what Gemma 2 keeps: four and a half vectors of the residual stream in single precision (its norms), three
@@ -161,7 +166,11 @@ def gradient_rows(room: float | None, rows: int, width: int, token_bytes: int) -
     return max(1, fits)
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int, contexts: Sequence[Hashable]) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int],
+    batch_tokens: int,
+    contexts: Sequence[Hashable],
+) -> list[list[int]]:
     """Groups of indices into `lengths` (tokens per prompt), longest first, each within the budget, padding included.
 
     contexts: for each prompt a key; prompts with the same one stay together, so that what they share is run once.
@@ -191,12 +200,17 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, contexts: Sequence[H
     return batches
 
 
-def plan_groups(batches: list[list[int]], lengths: Sequence[int], group_tokens: int) -> list[list[list[int]]]:
+def plan_groups(
+    batches: list[list[int]],
+    lengths: Sequence[int],
+    group_tokens: int,
+) -> list[list[list[int]]]:
     """Batches one after the other in groups, each within the budget, padding included, or a single batch."""
     groups: list[list[list[int]]] = []
     tokens = 0
     for batch in batches:
-        size = len(batch) * max(lengths[index] for index in batch)
+        longest = max(lengths[index] for index in batch)
+        size = len(batch) * longest
         if groups and tokens + size <= group_tokens:
             groups[-1].append(batch)
             tokens += size

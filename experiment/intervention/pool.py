@@ -70,7 +70,13 @@ class Pool:
         self.keeps_encoded = keeps_encoded
         self.encoded: list[tuple[list[Row], SparseActivations]] = []
 
-    def add(self, rows: list[Row], cache: DynamicCache, attention: Int[Tensor, "row pos"], mask: Mask | None) -> None:
+    def add(
+        self,
+        rows: list[Row],
+        cache: DynamicCache,
+        attention: Int[Tensor, "row pos"],
+        mask: Mask | None,
+    ) -> None:
         """Takes over those rows of a batch that have not ended, with their part of the batch's cache.
 
         What waits already is decoded first where there would be too much of it.
@@ -104,8 +110,9 @@ class Pool:
             return
         rows = [row for piece in pieces for row in piece.rows]
         mask = join_masks([piece.mask for piece in pieces])
+        room = self.limits.max_new_tokens
         try:
-            self._decode_greedily(rows, begin_steps(self.model, pieces, mask, self.limits.max_new_tokens))
+            self._decode_greedily(rows, begin_steps(self.model, pieces, mask, room))
             return
         except Exception as error:
             if not is_out_of_memory(error):
@@ -127,15 +134,17 @@ class Pool:
 
     def _start_again(self, rows: list[Row], mask: Mask | None, numbers: list[int]) -> None:
         """Goes on with some of the rows, whose caches are lost: what they have said so far stays."""
-        numbers = [number for number in numbers if not self._has_ended(rows[number])]
-        if not numbers:
+        some = [rows[number] for number in numbers]
+        going = self._find_going(some)
+        if not going:
             return
-        going = [rows[number] for number in numbers]
         if mask is not None:
-            mask = mask.take(torch.tensor(numbers))
-        piece = self._read_again(going, mask)
+            index = torch.tensor(numbers)
+            mask = mask.take(index[going])
+        some = [some[number] for number in going]
+        piece = self._read_again(some, mask)
         room = self.limits.max_new_tokens
-        self._decode_greedily(going, begin_steps(self.model, [piece], mask, room))
+        self._decode_greedily(some, begin_steps(self.model, [piece], mask, room))
 
     def _read_again(self, rows: list[Row], mask: Mask | None) -> Waiting:
         """The rows with a cache again, from one pass over their prompts and what they have said."""

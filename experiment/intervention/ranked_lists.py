@@ -124,7 +124,13 @@ def rank_all(
     return lists
 
 
-def rank(model: SplicedModel, name: str, sequences: Sequences, seed: int, draws: int = 1) -> list[RankedLists]:
+def rank(
+    model: SplicedModel,
+    name: str,
+    sequences: Sequences,
+    seed: int,
+    draws: int = 1,
+) -> list[RankedLists]:
     """The lists of each sequence by one ranking, but for that by effects, with what masking them takes away.
 
     name: as --ranking takes it.  draws: how many lists a ranking that draws makes for each sequence.
@@ -156,7 +162,12 @@ def _rank_by(
     return add_draws(first, others)
 
 
-def _rank_once(model: SplicedModel, name: str, sequences: Sequences, scores: Scores) -> list[RankedLists]:
+def _rank_once(
+    model: SplicedModel,
+    name: str,
+    sequences: Sequences,
+    scores: Scores,
+) -> list[RankedLists]:
     """The lists of a single draw."""
     length = LONGEST if name == "matched" else None
     lists = cut_lists(scores, sequences, length)
@@ -223,7 +234,11 @@ def rank_by_effects(
     return add_removed(model, sequences, lists)
 
 
-def add_scores(lists: list[RankedLists], candidates: list[Candidates], scores: Scores) -> list[RankedLists]:
+def add_scores(
+    lists: list[RankedLists],
+    candidates: list[Candidates],
+    scores: Scores,
+) -> list[RankedLists]:
     """A ranking's lists with its own scores of the latents whose effect is measured."""
     with_scores = []
     for ranked, of_sequence, row in zip(lists, candidates, scores):

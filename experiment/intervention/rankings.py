@@ -184,7 +184,7 @@ def _run_in_parts(
     """run(some of these sequences), for all of them, as many at once as have room for their gradients, in `ready()`.
 
     places: {sequence: its end, a place in what was generated}.
-    Raises what `run` raised where memory runs out for a single sequence.
+    Raises the device's own error where even one sequence is too much for its memory.
     """
     numbers = list(places)
     if not numbers:

@@ -114,8 +114,9 @@ def pick_tokens(logits: Float[Tensor, "output vocab"]) -> list[int]:
 
 def pick_log_probs(logits: Float[Tensor, "output vocab"], tokens: Int[Tensor, "output"]) -> Float[Tensor, "output"]:
     """The log probability of a token in each row of logits, in nats, computed in single precision."""
+    parts = zip(logits.split(LOG_PROB_ROWS), tokens.split(LOG_PROB_ROWS))
     log_probs = []
-    for part, chosen in zip(logits.split(LOG_PROB_ROWS), tokens.split(LOG_PROB_ROWS)):
+    for part, chosen in parts:
         of_part = _pick_log_probs(part, chosen)
         log_probs.append(of_part)
     return torch.cat(log_probs)

@@ -47,10 +47,13 @@ class SparseActivations:
             counts=counts,
         )
 
+    def every_position(self) -> Int[Tensor, "pos"]:
+        """The number of each position: 0, 1, ..."""
+        return torch.arange(len(self.counts), device=self.counts.device)
+
     def entry_positions(self) -> Int[Tensor, "entry"]:
         """The position of each entry."""
-        positions = torch.arange(len(self.counts), device=self.counts.device)
-        return positions.repeat_interleave(self.counts)
+        return self.every_position().repeat_interleave(self.counts)
 
 
 def join(parts: Sequence[SparseActivations]) -> SparseActivations:

@@ -217,7 +217,8 @@ class Splice:
     ) -> Float[Tensor, "pos d_in"]:
         """`reconstruct` in the SAE's dtype, at positions where the SAE stands; at others it may be anything."""
         positions = int(latents.spliced.sum())
-        is_dense = len(latents.ids) > DENSE * self.d_sae * positions
+        activations = self.d_sae * positions
+        is_dense = len(latents.ids) > DENSE * activations
         if self.bias is None or is_dense:
             return self._reconstruct_whole(latents.residual, rows, mask)
         return self._reconstruct_from_entries(latents, rows, mask)
@@ -292,10 +293,7 @@ class Splice:
             return self._vjp_whole(latents, gradient)
         positions = latents.entry_positions()
         slopes = [latents.values[:0]]
-        parts = zip(
-            positions.split(ENTRIES),
-            latents.ids.split(ENTRIES),
-        )
+        parts = zip(positions.split(ENTRIES), latents.ids.split(ENTRIES))
         for where, ids in parts:
             products = gradient[where] * self.sae.W_dec[ids]
             slope = products.sum(-1)

@@ -50,7 +50,11 @@ class FixedLayer(StaticLayer):
         self.values = self.values[indices]
 
 
-def _put_together(pieces: list[Tensor], width: int, room: int) -> Float[Tensor, "row head width+room d_head"]:
+def _put_together(
+    pieces: list[Tensor],
+    width: int,
+    room: int,
+) -> Float[Tensor, "row head width+room d_head"]:
     """The rows of pieces [row, head, pos, d_head] one after the other, 0 at padding and in the room."""
     rows = sum(map(len, pieces))
     _, heads, _, d_head = pieces[0].shape
@@ -89,7 +93,13 @@ class Steps:
     tensors that every step reads again.  visible: [row, pos], attention and the room.  count: how many steps were run.
     """
 
-    def __init__(self, model: SplicedModel, cache: DynamicCache, attention: Int[Tensor, "row pos"], mask: Mask | None):
+    def __init__(
+        self,
+        model: SplicedModel,
+        cache: DynamicCache,
+        attention: Int[Tensor, "row pos"],
+        mask: Mask | None,
+    ):
         self.model = model
         self.cache = cache
         self.attention = attention
