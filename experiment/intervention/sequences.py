@@ -1,6 +1,8 @@
 """What the SAE read in whole sequences, put together from the passes that ran them; the sequences that are ranked.
 
-`read` is the word for that everywhere: SequenceActivations.
+Three words for three things: `latents` are the active latents at some positions (SparseActivations; ids alone in an
+Ablation or in Candidates), `encoded` is a list of these, a pass or a step each, and `read` is what they make up in
+whole sequences (SequenceActivations).
 """
 
 import functools

@@ -32,7 +32,9 @@ class Splice:
 
     error_term: "drop", as in the paper: the reconstruction alone; "keep": what the SAE does not explain stays, so the
     place keeps its own value less what the masked latents wrote.  bypass: ids of tokens at which it does not stand.
-    writes_rows: whether what a latent writes is its activation times its row of W_dec, at every position alike.
+    bias: what is added to `acts @ W_dec`; None where decoding is more than that.  chunk: how many positions are encoded
+    whole at once.  writes_rows: whether what a latent writes is its activation times its row of W_dec, at every
+    position alike.
     """
 
     def __init__(self, sae: "SAE", error_term: str = "drop", bypass: Sequence[int] = ()):
@@ -112,7 +114,10 @@ class Splice:
         residual: Float[Tensor, "pos *d_in"],
         spliced: Bool[Tensor, "pos"],
     ) -> SparseActivations:
-        """The active latents at positions. spliced: where the SAE stands; elsewhere nothing is encoded."""
+        """The active latents at positions.
+
+        residual: on any device; kept as it is.  spliced: where the SAE stands; elsewhere nothing is encoded.
+        """
         spliced = spliced.to(self.device)
         positions = spliced.nonzero().flatten()
         counts = torch.zeros(
@@ -155,7 +160,7 @@ class Splice:
     ) -> Float[Tensor, "pos *d_in"]:
         """What stands in the model's place, like latents.residual in shape and dtype.
 
-        rows: the row of the mask that each position belongs to.
+        rows: the row of the mask that each position belongs to; only with a mask.  mask: None: nothing is masked.
         """
         if mask is None and self.keeps_error:
             return latents.residual
@@ -287,7 +292,7 @@ class Splice:
         latents: SparseActivations,
         gradient: Float[Tensor, "pos *d_in"],
     ) -> Float[Tensor, "entry"]:
-        """The gradient at each entry's activation, from the one at the reconstruction."""
+        """The gradient at each entry's activation, from the one at the reconstruction of these latents."""
         gradient = self.to_input(gradient)
         if self.bias is None:
             return self._vjp_whole(latents, gradient)
