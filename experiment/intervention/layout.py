@@ -50,7 +50,7 @@ class Prefixes:
         """The length of the longest prefix, in tokens."""
         return max(map(len, self.tokens))
 
-    def find_first_owned(self) -> list[int]:
+    def find_first_rows(self) -> list[int]:
         """The first sequence of each prefix."""
         numbers = range(len(self.tokens))
         return [self.owners.index(number) for number in numbers]
@@ -213,7 +213,7 @@ class Layout:
             attention.append(part_attention[owners])
             places.append(part_places[owners])
             until_here = torch.cat(attention, 1)
-            rows_of_nodes = part.find_first_owned()  # what a node has before it all of its rows have
+            rows_of_nodes = part.find_first_rows()  # what a node has before it all of its rows have
             parents = [before[row] for row in rows_of_nodes]
             level = Level(part_ids, until_here[rows_of_nodes], torch.tensor(parents, device=device))
             self.levels.append(level)
