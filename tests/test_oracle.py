@@ -569,7 +569,7 @@ def test_gradient_scores(demo, sequences, size):
 
 
 def test_gradients_in_parts_of_a_size(demo, sequences, monkeypatch):
-    """As many rows at once as fit into what there is room for, and the same scores."""
+    """As many rows at once as fit into what there is room for, and the same scores. The SAE is put in its place once."""
     model, _ = demo
     some = pick(sequences, *range(20))
     expected = rank(model, "gradsae", some)
@@ -581,13 +581,18 @@ def test_gradients_in_parts_of_a_size(demo, sequences, monkeypatch):
         parts.append(len(tokens))
         return gradients(model, tokens, *arguments)
 
-    gradients = rankings.gradients
+    def enter():
+        entered.append(1)
+        return ready()
+
+    gradients, ready, entered = rankings.gradients, model.ready, []
     monkeypatch.setattr(rankings, "gradients", find)
+    monkeypatch.setattr(model, "ready", enter)
     for rows, sizes in ((20, [20]), (8.9, [8, 8, 4]), (0.1, [1] * 20), (None, [2] * 10)):
-        del parts[:]
+        del parts[:], entered[:]
         monkeypatch.setattr(model, "gradient_room", rows and rows * width * token_bytes)
         found = rank(model, "gradsae", some)
-        assert parts == sizes
+        assert parts == sizes and len(entered) == 1
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
