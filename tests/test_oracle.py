@@ -569,7 +569,7 @@ def test_gradient_scores(demo, sequences, size):
 
 
 def test_gradients_in_parts_of_a_size(demo, sequences, monkeypatch):
-    """As many rows at once as fit into what there is room for, and the same scores. The SAE is put in its place once."""
+    """As many rows at once as there is room for, and the same scores. The SAE is put in its place once."""
     model, _ = demo
     some = pick(sequences, *range(20))
     expected = rank(model, "gradsae", some)
