@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from experiment import UserError, guard
 from experiment.records import files
 from experiment.report import __main__ as report
-from experiment.report import figure, folders, page, tables
+from experiment.report import figure, folders, page_data, tables
 
 ROUND_1, ROUND_2, ROUND_3 = "baseline", "baseline_after_false", "baseline_after_true"
 
@@ -116,7 +116,7 @@ def test_zero_and_mean_ablation_in_one_folder(run, run_report, tmp_path):
     assert [tables.name_mask(entry) for entry, _ in found.masked] == ["TopK", "TopK mean"]
     for name, (_, records) in zip(("predictions_false", "predictions_false_mean"), found.masked):
         assert {i: record.fields() for i, record in records.items()} == read_journal(out / f"{name}.jsonl")[1]
-    assert len(page.collect([found])["masks"]) == 2
+    assert len(page_data.collect(found)["masks"]) == 2
 
 
 EDITS = {

@@ -42,6 +42,7 @@ class Folder:
     kept: ids of the questions that round 1 kept; without it, of those that were masked.
     masked: (entry, {id: record}) of each masked round, in the table's order.
     ranked: of the files of activations of masked rounds.
+    unmasked: round 1's whole journals, by ranking.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Folder:
     kept: list[str]
     masked: list[tuple[MaskedEntry, Journal]]
     ranked: Ranked
+    unmasked: Journals
 
     @property
     def provenance(self) -> Provenance:
@@ -99,6 +101,7 @@ def read_folder(path: Path, entries: list[Entry] | None = None, known: list[Ques
         kept=_list_kept(round_1, masked),
         masked=masked,
         ranked=lists,
+        unmasked=unmasked,
     )
 
 
