@@ -116,7 +116,7 @@ def answer_and_rank(
         records.append(common.make_record(tokenizer, question, answer))
     by_ranking = {ranking: list(records) for ranking in work.keys}
     options = experiment.options
-    settings = ranked_lists.Settings(options.seed, options.draws, effects=options.effects, batch_tokens=sizes.batch)
+    settings = ranked_lists.Settings(options.seed, sizes.batch, options.effects, options.draws)
 
     def rank(part: list[int]) -> None:
         sequences = find_sequences(experiment, group, answers, records, read, part)

@@ -339,7 +339,7 @@ def test_all_rankings_with_effects(demo, sequences):
     """Every ranking has its own scores of the latents that were measured; lists by effect, highest and lowest first."""
     model, _ = demo
     few = dataclasses.replace(take(sequences, [0, 1, 2]), answer_positions=[*sequences.answer_positions[:2], []])
-    settings = Settings(42, effects=30, batch_tokens=4096)
+    settings = Settings(42, batch_tokens=4096, effects=30)
     names = ["baseline", "effect", "attribution"]
     ranked = ranked_lists.rank_all(model, names, few, settings)
     scores = {name: rankings.RANKINGS[name](model, few, 42) for name in ("baseline", "attribution")}

@@ -282,7 +282,10 @@ def test_rankings_are_those_there_are(capsys, monkeypatch):
     """The names that the command line knows, before PyTorch is there, are those of the functions."""
     assert set(options.RANKINGS) == {*RANKINGS, EFFECT}
     assert parse("--ranking", "random", "baseline", "random").ranking == ("random", "baseline")
-    assert re.search("by: baseline, .*, random, or FILE.py:FUNCTION .default: baseline", show_help(capsys, monkeypatch))
+    assert re.search(
+        "by: baseline, .*, random, other, other-context, or FILE.py:FUNCTION .default: baseline",
+        show_help(capsys, monkeypatch),
+    )
     with pytest.raises(UserError, match="--ranking: invalid choice: 'yours'.*baseline.*random"):
         parse("--ranking", "random", "yours")
     with pytest.raises(UserError, match="--activations: such a file holds one ranking"):

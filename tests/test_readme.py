@@ -2,6 +2,7 @@
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -21,11 +22,13 @@ def find_commands():
     texts = [README, *((ROOT / f"{script}.py").read_text(encoding="utf-8") for script in SCRIPTS)]
     for text in texts:
         names = re.search(r'names="(.*)"', text)
+        some = re.search(r'some="(.*)"', text)
         for line in re.findall(r"^ {4,}(.*python .*)$", text, re.MULTILINE):
             for command in line.split("#")[0].split(" && "):
                 found = re.search(r"python (baseline\w*)\.py(.*)", command)
                 if found:
                     arguments = found[2].replace("$names", names[1] if names else "")
+                    arguments = arguments.replace("$some", some[1] if some else "")
                     for error in ("drop", "keep") if "$error" in arguments else ("",):
                         yield found[1], tuple(arguments.replace("$error", error).split())
 
@@ -39,18 +42,25 @@ def test_all_commands_are_found():
 
 
 def test_the_commands_run(tmp_path, monkeypatch, capsys):
-    """One after the other, as a reader would; what needs a CUDA device runs on the demo."""
+    """One after the other, as a reader would, on questions of two contexts; what needs a CUDA device, on the demo."""
     monkeypatch.chdir(ROOT)
     order = sorted(COMMANDS, key=lambda command: SCRIPTS.index(command[0]))
     for script, arguments in order:
-        demo = [] if "--demo" in arguments else ["--demo"]
-        folder = tmp_path / ("keep" if "keep" in arguments else "drop")
-        given = [*arguments, *demo, "--limit", 4, "--output-dir", folder]
+        given = {"--demo": [], "--limit": [5], "--output-dir": [tmp_path / "demo"]}
+        for word in arguments:
+            if word.startswith("--"):
+                given[word] = []
+            else:
+                given[list(given)[-1]].append(word)
+        given.pop("--sample", None)
+        given["--output-dir"] = [tmp_path / Path(given["--output-dir"][0]).name]
+        given = [word for option, values in given.items() for word in (option, *values)]
         code, out, err = run_script(script, given, monkeypatch, capsys)
         assert code == 0, (script, arguments, err)
         assert "baseline" in out or "kept" in out
     # What the folders hold is put together, or written again: runs/A, runs/B and runs/demo are these here.
-    folders = {"runs/A": tmp_path / "drop", "runs/B": tmp_path / "keep", "runs/demo": tmp_path / "drop"}
+    folders = {"runs/A": tmp_path / "comparison_drop", "runs/B": tmp_path / "comparison_keep"}
+    folders["runs/demo"] = tmp_path / "demo"
     folders |= {"runs/both": tmp_path / "both"}
     reports = re.findall(r"^ {4}python -m experiment\.report (.*)$", README, re.MULTILINE)
     assert len(reports) == 2

@@ -76,14 +76,14 @@ class RankedLists:
 class Settings:
     """How rankings are made.
 
-    seed: of those that draw.  draws: lists that these draw for each sequence.  effects: how many latents of a sequence
-    are masked alone at most.  batch_tokens: of a pass that does.
+    seed: of those that draw.  batch_tokens: of a pass in which single latents are masked.  effects: how many latents of
+    a sequence are masked alone, at most.  draws: lists that a ranking that draws makes for each sequence.
     """
 
     seed: int
+    batch_tokens: int
+    effects: int
     draws: int = 1
-    effects: int = 256
-    batch_tokens: int = 4096
 
 
 def rank_all(

@@ -25,6 +25,7 @@ from experiment.records.provenance import (
 )
 from experiment.records.schema import KeptRecord, Provenance, RankedQuestion, Record
 from experiment.report import relations, tables
+from experiment.report.comparisons import Scores
 from experiment.report.relations import Mask
 
 Ranked = dict[str, dict[str, RankedQuestion]]
@@ -86,11 +87,7 @@ def read_folder(path: Path, entries: list[Entry] | None = None, known: list[Ques
         if journal is not None and entry.latents not in others:
             masked.append((entry, journal))
     if contexts:
-        scores = {}
-        for entry, journal in masked:
-            draws = [journal, *_read_draws(path, entry)]
-            if len(draws) == (entry.draws or 1):
-                scores[Mask.of(entry)] = relations.score_mask(draws, _find_ranked(lists, entry) or {})
+        scores = _score_masks(path, masked, lists)
         entries = relations.add_agreement(entries, unmasked, contexts)
         entries = relations.relate(entries, scores, relations.score_unmasked(ranked.values()), contexts)
     return Folder(
@@ -181,6 +178,18 @@ def _swap_lists(entries: Iterable[Entry], ranked: Ranked, contexts: Mapping[str,
             known = {question_id: one for question_id, one in ranked[entry.latents].items() if question_id in contexts}
             swapped[name] = take_from_others(entry.provenance, known, contexts)
     return swapped
+
+
+def _score_masks(path: Path, masked: Iterable[tuple[MaskedEntry, Journal]], lists: Ranked) -> dict[Mask, Scores]:
+    """The scores of the answers under each mask of which all is there: journals, and the file of activations."""
+    scores = {}
+    for entry, journal in masked:
+        of_file = _find_ranked(lists, entry)
+        draws = [journal, *_read_draws(path, entry)]
+        has_file = of_file is not None or entry.drop is None  # the authors' has no unmasked answers
+        if has_file and len(draws) == (entry.draws or 1):
+            scores[Mask.of(entry)] = relations.score_mask(draws, of_file or {})
+    return scores
 
 
 def _read_draws(path: Path, entry: MaskedEntry) -> list[Journal]:
