@@ -13,7 +13,7 @@ from made_entries import LAYERS, PAPERS, PERCENT, TEMPLATE, comparison, estimate
 
 from experiment import UserError
 from experiment.records.entries import parse_entry
-from experiment.report import blocks, latex, tables, terminal
+from experiment.report import blocks, latex, metrics, tables, terminal
 
 
 def to_text(entries):
@@ -142,7 +142,7 @@ def test_settings_that_differ_between_folders_are_columns():
     assert "hook" not in text and "f00d" not in text
     assert text.count("Layer_9, error term dropped, masked latents set to zero; 595 questions kept of 651") == 1
     assert text.count("Layer_20, error term dropped, masked latents set to zero; 595 questions kept of 651") == 1
-    assert latex.to_latex(parse(several())).count("layer\\_20, error term dropped") == len(blocks.DROPS) + 1
+    assert latex.to_latex(parse(several())).count("layer\\_20, error term dropped") == len(metrics.DROPS) + 1
     # What a run is not sure of before the SAE is loaded is no difference, and one folder has no such columns.
     early = unmasked(run=LAYERS[0])
     early["run"] = early["run"] | {"hook_name": None}

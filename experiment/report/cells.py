@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from experiment.records.entries import Figures
-from experiment.report import blocks
-from experiment.report.blocks import Cell, Line, Metric, Setting
+from experiment.report import metrics
+from experiment.report.blocks import Line, Setting
+from experiment.report.metrics import Cell, Metric
 
 LONGEST_NAME = 24  # of a ranking
 PAPERS_EM = "the paper's EM"
@@ -14,8 +15,8 @@ PAPER = "The paper: GradSAE, arXiv 2505.08080, EM in percent of its kept questio
 UNITS = "Drops: points of EM and named, nats per token of answer and format."
 INTERVALS = "[ ]: 95% interval over contexts."
 MARKS = {
-    blocks.MISSED: "over half off its match for over a tenth of the questions.",
-    blocks.FEWER: "fewer latents than K are in the file for some questions.",
+    metrics.MISSED: "over half off its match for over a tenth of the questions.",
+    metrics.FEWER: "fewer latents than K are in the file for some questions.",
 }
 
 
@@ -56,7 +57,7 @@ def write_published(published: dict[str, float], ks: Iterable[str]) -> list[str]
 
 def find_digits(metric: Metric) -> int:
     """How many digits stand behind the point."""
-    return 1 if metric.unit in (blocks.POINTS, "%", blocks.COUNT) else 3
+    return 1 if metric.unit in (metrics.POINTS, "%", metrics.COUNT) else 3
 
 
 def shorten(name: str) -> str:

@@ -6,15 +6,19 @@ and a marker of its own, filled for TopK and hollow for BottomK, so that it read
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from experiment.records.entries import Entry
 from experiment.report import blocks
-from experiment.report.blocks import DROPS, MASKED, REMOVED, Line, Metric, Setting
+from experiment.report.blocks import Line, Setting
 from experiment.report.estimates import MASKS
+from experiment.report.metrics import ANSWER, EM, MASKED, REMOVED, Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,10 +43,26 @@ STYLE: dict[Any, Any] = {
 # TrueType, for publishers refuse Matplotlib's Type 3 fonts. In an SVG texts as texts, and a salt for random ids.
 STYLE |= {"pdf.fonttype": 42, "svg.hashsalt": "results", "svg.fonttype": "none"}
 UNDATED = {"png": {}, "pdf": {"CreationDate": None}}  # metadata without the time of drawing
+INK = "#000000"
+PAPER = "#ffffff"
+PANEL_HEIGHT = 1.6  # inches
+LEGEND_ROW_HEIGHT = 0.13
+MARGIN = 0.4
 WIDTH = 3.3  # inches: a paper's column
 WIDE = 6.9  # its text's width, for more than two settings beside each other
 PAGE_STYLE = STYLE | {"font.size": 9, "lines.linewidth": 1.4, "lines.markersize": 6}
 PAGE_PANEL = (4.4, 3.1)  # inches
+
+
+@dataclass(frozen=True)
+class Point:
+    """below, above: how far its interval reaches from its mean.  name: its metric and journal."""
+
+    place: float
+    mean: float
+    below: float
+    above: float
+    name: str
 
 
 @dataclass(frozen=True)
@@ -59,10 +79,13 @@ class Look:
 
     def marked(self, mask: str) -> dict[str, Any]:
         """Its marker: filled for TopK, hollow for BottomK, half for what all but TopK is masked."""
-        looks: dict[str, Any] = {"marker": self.marker, "color": self.color, "markerfacecoloralt": "#ffffff"}
-        looks["fillstyle"] = "left" if mask == blocks.ALL_BUT else "full"
-        looks["markerfacecolor"] = "#ffffff" if mask == MASKS["bottomk"] else self.color
-        return looks
+        return {
+            "marker": self.marker,
+            "color": self.color,
+            "fillstyle": "left" if mask == blocks.ALL_BUT else "full",
+            "markerfacecolor": PAPER if mask == MASKS["bottomk"] else self.color,
+            "markerfacecoloralt": PAPER,
+        }
 
 
 def draw(entries: Sequence[Entry]) -> dict[str, bytes]:
@@ -86,9 +109,8 @@ def draw(entries: Sequence[Entry]) -> dict[str, bytes]:
 
 
 def draw_panels(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    """The figure's panels for the page, each an SVG: (what it shows, SVG). A point's id is its metric and journal."""
+    """The figure's panels for the page: (what it shows, SVG)."""
     import matplotlib
-    from matplotlib.figure import Figure
 
     settings = list_settings(entries)
     looks = choose_looks(settings)
@@ -96,16 +118,23 @@ def draw_panels(entries: Sequence[Entry]) -> list[tuple[str, str]]:
     with matplotlib.rc_context(PAGE_STYLE):
         for setting in settings:
             for metric in list_metrics([setting]):
-                figure = Figure(figsize=PAGE_PANEL, layout="constrained")
-                panel = figure.subplots()
-                draw_panel(panel, setting, metric, looks)
-                panel.set_ylabel(Y_LABELS[metric.name])
-                file = io.StringIO()
-                figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-                svg = file.getvalue()
-                title = f"{metric.title}, {metric.unit}"
-                panels.append((f"{title}; {setting.title}", svg[svg.index("<svg") :]))
+                title = f"{metric.title}, {metric.unit}; {setting.title}"
+                panels.append((title, draw_svg(setting, metric, looks)))
     return panels
+
+
+def draw_svg(setting: Setting, metric: Metric, looks: dict[str, Look]) -> str:
+    """A panel by itself. A point's id is its name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=PAGE_PANEL, layout="constrained")
+    panel = figure.subplots()
+    draw_panel(panel, setting, metric, looks)
+    panel.set_ylabel(Y_LABELS[metric.name])
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+    svg = file.getvalue()
+    return svg[svg.index("<svg") :]
 
 
 def list_settings(entries: Sequence[Entry]) -> list[Setting]:
@@ -114,26 +143,40 @@ def list_settings(entries: Sequence[Entry]) -> list[Setting]:
     return [setting for setting in settings if list_metrics([setting])]
 
 
+def list_lines(settings: Sequence[Setting]) -> list[Line]:
+    lines: list[Line] = []
+    for setting in settings:
+        lines += setting.lines
+    return lines
+
+
 def list_metrics(settings: Sequence[Setting]) -> list[Metric]:
     """EM and the answer's log probability, where there are drops of them."""
-    metrics = [metric for metric in DROPS if metric.name in Y_LABELS]
-    return [metric for metric in metrics if any(setting.has(metric) for setting in settings)]
+    there = []
+    for metric in (EM, ANSWER):
+        if any(setting.has(metric) for setting in settings):
+            there.append(metric)
+    return there
 
 
 def choose_looks(settings: Sequence[Setting]) -> dict[str, Look]:
     """{name of a line: its look}. A control has its ranking's, dashed."""
-    lines = [line for setting in settings for line in setting.lines]
-    names = list(dict.fromkeys(line.ranking for line in lines))
-    ranked = [name for name in names if name not in blocks.CHANCE]
-    chance = [name for name in names if name in blocks.CHANCE]
-    looks = {}
-    for number, name in enumerate(ranked):
-        looks[name] = Look(COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)], False)
-    for number, name in enumerate(chance):
-        looks[name] = Look(GREYS[number], CHANCE_MARKERS[number], True)
+    lines = list_lines(settings)
+    colors = itertools.cycle(COLORS)
+    markers = itertools.cycle(MARKERS)
+    greys = itertools.cycle(GREYS)
+    chance_markers = itertools.cycle(CHANCE_MARKERS)
+    looks: dict[str, Look] = {}
     for line in lines:
-        of_ranking = looks[line.ranking]
-        looks.setdefault(line.name, Look(of_ranking.color, of_ranking.marker, True))
+        if line.ranking in looks:
+            continue
+        if line.ranking in blocks.CHANCE:
+            looks[line.ranking] = Look(next(greys), next(chance_markers), True)
+        else:
+            looks[line.ranking] = Look(next(colors), next(markers), False)
+    for line in lines:
+        if line.control is not None:
+            looks[line.name] = dataclasses.replace(looks[line.ranking], is_dashed=True)
     return looks
 
 
@@ -142,25 +185,29 @@ def make_figure(settings: Sequence[Setting]) -> Figure:
     more than two."""
     from matplotlib.figure import Figure
 
-    metrics = list_metrics(settings)
-    width = WIDTH if len(settings) <= 2 else WIDE
+    shown = list_metrics(settings)
     looks = choose_looks(settings)
     handles = make_handles(settings, looks)
-    height = 1.6 * len(metrics) + 0.5 + 0.13 * (len(handles) + 1) // 2
+    rows_of_legend = math.ceil(len(handles) / 2) + 1
+    width = WIDTH if len(settings) <= 2 else WIDE
+    height = PANEL_HEIGHT * len(shown) + LEGEND_ROW_HEIGHT * rows_of_legend + MARGIN
     figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(len(metrics), len(settings), sharey="row", squeeze=False)
-    for row, metric in zip(panels, metrics):
+    panels = figure.subplots(len(shown), len(settings), sharey="row", squeeze=False)
+    for row, metric in zip(panels, shown):
         for panel, setting in zip(row, settings):
             draw_panel(panel, setting, metric, looks)
+            if metric is not shown[-1]:
+                panel.set_xlabel("")
         row[0].set_ylabel(Y_LABELS[metric.name])
-    for row in panels[:-1]:
-        for panel in row:
-            panel.set_xlabel("")
     if len(settings) > 1:
         for panel, setting in zip(panels[0], settings):
-            panel.set_title(setting.title.replace(", ", "\n"), fontsize=6)
-    ks = dict.fromkeys(label for setting in settings for label in setting.ks.values())
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, title=f"along a line: K = {', '.join(ks)}")
+            title = setting.title.replace(", ", "\n")
+            panel.set_title(title, fontsize=6)
+    labels: dict[str, None] = {}
+    for setting in settings:
+        labels.update(dict.fromkeys(setting.ks.values()))
+    title = f"along a line: K = {', '.join(labels)}"
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, title=title)
     return figure
 
 
@@ -168,7 +215,7 @@ def draw_panel(panel: Axes, setting: Setting, metric: Metric, looks: dict[str, L
     """The lines of one metric of a setting, over what masks remove; where an SAE does not let that be known, over how
     many latents they mask."""
     x = REMOVED if setting.has(REMOVED) else MASKED
-    panel.axhline(0, color="#000000", linewidth=0.5)
+    panel.axhline(0, color=INK, linewidth=0.5)
     for line in setting.lines:
         draw_line(panel, line, metric, x, looks[line.name])
     panel.set_xlabel(X_LABELS[x.name])
@@ -177,23 +224,45 @@ def draw_panel(panel: Axes, setting: Setting, metric: Metric, looks: dict[str, L
 
 def draw_line(panel: Axes, line: Line, metric: Metric, x: Metric, look: Look) -> None:
     """A line with its intervals, and each of its points by itself, so that the page can point at it."""
-    points = []
-    for k, entry in line.by_k.items():
-        removed = x.read(entry)
-        lost = metric.read(entry)
-        if removed is not None and lost is not None:
-            points.append((removed.value, lost, f"{metric.name}:{entry.journal or k}"))
+    points = find_points(line, metric, x)
     if not points:
         return
-    points.sort(key=lambda point: point[0])
-    places = [place for place, _, _ in points]
-    means = [lost.value for _, lost, _ in points]
-    below = [max(0.0, lost.value - lost.low) if lost.low is not None else 0.0 for _, lost, _ in points]
-    above = [max(0.0, lost.high - lost.value) if lost.high is not None else 0.0 for _, lost, _ in points]
-    label = f"{line.name} {line.mask}"
-    panel.errorbar(places, means, [below, above], color=look.color, linestyle=look.style, elinewidth=0.7, label=label)
-    for place, mean, (_, _, name) in zip(places, means, points):
-        panel.plot([place], [mean], linestyle="", gid=name, **look.marked(line.mask))
+    places = [point.place for point in points]
+    means = [point.mean for point in points]
+    below = [point.below for point in points]
+    above = [point.above for point in points]
+    panel.errorbar(
+        places,
+        means,
+        [below, above],
+        color=look.color,
+        linestyle=look.style,
+        elinewidth=0.7,
+        label=f"{line.name} {line.mask}",
+    )
+    for point in points:
+        panel.plot([point.place], [point.mean], linestyle="", gid=point.name, **look.marked(line.mask))
+
+
+def find_points(line: Line, metric: Metric, x: Metric) -> list[Point]:
+    """From left to right."""
+    points = []
+    for k, entry in line.by_k.items():
+        place = x.read(entry)
+        lost = metric.read(entry)
+        if place is None or lost is None:
+            continue
+        low = lost.value if lost.low is None else lost.low
+        high = lost.value if lost.high is None else lost.high
+        point = Point(
+            place=place.value,
+            mean=lost.value,
+            below=max(0.0, lost.value - low),
+            above=max(0.0, high - lost.value),
+            name=f"{metric.name}:{entry.journal or k}",
+        )
+        points.append(point)
+    return sorted(points, key=lambda point: point.place)
 
 
 def make_handles(settings: Sequence[Setting], looks: dict[str, Look]) -> list[Line2D]:
@@ -204,18 +273,19 @@ def make_handles(settings: Sequence[Setting], looks: dict[str, Look]) -> list[Li
     for name, look in list_legend(settings, looks).items():
         marker = look.marker or None
         handles.append(Line2D([], [], label=name, linestyle=look.style, color=look.color, marker=marker))
-    for mask in dict.fromkeys(mask for setting in settings for mask in setting.masks):
-        handles.append(Line2D([], [], label=mask, linestyle="", **Look("#000000", "o", False).marked(mask)))
+    plain = Look(INK, "o", False)
+    masks = dict.fromkeys(line.mask for line in list_lines(settings))
+    for mask in masks:
+        handles.append(Line2D([], [], label=mask, linestyle="", **plain.marked(mask)))
     return handles
 
 
 def list_legend(settings: Sequence[Setting], looks: dict[str, Look]) -> dict[str, Look]:
     """{name: look} of the rankings, and of controls, which have their rankings' colours and markers, without any."""
-    lines = [line for setting in settings for line in setting.lines]
-    shown = {}
-    for line in lines:
-        shown[line.ranking] = looks[line.ranking]
-    for line in lines:
+    rankings = {}
+    controls = {}
+    for line in list_lines(settings):
+        rankings[line.ranking] = looks[line.ranking]
         if line.control is not None:
-            shown[f"the same in a random {line.control}"] = Look(GREYS[0], "", True)
-    return shown
+            controls[f"the same in a random {line.control}"] = Look(GREYS[0], "", True)
+    return rankings | controls

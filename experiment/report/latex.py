@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from experiment.records.entries import Entry, Estimate, UnmaskedEntry
-from experiment.report import blocks, cells
-from experiment.report.blocks import Cell, Metric, Setting
+from experiment.report import blocks, cells, metrics
+from experiment.report.blocks import Setting
+from experiment.report.metrics import Cell, Metric
 
 WIDTH = 345  # points: \textwidth of the article class in one column
 GAP = 3  # points: \tabcolsep
@@ -71,7 +72,7 @@ def to_latex(entries: Sequence[Entry]) -> str:
     """A booktabs table for each metric and Setting, and of what round 1 knows of its rankings."""
     tables = [NEEDS]
     for setting in blocks.split_settings(entries):
-        for metric in setting.metrics():
+        for metric in setting.list_metrics():
             tables.append(write_metric(setting, metric))
     unmasked = [entry for entry in entries if isinstance(entry, UnmaskedEntry)]
     tables += write_statistics(unmasked)
@@ -101,14 +102,14 @@ def collect_rows(setting: Setting, metric: Metric) -> Rows:
     rows = Rows()
     digits = cells.find_digits(metric)
     for mask in setting.masks:
-        lines = [line for line in setting.of(mask) if metric.is_of(line)]
+        lines = [line for line in setting.of(mask) if line.has(metric)]
         if lines:
             rows.masks[len(rows.names)] = mask
         paper = blocks.find_papers(setting, lines, metric.name)
         for line in lines:
             rows.add(cells.shorten(line.name), cells.write_row(metric, line, setting.ks, digits))
             if line.ranking in paper and line.control is None:
-                name = f"  the paper's {blocks.SHORT[metric.name]}"
+                name = f"  the paper's {metrics.SHORT[metric.name]}"
                 rows.add(name, cells.write_published(paper[line.ranking], setting.ks))
     return rows
 

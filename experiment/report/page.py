@@ -13,9 +13,10 @@ from typing import IO
 import jinja2
 
 from experiment.records.entries import Entry, UnmaskedEntry
-from experiment.report import blocks, cells, figure, page_data, sentences, statistics
-from experiment.report.blocks import Metric, Setting
+from experiment.report import blocks, cells, figure, metrics, page_data, sentences, statistics
+from experiment.report.blocks import Setting
 from experiment.report.folders import Folder
+from experiment.report.metrics import Metric
 
 FOREMOST = ("em", "answer_log_prob")  # what the page's first tables are of; the others are one click away
 DROP = "Drop: unmasked minus masked, on the same questions."
@@ -75,7 +76,7 @@ def write_page(file: IO[str], folder: Folder, entries: Sequence[Entry]) -> None:
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     settings = blocks.split_settings(entries)
-    unmasked = [entry for entry in entries if isinstance(entry, UnmaskedEntry)]
+    rankings = statistics.describe_rankings(blocks.list_unmasked(entries))
     model = name_model(folder)
     stream = environment.get_template("page.html").stream(
         finding=sentences.tell_finding(entries),
@@ -84,8 +85,8 @@ def write_page(file: IO[str], folder: Folder, entries: Sequence[Entry]) -> None:
         legend=list_legend(entries),
         settings=[(cells.write_levels(setting), list_tables(setting)) for setting in settings],
         notes=[DROP, cells.INTERVALS, *(f"{mark}: {note}" for mark, note in cells.MARKS.items())],
-        rankings=statistics.describe_rankings(unmasked),
-        ranking_notes=statistics.list_notes(unmasked),
+        rankings=list(zip(*rankings.values())),
+        ranking_notes=statistics.list_notes(rankings),
         facts=list_facts(folder),
         template=folder.provenance.prompt_template or "",
         caveat=CAVEATS.get(model),
@@ -108,7 +109,7 @@ def list_legend(entries: Sequence[Entry]) -> list[tuple[str, str, str, bool]]:
 def list_tables(setting: Setting) -> list[tuple[bool, Table]]:
     """A setting's tables, a metric each, and whether it is one of the foremost."""
     listed = []
-    for metric in setting.metrics():
+    for metric in setting.list_metrics():
         is_foremost = metric.source == "drop" and metric.name in FOREMOST
         listed.append((is_foremost, make_table(setting, metric)))
     return listed
@@ -119,13 +120,13 @@ def make_table(setting: Setting, metric: Metric) -> Table:
     digits = cells.find_digits(metric)
     groups: dict[str, list[Row]] = {}
     for mask in setting.masks:
-        lines = [line for line in setting.of(mask) if metric.is_of(line)]
+        lines = [line for line in setting.of(mask) if line.has(metric)]
         paper = blocks.find_papers(setting, lines, metric.name)
         rows = []
         for line in lines:
             rows.append(make_row(line.name, cells.write_row(metric, line, setting.ks, digits)))
             if line.ranking in paper and line.control is None:
-                name = f"the paper's {blocks.SHORT[metric.name]}"
+                name = f"the paper's {metrics.SHORT[metric.name]}"
                 rows.append(make_row(name, cells.write_published(paper[line.ranking], setting.ks)))
         if rows:
             groups[mask] = rows

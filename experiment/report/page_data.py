@@ -12,10 +12,10 @@ from experiment.demo import bundled
 from experiment.records.entries import MaskedEntry
 from experiment.records.journal import Journal
 from experiment.records.schema import KeptRecord, RankedQuestion, Record
-from experiment.report import blocks, cells
-from experiment.report.blocks import Cell
+from experiment.report import blocks, cells, metrics
 from experiment.report.estimates import MASKS
 from experiment.report.folders import Folder, find_masked_latents
+from experiment.report.metrics import Cell
 
 RIGHT_F1 = 0.9  # from which on an answer counts as right, as in round 1
 MOST_LATENTS = 40  # of a list that are shown
@@ -110,7 +110,7 @@ def describe_mask(mask: Mask) -> dict[str, Any]:
     entry = mask.entry
     (line,) = blocks.make_lines([entry])
     drops = {}
-    for metric in blocks.DROPS:
+    for metric in metrics.DROPS:
         cell = metric.read(entry)
         if cell is not None:
             unmarked = Cell(cell.value, cell.low, cell.high)

@@ -6,9 +6,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiment.records.entries import Entry
-from experiment.report import blocks, cells, sentences
-from experiment.report.blocks import Line, Metric, Setting
+from experiment.records.entries import Entry, MaskedEntry
+from experiment.report import blocks, cells, metrics, sentences
+from experiment.report.blocks import Line, Setting
+from experiment.report.metrics import Metric
 
 WIDTH = 100
 FEWEST_DIGITS = 2  # of nats per token, where three do not fit
@@ -64,41 +65,41 @@ def write_blocks(setting: Setting) -> list[Block]:
     for number, mask in enumerate(setting.masks):
         lines = [line for line in setting.of(mask) if line.control is None]
         if mask == blocks.ALL_BUT:
-            for metric in blocks.KEPT_ONLY:
+            for metric in metrics.KEPT_ONLY:
                 written += write_block(metric, lines, setting.ks, f"{mask} masked: {metric.title}")
         if number == 0 and mask != blocks.ALL_BUT:
             written += write_main(setting, mask, lines)
             small += list_small(lines)
         else:
-            small.append(SmallBlock(f"{mask}: EM", blocks.EM, lines))
+            small.append(SmallBlock(f"{mask}: EM", metrics.EM, lines))
     return written + write_side_by_side(small, setting.ks)
 
 
 def write_main(setting: Setting, mask: str, lines: Sequence[Line]) -> list[Block]:
     """EM, with how much more than its control a mask costs below it, and the answer's log probability."""
-    metric = blocks.EM
+    metric = metrics.EM
     title = f"{mask}: EM drop"
     if not setting.has(metric):
-        metric = blocks.EM_LEVEL
+        metric = metrics.EM_LEVEL
         title = f"{mask}: EM, %"
     paper = blocks.find_papers(setting, lines)
     of_em = write_block(metric, lines, setting.ks, title, paper)
     for control in setting.controls[:1]:
-        beyond = blocks.make_excess(control, "em", blocks.POINTS)
+        beyond = metrics.make_excess(control, "em")
         ranked = [line for line in lines if line.ranking not in blocks.DRAWN]
         of_em += write_block(beyond, ranked, setting.ks, f"EM beyond {control}")
     together: Block = []
     for block in of_em:
         together += block
-    return [together, *write_block(blocks.ANSWER, lines, setting.ks, f"{mask}: answer")]
+    return [together, *write_block(metrics.ANSWER, lines, setting.ks, f"{mask}: answer")]
 
 
 def list_small(lines: list[Line]) -> list[SmallBlock]:
     """What is shown of the first mask without intervals."""
     return [
-        SmallBlock("removed, %", blocks.REMOVED, lines),
-        SmallBlock("named", blocks.NAMED, lines),
-        SmallBlock("format", blocks.FORMAT, lines),
+        SmallBlock("removed, %", metrics.REMOVED, lines),
+        SmallBlock("named", metrics.NAMED, lines),
+        SmallBlock("format", metrics.FORMAT, lines),
     ]
 
 
@@ -117,7 +118,7 @@ def write_block(
 
     paper: {ranking: {K: EM}}, written below the ranking's own.
     """
-    shown = [line for line in lines if metric.is_of(line)]
+    shown = [line for line in lines if line.has(metric)]
     if not shown:
         return []
     digits = cells.find_digits(metric)
@@ -171,7 +172,7 @@ def write_side_by_side(small: Sequence[SmallBlock], ks: dict[str, str]) -> list[
         rankings.update(dict.fromkeys(line.ranking for line in block.lines))
     columns = []
     for block in small:
-        if any(block.metric.is_of(line) for line in block.lines):
+        if any(line.has(block.metric) for line in block.lines):
             columns.append(write_small(block, list(rankings), list(ks)))
     names = [cells.shorten(ranking) for ranking in rankings]
     return lay_out(pad(["", "", *names]), columns)
@@ -193,7 +194,7 @@ def write_small(block: SmallBlock, rankings: Sequence[str], ks: Sequence[str]) -
     return pad([block.title, *rows])
 
 
-def write_mean(metric: Metric, entry: blocks.MaskedEntry | None) -> str:
+def write_mean(metric: Metric, entry: MaskedEntry | None) -> str:
     """A mean and its mark."""
     cell = metric.read(entry) if entry else None
     if cell is None:
