@@ -132,7 +132,7 @@ def test_without_intervals_or_reference():
 
 def test_nothing_masked_is_nothing_drawn():
     nothing = [masked(r, m, "0", 99.5, mean_k=0.0) for r in ("baseline", "gradsae") for m in ("topk", "bottomk")]
-    assert draw(nothing) == {} == draw([unmasked()]) and figure.draw_panels(parse(nothing)) == []
+    assert draw(nothing) == {} == draw([unmasked()]) and figure.draw_panels(parse(nothing)) == {}
 
 
 def test_files():
@@ -148,8 +148,10 @@ def test_files():
 def test_panels_of_the_page():
     panels = figure.draw_panels(parse(comparison(rankings=2)))
     assert panels == figure.draw_panels(parse(comparison(rankings=2)))
-    assert [title.split(";")[0] for title, _ in panels] == ["EM drop, points", "answer drop, nats per token"]
-    for (_, svg), metric in zip(panels, ("em", "answer_log_prob")):
+    (drawn,) = panels.values()
+    assert [*panels] == ["error term dropped, masked latents set to zero"]
+    assert [title for title, _ in drawn] == ["EM drop, points", "answer drop, nats per token"]
+    for (_, svg), metric in zip(drawn, ("em", "answer_log_prob")):
         assert svg.startswith("<svg") and "<dc:date>" not in svg
         points = re.findall(rf'<g id="{metric}:([^"]*)">', svg)
         assert len(points) == 2 * 2 * 4 and "predictions_gradsae_bottomk_50%.jsonl" in points

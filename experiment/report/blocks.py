@@ -1,7 +1,7 @@
 """The comparison in blocks, rankings down and K across: what terminal, LaTeX, figure and page show of it.
 
 A Setting is what stands in one table: the masks of one error term and ablation, on one set of kept questions, of one
-folder. A Line is a row of it: one ranking's TopK (or BottomK), over K. Knows nothing of models.
+folder; --keep-only has a Setting of its own. A Line is a row of it: one ranking's TopK (or BottomK), over K.
 """
 
 from __future__ import annotations
@@ -76,7 +76,14 @@ class Setting:
         words.append(ERROR_TERMS.get(self.error_term, self.error_term))
         if self.lines:
             words.append(ABLATIONS.get(self.ablation, self.ablation))
+        if self.keep_only:
+            words.append(f"{ALL_BUT} masked")
         return ", ".join(words)
+
+    @property
+    def keep_only(self) -> bool:
+        """Whether it is of masks that leave a list alone."""
+        return any(line.keep_only for line in self.lines)
 
     @property
     def masks(self) -> list[str]:
@@ -105,6 +112,15 @@ class Setting:
 
     def has(self, metric: Metric) -> bool:
         return any(line.has(metric) for line in self.lines)
+
+    def list_ks(self, metric: Metric, lines: Iterable[Line]) -> dict[str, str]:
+        """{K: its label} of those at which any of the lines has such a figure."""
+        there: set[str] = set()
+        for line in lines:
+            for k, entry in line.by_k.items():
+                if metric.read(entry) is not None:
+                    there.add(k)
+        return {k: label for k, label in self.ks.items() if k in there}
 
     def list_metrics(self) -> list[Metric]:
         """What there are figures of, one block each."""
@@ -147,27 +163,31 @@ def list_masked(entries: Iterable[Entry]) -> list[MaskedEntry]:
 
 
 def _split_ablations(names: dict[str, str], error_term: str, group: Sequence[Entry]) -> list[Setting]:
-    """The entries on one set of questions as a Setting for each ablation; one where nothing is masked."""
+    """The entries on one set of questions as a Setting for each ablation, and for masks that leave a list alone; one
+    where nothing is masked."""
     unmasked = list_unmasked(group)
     nothing: MaskedEntry | None = None
-    by_ablation: dict[str, list[MaskedEntry]] = {}
+    masked: dict[tuple[bool, str], list[MaskedEntry]] = {}
     for entry in list_masked(group):
         if entry.masks_nothing:
             nothing = entry
             continue
-        of_ablation = by_ablation.setdefault(entry.provenance.ablation, [])
-        of_ablation.append(entry)
+        key = (bool(entry.keep_only), entry.provenance.ablation)
+        entries = masked.setdefault(key, [])
+        entries.append(entry)
+    if not masked:
+        masked[False, "zero"] = []
     settings = []
-    for ablation, of_ablation in (by_ablation or {"zero": []}).items():
+    for (keep_only, ablation), entries in sorted(masked.items(), key=lambda item: item[0][0]):
         setting = Setting(
             names=names,
             error_term=error_term,
             ablation=ablation,
             clean=_find_clean(group),
             unmasked=unmasked,
-            nothing=nothing,
-            ks=label_ks(of_ablation),
-            lines=make_lines(of_ablation),
+            nothing=None if keep_only else nothing,  # K = 0 keeps nothing there
+            ks=label_ks(entries),
+            lines=make_lines(entries),
         )
         settings.append(setting)
     return settings
@@ -206,11 +226,11 @@ def make_lines(entries: Iterable[MaskedEntry]) -> list[Line]:
         if key not in lines:
             lines[key] = Line(ranking, entry.masked, entry.control, keep_only)
         lines[key].by_k[entry.k] = entry
-    return sorted(lines.values(), key=_order_line)
+    return sorted(lines.values(), key=lambda line: order_ranking(line.ranking))
 
 
-def _order_line(line: Line) -> tuple[bool, bool]:
-    return line.ranking in CHANCE, line.ranking != "baseline"
+def order_ranking(ranking: str) -> tuple[bool, bool]:
+    return ranking in CHANCE, ranking != "baseline"
 
 
 def label_ks(entries: Sequence[MaskedEntry]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from experiment.report import metrics
 from experiment.report.blocks import Line, Setting
 from experiment.report.metrics import Cell, Metric
 
+DIGITS = {metrics.POINTS: 1, metrics.PERCENT: 1, metrics.COUNT: 1, metrics.NATS: 3, metrics.SHARE: 2}
 LONGEST_NAME = 24  # of a ranking
 PAPERS_EM = "the paper's EM"
 PAPER = "The paper: GradSAE, arXiv 2505.08080, EM in percent of its kept questions."
@@ -57,7 +58,7 @@ def write_published(published: dict[str, float], ks: Iterable[str]) -> list[str]
 
 def find_digits(metric: Metric) -> int:
     """How many digits stand behind the point."""
-    return 1 if metric.unit in (metrics.POINTS, "%", metrics.COUNT) else 3
+    return DIGITS[metric.unit]
 
 
 def shorten(name: str) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # For colour-blind readers: Okabe & Ito 2008, but for yellow, which is too light on white. What chance does is grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#000000", "#CC79A7", "#56B4E9")
-GREYS = ("#666666", "#999999", "#333333", "#BBBBBB")
+GREYS = ("#777777", "#999999", "#5F5F5F", "#AAAAAA")
 MARKERS = "osD^vPX"
 CHANCE_MARKERS = "<>ph"
 Y_LABELS = {"em": "points of EM lost", "answer_log_prob": "answer's log probability:\nnats per token lost"}
@@ -78,13 +78,11 @@ class Look:
         return "--" if self.is_dashed else "-"
 
     def marked(self, mask: str) -> dict[str, Any]:
-        """Its marker: filled for TopK, hollow for BottomK, half for what all but TopK is masked."""
+        """Its marker: filled for TopK, hollow for BottomK."""
         return {
             "marker": self.marker,
             "color": self.color,
-            "fillstyle": "left" if mask == blocks.ALL_BUT else "full",
             "markerfacecolor": PAPER if mask == MASKS["bottomk"] else self.color,
-            "markerfacecoloralt": PAPER,
         }
 
 
@@ -108,18 +106,19 @@ def draw(entries: Sequence[Entry]) -> dict[str, bytes]:
     return files
 
 
-def draw_panels(entries: Sequence[Entry]) -> list[tuple[str, str]]:
-    """The figure's panels for the page: (what it shows, SVG)."""
+def draw_panels(entries: Sequence[Entry]) -> dict[str, list[tuple[str, str]]]:
+    """The figure's panels for the page, by setting: (what it shows, SVG)."""
     import matplotlib
 
     settings = list_settings(entries)
     looks = choose_looks(settings)
-    panels = []
+    panels = {}
     with matplotlib.rc_context(PAGE_STYLE):
         for setting in settings:
+            drawn = []
             for metric in list_metrics([setting]):
-                title = f"{metric.title}, {metric.unit}; {setting.title}"
-                panels.append((title, draw_svg(setting, metric, looks)))
+                drawn.append((metric.label, draw_svg(setting, metric, looks)))
+            panels[setting.title] = drawn
     return panels
 
 
@@ -138,9 +137,12 @@ def draw_svg(setting: Setting, metric: Metric, looks: dict[str, Look]) -> str:
 
 
 def list_settings(entries: Sequence[Entry]) -> list[Setting]:
-    """Those in which something was masked, and what was lost is known."""
-    settings = blocks.split_settings(entries)
-    return [setting for setting in settings if list_metrics([setting])]
+    """Those in which something was masked, and what was lost is known; not masks that leave a list alone."""
+    settings = []
+    for setting in blocks.split_settings(entries):
+        if list_metrics([setting]) and not setting.keep_only:
+            settings.append(setting)
+    return settings
 
 
 def list_lines(settings: Sequence[Setting]) -> list[Line]:

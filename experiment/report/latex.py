@@ -88,7 +88,8 @@ def write_metric(setting: Setting, metric: Metric) -> str:
     """One metric of a setting: TopK's rows, then BottomK's; in parts where K do not fit beside each other."""
     rows = collect_rows(setting, metric)
     columns = []
-    for number, head in enumerate(setting.ks.values()):
+    ks = setting.list_ks(metric, setting.lines)
+    for number, head in enumerate(ks.values()):
         columns.append(make_column(head, [texts[number] for texts in rows.texts]))
     parts = [write_part(rows, part) for part in split_columns(rows.names, columns)]
     written: list[str] = []
@@ -100,6 +101,7 @@ def write_metric(setting: Setting, metric: Metric) -> str:
 def collect_rows(setting: Setting, metric: Metric) -> Rows:
     """The figures of each line that has any, and below them the paper's."""
     rows = Rows()
+    ks = setting.list_ks(metric, setting.lines)
     digits = cells.find_digits(metric)
     for mask in setting.masks:
         lines = [line for line in setting.of(mask) if line.has(metric)]
@@ -107,10 +109,10 @@ def collect_rows(setting: Setting, metric: Metric) -> Rows:
             rows.masks[len(rows.names)] = mask
         paper = blocks.find_papers(setting, lines, metric.name)
         for line in lines:
-            rows.add(cells.shorten(line.name), cells.write_row(metric, line, setting.ks, digits))
+            rows.add(cells.shorten(line.name), cells.write_row(metric, line, ks, digits))
             if line.ranking in paper and line.control is None:
                 name = f"  the paper's {metrics.SHORT[metric.name]}"
-                rows.add(name, cells.write_published(paper[line.ranking], setting.ks))
+                rows.add(name, cells.write_published(paper[line.ranking], ks))
     return rows
 
 

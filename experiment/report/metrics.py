@@ -22,6 +22,7 @@ POINTS = "points"
 NATS = "nats per token"
 COUNT = "per question"
 PERCENT = "%"
+SHARE = ""
 EXCESS = {
     "em": POINTS,
     "f1": POINTS,
@@ -50,6 +51,11 @@ class Metric:
     name: str
     source: str = "drop"
     control: str = ""
+
+    @property
+    def label(self) -> str:
+        """With its unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
 
     def read(self, entry: MaskedEntry) -> Cell | None:
         """The figure of one entry; None where it has none."""
@@ -115,9 +121,12 @@ EM_LEVEL = Metric("EM", PERCENT, "em", "level")
 F1_LEVEL = Metric("F1", PERCENT, "f1", "level")
 REMOVED = Metric("removed", PERCENT, "removed", "field")
 MASKED = Metric("latents masked", COUNT, "mean_k", "field")
+RESTORED = (
+    Metric("faithfulness", SHARE, "faithfulness", "field"),
+    Metric("completeness", SHARE, "completeness", "field"),
+)
 KEPT_ONLY = (
-    Metric("faithfulness", "", "faithfulness", "field"),
-    Metric("completeness", "", "completeness", "field"),
-    Metric("area under faithfulness", "", "faithfulness_auc", "field"),
-    Metric("area under completeness", "", "completeness_auc", "field"),
+    *RESTORED,
+    Metric("area under faithfulness", SHARE, "faithfulness_auc", "field"),
+    Metric("area under completeness", SHARE, "completeness_auc", "field"),
 )

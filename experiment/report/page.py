@@ -18,7 +18,7 @@ from experiment.report.blocks import Setting
 from experiment.report.folders import Folder
 from experiment.report.metrics import Metric
 
-FOREMOST = ("em", "answer_log_prob")  # what the page's first tables are of; the others are one click away
+FOREMOST = (metrics.EM, metrics.ANSWER)  # what the page's first tables are of; the others are one click away
 DROP = "Drop: unmasked minus masked, on the same questions."
 GLYPHS = {
     "": "",
@@ -110,13 +110,14 @@ def list_tables(setting: Setting) -> list[tuple[bool, Table]]:
     """A setting's tables, a metric each, and whether it is one of the foremost."""
     listed = []
     for metric in setting.list_metrics():
-        is_foremost = metric.source == "drop" and metric.name in FOREMOST
-        listed.append((is_foremost, make_table(setting, metric)))
+        foremost = metrics.RESTORED if setting.keep_only else FOREMOST
+        listed.append((metric in foremost, make_table(setting, metric)))
     return listed
 
 
 def make_table(setting: Setting, metric: Metric) -> Table:
     """A metric's figures, and below a ranking's the paper's."""
+    ks = setting.list_ks(metric, setting.lines)
     digits = cells.find_digits(metric)
     groups: dict[str, list[Row]] = {}
     for mask in setting.masks:
@@ -124,14 +125,13 @@ def make_table(setting: Setting, metric: Metric) -> Table:
         paper = blocks.find_papers(setting, lines, metric.name)
         rows = []
         for line in lines:
-            rows.append(make_row(line.name, cells.write_row(metric, line, setting.ks, digits)))
+            rows.append(make_row(line.name, cells.write_row(metric, line, ks, digits)))
             if line.ranking in paper and line.control is None:
                 name = f"the paper's {metrics.SHORT[metric.name]}"
-                rows.append(make_row(name, cells.write_published(paper[line.ranking], setting.ks)))
+                rows.append(make_row(name, cells.write_published(paper[line.ranking], ks)))
         if rows:
             groups[mask] = rows
-    title = f"{metric.title}, {metric.unit}" if metric.unit else metric.title
-    return Table(title, list(setting.ks.values()), groups)
+    return Table(metric.label, list(ks.values()), groups)
 
 
 def make_row(name: str, texts: Sequence[str]) -> Row:

@@ -18,6 +18,7 @@ from experiment.report.folders import Folder, find_masked_latents
 from experiment.report.metrics import Cell
 
 RIGHT_F1 = 0.9  # from which on an answer counts as right, as in round 1
+LONGEST_ANSWER = 200  # characters
 MOST_LATENTS = 40  # of a list that are shown
 
 ShownAnswer = tuple[str, str, int, float, int]  # answer, text, em, f1, named
@@ -84,7 +85,9 @@ def list_masks(folder: Folder, lists: list[LatentList]) -> list[Mask]:
     """The masked rounds but K = 0, in the table's order. lists: added to."""
     masks = []
     numbers: dict[tuple, int] = {}
-    for entry, records in folder.masked:
+    for entry, records in sorted(
+        folder.masked, key=lambda pair: blocks.order_ranking(pair[0].provenance.ranking or "")
+    ):
         if entry.masks_nothing:
             continue
         if entry.control is not None:
@@ -177,7 +180,10 @@ def show_answer(record: Record | RankedQuestion) -> ShownAnswer:
     assert record.em is not None and record.f1 is not None  # every version has written them
     text = record.text if isinstance(record, Record) else record.answer
     named = record.em if record.named is None else record.named
-    return record.answer, text, int(record.em), round(record.f1, 3), int(named)
+    answer = record.answer
+    if len(answer) > LONGEST_ANSWER:  # nothing was parsed from it: the text says the rest
+        answer = f"{answer[:LONGEST_ANSWER]}..."
+    return answer, text, int(record.em), round(record.f1, 3), int(named)
 
 
 def find_drop(ranked: RankedQuestion, record: Record) -> float | None:

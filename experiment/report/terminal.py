@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from experiment.records.entries import Entry, MaskedEntry
@@ -64,15 +64,14 @@ def write_blocks(setting: Setting) -> list[Block]:
     small: list[SmallBlock] = []
     for number, mask in enumerate(setting.masks):
         lines = [line for line in setting.of(mask) if line.control is None]
-        if mask == blocks.ALL_BUT:
-            for metric in metrics.KEPT_ONLY:
-                written += write_block(metric, lines, setting.ks, f"{mask} masked: {metric.title}")
-        if number == 0 and mask != blocks.ALL_BUT:
+        if number == 0 and not setting.keep_only:
             written += write_main(setting, mask, lines)
             small += list_small(lines)
         else:
             small.append(SmallBlock(f"{mask}: EM", metrics.EM, lines))
-    return written + write_side_by_side(small, setting.ks)
+    for metric in metrics.RESTORED:
+        written += write_block(setting, metric, setting.lines, metric.title)
+    return written + write_side_by_side(setting, small)
 
 
 def write_main(setting: Setting, mask: str, lines: Sequence[Line]) -> list[Block]:
@@ -83,15 +82,17 @@ def write_main(setting: Setting, mask: str, lines: Sequence[Line]) -> list[Block
         metric = metrics.EM_LEVEL
         title = f"{mask}: EM, %"
     paper = blocks.find_papers(setting, lines)
-    of_em = write_block(metric, lines, setting.ks, title, paper)
-    for control in setting.controls[:1]:
+    of_em = write_block(setting, metric, lines, title, paper)
+    for control in setting.controls:
+        if control == "matched" and control != setting.controls[0]:
+            continue  # the baseline's second control
         beyond = metrics.make_excess(control, "em")
         ranked = [line for line in lines if line.ranking not in blocks.DRAWN]
-        of_em += write_block(beyond, ranked, setting.ks, f"EM beyond {control}")
+        of_em += write_block(setting, beyond, ranked, f"EM beyond {control}")
     together: Block = []
     for block in of_em:
         together += block
-    return [together, *write_block(metrics.ANSWER, lines, setting.ks, f"{mask}: answer")]
+    return [together, *write_block(setting, metrics.ANSWER, lines, f"{mask}: answer")]
 
 
 def list_small(lines: list[Line]) -> list[SmallBlock]:
@@ -108,9 +109,9 @@ def list_small(lines: list[Line]) -> list[SmallBlock]:
 
 
 def write_block(
+    setting: Setting,
     metric: Metric,
     lines: Sequence[Line],
-    ks: dict[str, str],
     title: str,
     paper: dict[str, dict[str, float]] | None = None,
 ) -> list[Block]:
@@ -121,6 +122,7 @@ def write_block(
     shown = [line for line in lines if line.has(metric)]
     if not shown:
         return []
+    ks = setting.list_ks(metric, shown)
     digits = cells.find_digits(metric)
     parts = write_with_digits(metric, shown, ks, title, paper or {}, digits)
     if len(parts) > 1 and digits > FEWEST_DIGITS:
@@ -146,8 +148,7 @@ def write_with_digits(
             rows.append(cells.write_published(paper[line.ranking], ks))
     columns = []
     for label, texts in zip(ks.values(), zip(*rows)):
-        if any(texts):
-            columns.append(pad([f"K = {label}", *align_intervals(texts)]))
+        columns.append(pad([f"K = {label}", *align_intervals(texts)]))
     return lay_out(pad([title, *names]), columns)
 
 
@@ -165,20 +166,21 @@ def align_intervals(texts: Sequence[str]) -> list[str]:
 # Small blocks
 
 
-def write_side_by_side(small: Sequence[SmallBlock], ks: dict[str, str]) -> list[Block]:
+def write_side_by_side(setting: Setting, small: Sequence[SmallBlock]) -> list[Block]:
     """The small blocks, as many beside each other as fit."""
     rankings: dict[str, None] = {}
     for block in small:
         rankings.update(dict.fromkeys(line.ranking for line in block.lines))
     columns = []
     for block in small:
-        if any(line.has(block.metric) for line in block.lines):
-            columns.append(write_small(block, list(rankings), list(ks)))
+        ks = setting.list_ks(block.metric, block.lines)
+        if ks:
+            columns.append(write_small(block, list(rankings), ks))
     names = [cells.shorten(ranking) for ranking in rankings]
     return lay_out(pad(["", "", *names]), columns)
 
 
-def write_small(block: SmallBlock, rankings: Sequence[str], ks: Sequence[str]) -> Block:
+def write_small(block: SmallBlock, rankings: Sequence[str], ks: Iterable[str]) -> Block:
     """A title, K, and a row of means for each ranking, empty where it has none."""
     by_ranking = {line.ranking: line for line in block.lines}
     columns = []
