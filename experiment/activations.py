@@ -322,7 +322,9 @@ def check_latents(ranked: dict[str, RankedFile], model: SplicedModel) -> None:
     for file in ranked.values():
         for question_id, question in file.questions.items():
             where = f"{file.path}: question {question_id}"
-            latents = question.latents(file.side)
+            latents = list(question.latents(file.side))
+            for draw in question.more_draws or []:
+                latents += draw.topk if file.side == "topk" else draw.bottomk
             latent = max(latents, default=0)
             if latent >= d_sae:
                 raise UserError(f"{where} names latent {latent}, but the SAE has {d_sae}")

@@ -32,7 +32,8 @@ def folder(tmp_path_factory):
         (ROUND_2, [*CONTROLLED, "--draws", 2]),
         (ROUND_2, KEPT),
         (ROUND_2, ["--ranking", "effect", "--k", "3"]),
-        ("baseline_after_true", ["--ranking", "other-context", "--seed", 7]),
+        (ROUND_2, ["--ranking", "other-context", "--seed", 7]),
+        ("baseline_after_true", ["--control", "direction"]),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figure, "draw", lambda entries: {})
@@ -105,6 +106,7 @@ def test_journals_of_a_control_round(folder, kept):
     found = set()
     for path in folder.glob("predictions_*false*.jsonl"):
         found.add(path.name.removeprefix("predictions_").removesuffix(".jsonl"))
+    found -= {"other-context_false"}
     expected = {"false_k0", "matched_false_k0", "other_false_k0", "effect_false_k3"}
     for ranking in ("", "matched_", "other_"):
         for k in ("", "_k3"):
@@ -266,7 +268,7 @@ def test_what_was_found_comes_first(folder, monkeypatch, capsys):
     assert told.startswith(f"Masking the {mask['mean_k']:.1f} latents that fire most {cost}; the same in a ")
     excess = mask["excess"]["direction"]
     assert f"random direction {control['drop']['em']:.1f}; the difference is {excess['em']:.1f} [" in told
-    assert max(len(line) for line in out.splitlines()) <= 100
+    assert max(len(line) for line in out[:table].splitlines()) <= 100
 
 
 def test_how_well_scores_tell_effects(folder, kept):
@@ -377,6 +379,28 @@ def test_faithfulness_and_completeness(folder, kept, contexts):
 # Another question's latents
 
 
+def score_tokens(model, sae, prompt, tokens, masked):
+    """The log probabilities of these tokens behind the prompt, with latents set to zero at every position."""
+
+    def replace(residual, hook):
+        acts = sae.encode(residual).clone()
+        acts[:, :, masked] = 0
+        return sae.decode(acts)
+
+    with torch.no_grad(), model.hooks(fwd_hooks=[(sae.cfg.metadata.hook_name, replace)]):
+        logits = model(torch.tensor([prompt + tokens[:-1]]))[0, len(prompt) - 1 :]
+    return logits.log_softmax(-1)[range(len(tokens)), tokens].tolist()
+
+
+def test_round_3_has_controls_too(folder, kept):
+    entry = find_entry(folder, "baseline", "50%", round="true")
+    drops = drops_of("answer_log_prob", [records_of(folder, "true")], kept)
+    of_control = drops_of("answer_log_prob", [records_of(folder, "true_direction")], kept)
+    expected = mean(drops.values()) - mean(of_control.values())
+    assert entry["excess"]["direction"]["answer_log_prob"] == pytest.approx(expected)
+    assert entry["excess"].keys() == {"direction"}
+
+
 def test_the_next_questions_latents_are_masked(folder, kept, contexts, demo, demo_questions):
     """The next one on the same context, behind the last the first; without a second one a question is left out."""
     model, tokenizer = demo
@@ -396,15 +420,16 @@ def test_the_next_questions_latents_are_masked(folder, kept, contexts, demo, dem
             latents = kept[following]["topk"][: len(kept[following]["active"]) // 2]
             question = by_id[one]
             prompt = oracle.encode_prompt(tokenizer, question.context, question.question)
-            generated = oracle.generate(model.model, model.splice.sae, tokenizer, prompt, latents)
-            assert answers[one]["text"] == tokenizer.decode(generated)
+            expected = score_tokens(model.model, model.splice.sae, prompt, kept[one]["tokens"], latents)
+            assert answers[one]["log_probs"] == pytest.approx(expected, abs=2e-4)
+            assert answers[one]["log_probs"] != pytest.approx(kept[one]["log_probs"], abs=2e-3)
 
 
 def test_latents_of_a_question_on_another_context(folder, kept, contexts, demo, demo_questions):
-    """Drawn by the seed; BottomK in round 3."""
+    """Drawn by the seed."""
     model, tokenizer = demo
     by_id = {question.id: question for question in demo_questions}
-    run, answers = read_journal(folder / "predictions_other-context_true.jsonl")
+    run, answers = read_journal(folder / "predictions_other-context_false.jsonl")
     assert run["ranking_seed"] == 7 and list(answers) == list(kept)
     ids = list(kept)
     for one in ids[:4]:
@@ -412,11 +437,11 @@ def test_latents_of_a_question_on_another_context(folder, kept, contexts, demo, 
         source = draw.choice(ids)
         while contexts[source] == contexts[one]:
             source = draw.choice(ids)
-        latents = kept[source]["bottomk"][: len(kept[source]["active"]) // 2]
+        latents = kept[source]["topk"][: len(kept[source]["active"]) // 2]
         question = by_id[one]
         prompt = oracle.encode_prompt(tokenizer, question.context, question.question)
-        generated = oracle.generate(model.model, model.splice.sae, tokenizer, prompt, latents)
-        assert answers[one]["text"] == tokenizer.decode(generated)
+        expected = score_tokens(model.model, model.splice.sae, prompt, kept[one]["tokens"], latents)
+        assert answers[one]["log_probs"] == pytest.approx(expected, abs=2e-4)
 
 
 def test_questions_that_are_alone_on_their_context(folder, kept, contexts, tmp_path, monkeypatch, capsys):
@@ -463,6 +488,51 @@ def test_more_draws_than_a_file_holds(folder, tmp_path, monkeypatch, capsys):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     code, _, err = run_script("baseline", [*given[:-1], 3], monkeypatch, capsys)
     assert code == 2 and "draws 2, now 3" in err and len(err.splitlines()) == 1
+
+
+def test_a_draw_that_names_no_latent_of_the_sae(folder, tmp_path, monkeypatch, capsys):
+    run, samples = read_activations(folder / "activations_random.json")
+    samples[3]["more_draws"][0]["topk"][0] = 99_999
+    write_activations(tmp_path / "activations_random.json", run, samples)
+    given = [*ASKED, "--output-dir", tmp_path, "--ranking", "random", "--draws", 2]
+    code, _, err = run_script(ROUND_2, given, monkeypatch, capsys)
+    says = f"question {samples[3]['id']} names latent 99999, but the SAE has 512"
+    assert code == 2 and says in err and not list(tmp_path.glob("*.jsonl"))
+
+
+def test_mean_ablation_with_draws_and_controls(tmp_path, monkeypatch, capsys):
+    """The lists of every draw beside their own means; each mask's journal under a name of its own."""
+    monkeypatch.setattr(figure, "draw", lambda entries: {})
+    given = [
+        "--demo",
+        "--limit",
+        6,
+        "--output-dir",
+        tmp_path,
+        "--ranking",
+        "matched",
+        "--ablation",
+        "mean",
+        "--draws",
+        2,
+    ]
+    for script, more in (("baseline", []), (ROUND_2, ["--k", "3", "--control", "direction"])):
+        code, _, err = run_script(script, [*given, *more], monkeypatch, capsys)
+        assert code == 0, err
+    found = {path.name for path in tmp_path.glob("predictions_matched_false*")}
+    expected = ("", "_direction", "_draw2", "_direction_draw2")
+    assert found == {f"predictions_matched_false_mean_k3{more}.jsonl" for more in expected}
+    entry = find_entry(tmp_path, "matched", "3")
+    _, samples = read_activations(tmp_path / "activations_matched_mean.json")
+    _, of_zero = read_activations(tmp_path / "activations_matched.json")
+    counts = []
+    for sample, zero in zip(samples, of_zero, strict=True):
+        (draw,), (other,) = sample["more_draws"], zero["more_draws"]
+        assert draw["topk"] == other["topk"] and draw["removed_topk"] != other["removed_topk"]
+        for drawn in (sample, draw):
+            reached = [n for n, value in enumerate(drawn["removed_topk"], 1) if value >= sample["target_topk"][2]]
+            counts.append(min(reached, default=len(drawn["topk"])))
+    assert entry["mean_k"] == pytest.approx(mean(counts))
 
 
 def test_a_control_of_another_seed_is_another_run(folder, tmp_path, monkeypatch, capsys):

@@ -49,10 +49,13 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         given = {"--demo": [], "--limit": [5], "--output-dir": [tmp_path / "demo"]}
         for word in arguments:
             if word.startswith("--"):
-                given[word] = []
+                option = word
+                given[option] = []
             else:
-                given[list(given)[-1]].append(word)
+                given[option].append(word)
         given.pop("--sample", None)
+        if "--draws" in given:
+            given["--draws"] = [2]
         given["--output-dir"] = [tmp_path / Path(given["--output-dir"][0]).name]
         given = [word for option, values in given.items() for word in (option, *values)]
         code, out, err = run_script(script, given, monkeypatch, capsys)

@@ -175,8 +175,7 @@ def _swap_lists(entries: Iterable[Entry], ranked: Ranked, contexts: Mapping[str,
             continue
         name = _name_lists(entry)
         if entry.latents in ranked and name not in swapped:
-            known = {question_id: one for question_id, one in ranked[entry.latents].items() if question_id in contexts}
-            swapped[name] = take_from_others(entry.provenance, known, contexts)
+            swapped[name] = take_from_others(entry.provenance, ranked[entry.latents], contexts)
     return swapped
 
 
@@ -194,9 +193,8 @@ def _score_masks(path: Path, masked: Iterable[tuple[MaskedEntry, Journal]], list
 
 def _read_draws(path: Path, entry: MaskedEntry) -> list[Journal]:
     """The journals of an entry's second and further draws: those that are whole."""
-    names = []
-    for draw in range(2, (entry.draws or 1) + 1):
-        names.append(name_masked(entry.provenance.with_fields(draw=draw)))
+    later = range(2, 1 + (entry.draws or 1))
+    names = [name_masked(entry.provenance.with_fields(draw=draw)) for draw in later]
     journals = _read_journals(path, [entry.with_fields(journal=name) for name in names])
     return [journal for journal in journals.values() if len(journal) == entry.n]
 

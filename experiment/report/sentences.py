@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from experiment.masks import OTHERS
 from experiment.records.entries import Entry, Excess, MaskedEntry
 from experiment.report.estimates import MASKS
 
@@ -87,9 +88,10 @@ def _name_latents(entry: MaskedEntry) -> str:
     ranking = entry.provenance.ranking
     is_one = entry.mean_k == 1
     count = "the one latent" if is_one else f"the {entry.mean_k:.1f} latents"
-    if ranking == "baseline":
+    if ranking == "baseline" or ranking in OTHERS:
         fire = "fires" if is_one else "fire"
-        return f"{count} that {fire} {'most' if entry.masked == 'topk' else 'least'}"
+        where = " in another question" if ranking in OTHERS else ""
+        return f"{count} that {fire} {'most' if entry.masked == 'topk' else 'least'}{where}"
     return f"{count} that {ranking} ranks {'highest' if entry.masked == 'topk' else 'lowest'}"
 
 
