@@ -481,8 +481,8 @@ def test_scores_and_effects_where_they_are_known(browser, folder, tmp_path):
         assert row[1:3] == [str(latent), f"{float(f'{latent / 7:.3g}'):g}"]
         assert float(row[4]) == pytest.approx(-latent / 900, rel=0.01)
     assert "baseline, direction" in texts(browser, ".matrix tbody th")
-    controls = "[...document.querySelectorAll('.matrix tbody tr')].filter((row) => row.textContent.includes('direction'))"
-    browser.run(f"{controls}[0].querySelector('button').click()")
+    rows = "[...document.querySelectorAll('.matrix tbody tr')]"
+    browser.run(f"{rows}.find((row) => row.textContent.includes('direction')).querySelector('button').click()")
     assert texts(browser, ".latents") == [] and "baseline, direction" in texts(browser, ".cell h3")[0]
 
 
@@ -647,7 +647,7 @@ def test_several_folders(folder, copy, tmp_path, monkeypatch, capsys):
     entries = json.loads((both / "results.json").read_text())
     assert len(entries) == 2 * len(json.loads((folder / "results.json").read_text()))
     for layer in (1, 2):
-        assert f"\nBlocks.{layer}.hook_resid_post, error term dropped" in out
+        assert f"\nblocks.{layer}.hook_resid_post, error term dropped" in out
     assert out.count("TopK: EM drop") == 2
     *_, first, second, last = out.splitlines()
     assert first == f"Its questions: {folder / 'results.html'}" and second == f"Its questions: {copy / 'results.html'}"

@@ -80,7 +80,7 @@ def test_unmasked_rows_go_by_the_questions_and_not_by_their_number():
         "\n\nMasking"
     )
     assert "baseline" in first and "mine" not in first and "99.5/99.5/99.5" in first
-    assert "\nQuestions beefbe, error term dropped" in second and "mine" in second and "98.0/98.0/98.0" in second
+    assert "\nquestions beefbe, error term dropped" in second and "mine" in second and "98.0/98.0/98.0" in second
     assert "uestions f00d" not in to_text(entries)
 
 
@@ -121,10 +121,10 @@ def test_settings():
     ]
     titles = [line for line in to_text(entries).splitlines() if "questions kept" in line]
     assert [title.split(";")[0] for title in titles] == [
-        "Error term dropped, masked latents set to zero",
-        "Error term dropped, masked latents set to their mean",
-        "Error term kept, masked latents set to zero",
-        "Error term kept, masked latents set to their mean",
+        "error term dropped, masked latents set to zero",
+        "error term dropped, masked latents set to their mean",
+        "error term kept, masked latents set to zero",
+        "error term kept, masked latents set to their mean",
     ]
 
 
@@ -140,8 +140,8 @@ def test_settings_that_differ_between_folders_are_columns():
     # A reader sees what differs, once: the places say no more than the ids. Nor do the sets of questions.
     text = to_text(several())
     assert "hook" not in text and "f00d" not in text
-    assert text.count("Layer_9, error term dropped, masked latents set to zero; 595 questions kept of 651") == 1
-    assert text.count("Layer_20, error term dropped, masked latents set to zero; 595 questions kept of 651") == 1
+    assert text.count("layer_9, error term dropped, masked latents set to zero; 595 questions kept of 651") == 1
+    assert text.count("layer_20, error term dropped, masked latents set to zero; 595 questions kept of 651") == 1
     assert latex.to_latex(parse(several())).count("layer\\_20, error term dropped") == len(metrics.DROPS) + 1
     # What a run is not sure of before the SAE is loaded is no difference, and one folder has no such columns.
     early = unmasked(run=LAYERS[0])

@@ -27,7 +27,7 @@ def test_as_it_reads():
     assert to_text([unmasked(run=run), nothing, half, one, matched, bottom]) == (
         "Masking the 6.2 latents that fire most costs 25.7 points of EM [21.9, 29.7]. No control was run:\n"
         "with --control direction the same command says how much of that the size of the hole alone costs.\n"
-        "Error term dropped, masked latents set to zero; 595 questions kept of 651 asked.\n"
+        "error term dropped, masked latents set to zero; 595 questions kept of 651 asked.\n"
         "Unmasked EM / F1 / named, %: 99.5/99.5/99.5 (all asked 91.2/91.2/91.2). K = 0: EM drop 0.0.\n"
         "\n"
         "TopK: EM drop  K = 1           K = 50% (6.2)\n"
@@ -109,7 +109,7 @@ def test_lists_that_are_too_short_are_marked():
 def test_keep_only_has_a_table_of_its_own():
     keep = masked("baseline", "topk", "10", 30.0, keep_only=True)
     keep["faithfulness"] = {"mean": 0.71, "low": 0.62, "high": 0.8, "n": 500}
-    first, second = to_text([keep, masked("baseline", "topk", "10", 80.0)]).split("\n\nError")
+    first, second = to_text([keep, masked("baseline", "topk", "10", 80.0)]).split("\n\nerror")
     assert re.search(r"TopK: EM drop +K = 10\nbaseline +19\.5 \[", first)
     assert "69.5" not in first and "faithfulness" not in first
     assert second.startswith(" term dropped, masked latents set to zero, all but TopK masked; 595 questions.")

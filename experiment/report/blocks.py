@@ -22,6 +22,7 @@ CHANCE = ("matched", "random", "other", "other-context")  # rankings that know n
 DRAWN = ("matched", "random")  # rankings that have nothing to be beyond chance
 ALL_BUT = "all but TopK"  # the mask of --keep-only
 SELECTION = ("limit", "sample")  # say less than which questions these gave, by which Settings are told apart anyhow
+PLAIN = ("model", "sae_release", "sae_id", "hook_name", "dataset")  # settings whose values say what they are
 PUBLISHED = ("em", "f1")  # what the paper gives
 ERROR_TERMS = {"drop": "error term dropped", "keep": "error term kept"}
 ABLATIONS = {"zero": "masked latents set to zero", "mean": "masked latents set to their mean"}
@@ -72,7 +73,9 @@ class Setting:
 
     @property
     def title(self) -> str:
-        words = list(self.names.values())
+        words = []
+        for name, text in self.names.items():
+            words.append(text if name in PLAIN else f"{name} {text}")
         words.append(ERROR_TERMS.get(self.error_term, self.error_term))
         if self.lines:
             words.append(ABLATIONS.get(self.ablation, self.ablation))
@@ -210,8 +213,8 @@ def _name_populations(settings: Sequence[Setting]) -> list[Setting]:
     for setting, title in zip(settings, titles):
         if titles.count(title) > 1:
             entries: list[Entry] = [*setting.entries, *setting.unmasked]
-            questions = f"questions {entries[0].population[:6]}"
-            setting = dataclasses.replace(setting, names=setting.names | {"questions": questions})
+            questions = {"questions": entries[0].population[:6]}
+            setting = dataclasses.replace(setting, names=setting.names | questions)
         named.append(setting)
     return named
 

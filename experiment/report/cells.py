@@ -71,8 +71,7 @@ def shorten(name: str) -> str:
 
 def write_levels(setting: Setting) -> list[str]:
     """What a table is of, how many questions, and their unmasked scores; what masking nothing changes."""
-    title = setting.title[:1].upper() + setting.title[1:]
-    lines = [f"{title}; {tell_questions(setting)}."]
+    lines = [f"{setting.title}; {tell_questions(setting)}."]
     levels = []
     if setting.clean is not None:
         levels.append(f"Unmasked EM / F1 / named, %: {write_scores(setting.clean)}")

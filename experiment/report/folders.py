@@ -15,14 +15,7 @@ from experiment.records.entries import Entry, MaskedEntry, UnmaskedEntry
 from experiment.records.journal import Journal, name_masked
 from experiment.records.lists import find_latents_to_mask
 from experiment.records.others import take_from_others
-from experiment.records.provenance import (
-    ALL,
-    depends_on,
-    differences,
-    digest_numbers,
-    digest_ranked,
-    same_answer,
-)
+from experiment.records.provenance import ALL, depends_on, differences, digest_numbers, digest_ranked, same_answer
 from experiment.records.schema import KeptRecord, Provenance, RankedQuestion, Record
 from experiment.report import relations, tables
 from experiment.report.comparisons import Scores
