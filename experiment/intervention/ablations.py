@@ -1,4 +1,7 @@
-"""Which latents are masked, and what takes their place: for questions as lists, for a batch's rows as tensors."""
+"""Which latents are masked, and what takes their place: for questions as lists, for a batch's rows as tensors.
+
+Knows a decoder, and nothing else of SAEs.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,13 +12,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from experiment.intervention.sparse import ENTRIES
+
 
 @dataclass(frozen=True)
 class Ablation:
     """What one mask ablates: lists with an item per question.
 
-    latents: those that are masked.  keep_only: all others are masked instead.  directions: a seed; what is taken away
-    is then a vector of the same size in a direction drawn from it (`turn`). None: what the masked latents write.
+    latents: the ids of those that are masked.  keep_only: all others are masked instead.  directions: a seed; what is
+    taken away is then a vector of the same size in a direction drawn from it (`turn`). None: what the masked latents
+    write.
     """
 
     latents: list[list[int]]
@@ -23,11 +29,11 @@ class Ablation:
     directions: list[str] | None = None
 
     def take(self, questions: Sequence[int]) -> "Ablation":
-        """The same of these questions."""
+        """The ablation of these questions, which are numbers of items."""
         latents = [self.latents[question] for question in questions]
-        if self.directions is None:
-            return Ablation(latents, self.keep_only)
-        directions = [self.directions[question] for question in questions]
+        directions = self.directions
+        if directions is not None:
+            directions = [directions[question] for question in questions]
         return Ablation(latents, self.keep_only, directions)
 
 
@@ -35,8 +41,9 @@ class Ablation:
 class Mask:
     """Latents to ablate, for each row of a batch.
 
-    means: what they are set to; None: zero.  written: what latents at their means write; None: nothing.  directions: a
-    vector per row, for `turn`; zero: this row's masked latents are taken away themselves, as with None all rows' are.
+    masked: True at those.  means: what they are set to; None: zero.  written: what they write at their means; None
+    where that is nothing, or is decoded with all else.  directions: a vector per row, for `turn`; zero: this row's
+    masked latents are taken away themselves, as with None all rows' are.
     """
 
     masked: Bool[Tensor, "row d_sae"]
@@ -45,7 +52,7 @@ class Mask:
     directions: Float[Tensor, "row d_in"] | None = None
 
     def take(self, rows: Int[Tensor, "taken"]) -> "Mask":
-        """The mask of these rows."""
+        """The mask of these rows, which are numbers on any device."""
         rows = rows.to(self.masked.device)
         masked = self.masked[rows]
         written = self.written
@@ -58,7 +65,10 @@ class Mask:
 
     @staticmethod
     def join(masks: Sequence["Mask"]) -> "Mask":
-        """The rows of several masks one after the other. Means are of all of them or of none; directions of any."""
+        """The rows of several masks (one at least) one after the other.
+
+        Means are the same of all of them, or of none; directions of any.
+        """
         masked = []
         written = []
         for mask in masks:
@@ -89,8 +99,64 @@ def _join_directions(masks: Sequence[Mask]) -> Float[Tensor, "row d_in"] | None:
     return torch.cat(directions)
 
 
+def build_mask(
+    ablation: Ablation,
+    decoder: Float[Tensor, "d_sae d_in"],
+    means: Float[Tensor, "d_sae"] | None = None,
+    adds_up_rows: bool = True,
+) -> Mask:
+    """A mask on the decoder's device, with a row per item of the ablation.
+
+    means: as in Mask.  adds_up_rows: whether decoding is `acts @ decoder + bias`, so that what latents at their means
+    write is known beforehand.
+    """
+    device = decoder.device
+    count = len(ablation.latents)
+    d_sae, d_in = decoder.shape
+    flat = []
+    numbers = []
+    for number, of_row in enumerate(ablation.latents):
+        flat += of_row
+        numbers += [number] * len(of_row)
+    # One upload of each: every one makes the device wait.
+    latents = torch.tensor(flat, dtype=torch.long).to(device)
+    rows = torch.tensor(numbers, dtype=torch.long).to(device)
+    masked = torch.zeros(count, d_sae, dtype=torch.bool, device=device)
+    masked[rows, latents] = True
+    if ablation.keep_only:
+        masked = ~masked
+    written = None
+    if means is not None and adds_up_rows:
+        activations = means.to(decoder)
+        written = _add_up_rows(decoder, activations, rows, latents, count)
+        if ablation.keep_only:
+            of_all = activations @ decoder
+            written = of_all - written
+    directions = None
+    if ablation.directions is not None:
+        drawn = draw_directions(ablation.directions, d_in)
+        directions = drawn.to(device)
+    return Mask(masked, means, written, directions)
+
+
+def _add_up_rows(
+    decoder: Float[Tensor, "d_sae d_in"],
+    activations: Float[Tensor, "d_sae"],
+    rows: Int[Tensor, "listed"],
+    latents: Int[Tensor, "listed"],
+    count: int,
+) -> Float[Tensor, "row d_in"]:
+    """What these latents write at these activations, added up for each of `count` rows."""
+    written = decoder.new_zeros(count, decoder.shape[1])
+    parts = zip(rows.split(ENTRIES), latents.split(ENTRIES))
+    for some_rows, some in parts:
+        sizes = activations[some].unsqueeze(1)
+        written.index_add_(0, some_rows, sizes * decoder[some])
+    return written
+
+
 def draw_directions(seeds: Sequence[str], d_in: int) -> Float[Tensor, "row d_in"]:
-    """A normal vector for each seed, the same on every device and in every batch."""
+    """A vector of standard normal numbers for each seed, on the CPU: the same for every device and in every batch."""
     drawn = torch.empty(len(seeds), d_in)
     generator = torch.Generator()
     for row, seed in zip(drawn, seeds):
@@ -129,4 +195,6 @@ def turn(
 
 
 def _dot(left: Float[Tensor, "pos d_in"], right: Float[Tensor, "pos d_in"]) -> Float[Tensor, "pos 1"]:
-    return (left * right).sum(1, keepdim=True)
+    """The dot product at each position."""
+    products = left * right
+    return products.sum(1, keepdim=True)

@@ -10,11 +10,11 @@ Exact, so it takes a row of a batch for each latent. Layers below the SAE run on
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float64
 from torch import Tensor
 
 from experiment import UserError
@@ -22,7 +22,7 @@ from experiment.intervention.ablations import Ablation
 from experiment.intervention.forward import Below, SplicedModel
 from experiment.intervention.layout import Layout
 from experiment.intervention.memory import halve_on_oom
-from experiment.intervention.rankings import Scores, add_up, top_and_bottom
+from experiment.intervention.rankings import Scores, add_up, find_targets, top_and_bottom
 from experiment.intervention.rows import NOT_FINITE, pick_log_probs
 from experiment.intervention.sequences import Sequences
 
@@ -31,7 +31,7 @@ from experiment.intervention.sequences import Sequences
 class Candidates:
     """The latents of a sequence whose effect is measured, ascending, and how many active ones are left out.
 
-    left_out: None where the sequence has no answer inside the brackets: then nothing is measured.
+    latents: their ids.  left_out: None where the sequence has no answer inside the brackets: then nothing is measured.
     """
 
     latents: list[int] = field(default_factory=list)
@@ -41,11 +41,12 @@ class Candidates:
 def find_candidates(
     model: SplicedModel,
     sequences: Sequences,
-    scores: Iterable[Scores],
+    scores: Collection[Scores],
     most: int,
 ) -> list[Candidates]:
     """Of each sequence the latents that are active at an ordinary position before the answer's last token.
 
+    scores: of each ranking, [sequence, d_sae].  most: how many latents of a sequence, at most.
     Where there are more than `most` of them, first those in the TopK of one of these scores at K = 50%, then those that
     write most: by the sum over these positions of the activation's size times the norm of its decoder row.
     """
@@ -68,17 +69,21 @@ def find_candidates(
             order.append((is_below, -amount, latent))
         order.sort()
         chosen = [latent for _, _, latent in order[:most]]
-        candidates[number] = Candidates(sorted(chosen), len(order) - len(chosen))
+        left_out = len(order) - len(chosen)
+        candidates[number] = Candidates(sorted(chosen), left_out)
     return candidates
 
 
-def find_tops(sequences: Sequences, scores: Iterable[Scores]) -> list[set[int]]:
+def find_tops(sequences: Sequences, scores: Collection[Scores]) -> list[set[int]]:
     """The latents of each sequence that are in the TopK at 50% of any of these scores."""
-    tops: list[set[int]] = [set() for _ in sequences.rows]
-    for of_ranking in scores:
-        for top, row, active in zip(tops, of_ranking, sequences.active):
-            topk, _ = top_and_bottom(row, len(active) // 2)
+    tops = []
+    for number, active in enumerate(sequences.active):
+        half = len(active) // 2
+        top: set[int] = set()
+        for of_ranking in scores:
+            topk, _ = top_and_bottom(of_ranking[number], half)
             top.update(topk)
+        tops.append(top)
     return tops
 
 
@@ -86,17 +91,19 @@ def count_passes(lengths: Iterable[int], most: int, batch_tokens: int) -> int:
     """How many passes it takes to mask each of `most` latents alone in sequences of these lengths, in tokens."""
     passes = 0
     for length in lengths:
-        passes += math.ceil(most / _latents_per_pass(length, batch_tokens))
+        in_a_pass = _latents_per_pass(length, batch_tokens)
+        passes += math.ceil(most / in_a_pass)
     return passes
 
 
 def _latents_per_pass(length: int, batch_tokens: int) -> int:
-    """One row less than fits: in the first one nothing is masked."""
-    return max(1, batch_tokens // length - 1)
+    """One row less than fits, for in the first one nothing is masked; one latent at least."""
+    fits = batch_tokens // length
+    return max(1, fits - 1)
 
 
 def _ignore(count: int) -> None:
-    pass
+    """For those who need not know how many sequences are done."""
 
 
 @torch.no_grad()
@@ -107,10 +114,11 @@ def measure(
     batch_tokens: int,
     on_measured: Callable[[int], None] = _ignore,
 ) -> list[list[float]]:
-    """The effect of each candidate of each sequence, in nats per token.
+    """The effect of each candidate of each sequence, in nats per token: [sequence][candidate].
 
     batch_tokens: of one pass; two rows at least.  on_measured: called with 1 once a sequence is done.
-    Raises UserError where logits are not finite.
+    Raises UserError where logits are not finite, and the device's own error where even one latent is too much for its
+    memory.
     """
     effects = []
     with model.ready():
@@ -128,27 +136,27 @@ def _measure_sequence(
     latents: list[int],
     batch_tokens: int,
 ) -> list[float]:
+    """The effects of these latents of one sequence."""
     if not latents:
         return []
-    inside = sequences.answer_positions[number]
-    sequence = sequences.tokens_until(number, inside[-1])
-    targets = torch.tensor([sequences.generated[number][place] for place in inside])
-    first = len(sequences.prompts[number])
-    columns = torch.tensor([first + place - 1 for place in inside])
-    below = model.forward_below(Layout([sequence], model.pad_id, model.device))
+    targets = find_targets(sequences, number)
+    sequence = sequences.tokens_until(number, sequences.answered[number])
+    layout = Layout([sequence], model.pad_id, model.device)
+    below = model.forward_below(layout)
     effects: list[float] = []
 
     def run(some: list[int]) -> None:
         # In every pass a row with nothing masked: in half precision the last digits hang on how many rows there are.
         masked = [[], *([latent] for latent in some)]
-        means = _score_answer(model, below, Ablation(masked), columns, targets)
+        means = _score_answer(model, below, Ablation(masked), targets)
         unmasked, *others = means.tolist()
         for mean in others:
             effects.append(unmasked - mean)
 
     size = _latents_per_pass(len(sequence), batch_tokens)
     for start in range(0, len(latents), size):
-        halve_on_oom(run, latents[start : start + size], name="masks in a batch")
+        some = latents[start : start + size]
+        halve_on_oom(run, some, name="masks in a batch")
     if not all(map(math.isfinite, effects)):
         raise UserError(NOT_FINITE)
     return effects
@@ -158,25 +166,35 @@ def _score_answer(
     model: SplicedModel,
     below: Below,
     ablation: Ablation,
-    columns: Tensor,
-    targets: Tensor,
-) -> Float[Tensor, "row"]:
-    """m under each of these masks, of the tokens `targets`, which stand behind these columns."""
+    targets: dict[int, int],
+) -> Float64[Tensor, "row"]:
+    """m under each item of the ablation. below: of the sequence.  targets: {position: token} of the answer's tokens."""
     count = len(ablation.latents)
-    rows = torch.arange(count).repeat_interleave(len(columns))
+    rows = []
+    columns = []
+    tokens = []
+    for row in range(count):
+        for position, token in targets.items():
+            rows.append(row)
+            columns.append(position - 1)  # which says it
+            tokens.append(token)
+    outputs = (torch.tensor(rows), torch.tensor(columns))
     mask = model.splice.mask(ablation)
-    logits, _ = model.forward_above(repeat(below, count), mask, (rows, columns.repeat(count)))
-    log_probs = pick_log_probs(logits, targets.repeat(count).to(logits.device))
-    return log_probs.double().view(count, -1).mean(1)
+    rows_alike = repeat(below, count)
+    logits, _ = model.forward_above(rows_alike, mask, outputs)
+    ids = torch.tensor(tokens, device=logits.device)
+    log_probs = pick_log_probs(logits, ids).double()
+    of_rows = log_probs.view(count, -1)
+    return of_rows.mean(1)
 
 
 def repeat(below: Below, count: int) -> Below:
-    """A batch of one row as one of so many rows alike. Its cache stays as it is: nothing goes on from there."""
+    """A batch of one row as one of so many rows alike. Its cache stays as it is: nothing may go on from there."""
     latents = below.latents
     start = below.start
     if latents is not None:
-        positions = torch.arange(len(latents.counts), device=latents.counts.device)
-        latents = latents.take(positions.repeat(count))
+        of_rows = latents.every_position().repeat(count)
+        latents = latents.take(of_rows)
     if start is not None:
         start = start.repeat(count, 1, 1)
     return dataclasses.replace(

@@ -2,8 +2,8 @@
 
 One loop makes every answer: propose, run, keep.
 
-Propose: in round 1 the opening, tokens with which most answers begin; in rounds 2 and 3 the draft, which is the
-    unmasked answer. Either way what a wide pass reads behind a prompt is a row's proposal.
+Propose: in round 1 the opening, tokens with which most answers begin; in rounds 2 and 3 the draft, which is an
+    unmasked answer. What a wide pass reads behind a prompt is the row's proposal, whichever of the two it is.
 Run: one wide pass over each prompt and its proposal, a batch of rows at a time; before it, one over what all prompts
     begin with, or those of each context, where that saves more than a pass costs. Below the SAE nothing depends on a
     mask: those layers run once per batch, those above once per mask.
@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from experiment import own_mistakes
 from experiment.intervention.ablations import Ablation, Mask
-from experiment.intervention.forward import SplicedModel, go_on_from, new_cache
+from experiment.intervention.forward import Outputs, SplicedModel, go_on_from, new_cache
 from experiment.intervention.layout import PASS_ON_CPU, PASS_ON_GPU, Layout, Prefixes, choose_shared
 from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.pool import Limits, Pool
@@ -38,8 +38,8 @@ class Group:
     """Questions whose answers are made together: lists with an item per question.
 
     prompts: token ids.  contexts: what names each one's context; prompts on one context share what they begin with.
-    batches: numbers of questions, those that are run at once.  drafts: token ids, possibly none.
-    masks: what each mask ablates of each question.
+    batches: numbers of questions, those that are run at once.  drafts: token ids of unmasked answers, possibly none;
+    for masked answers alone.  masks: what each one ablates of each question.
     """
 
     prompts: list[list[int]]
@@ -50,7 +50,7 @@ class Group:
 
 
 def _ignore(count: int) -> None:
-    pass
+    """For those who need not know how many answers have ended."""
 
 
 @own_mistakes()
@@ -70,22 +70,26 @@ def answer(
     """
     proposal = [*opening[: limits.max_new_tokens - 1], NO_TOKEN]
     rows = [Row(prompt, proposal) for prompt in group.prompts]
-    pool = Pool(model, limits, on_ended, keeps_read=True)
+    pool = Pool(model, limits, on_ended, keeps_encoded=True)
     parts: list[ReadInPass] = []
 
     def run(batch: list[int]) -> None:
+        some = [rows[number] for number in batch]
         contexts = [group.contexts[number] for number in batch]
-        parts.append(_run_unmasked(model, [rows[number] for number in batch], batch, contexts, pool))
+        part = _run_unmasked(model, some, batch, contexts, pool)
+        parts.append(part)
 
     with model.ready():
         for batch in group.batches:
             halve_on_oom(run, batch, pool.make_room)
         pool.decode()
     numbers = {id(row): number for number, row in enumerate(rows)}
-    for step_rows, activations in pool.read:
-        parts.append(ReadInPass.of_step([numbers[id(row)] for row in step_rows], activations))
-    lengths = [len(row.prompt) + len(row.tokens) - 1 for row in rows]  # nothing reads the last token
-    return [row.answer() for row in rows], SequenceActivations.collect(parts, lengths)
+    for step_rows, latents in pool.encoded:
+        of_step = [numbers[id(row)] for row in step_rows]
+        parts.append(ReadInPass.of_step(of_step, latents))
+    lengths = [len(row.cached) for row in rows]
+    read = SequenceActivations.collect(parts, lengths)
+    return [row.answer() for row in rows], read
 
 
 @own_mistakes()
@@ -99,6 +103,7 @@ def answer_masked(
 ) -> list[list[Answer]]:
     """Greedy answers under each mask of the group: [mask][question].
 
+    Where a question has a draft, the answer's log probabilities are of the draft's tokens under the mask.
     means: what masked latents are set to; None: zero.  on_ended, errors: as of `answer`.
     """
     pool = Pool(model, limits, on_ended)
@@ -106,17 +111,23 @@ def answer_masked(
 
     def run(batch: list[int]) -> None:
         # All masks, unless memory ran out behind some of them: these are not run again.
-        left = [number for number, of_mask in enumerate(rows) if batch[0] not in of_mask]
-        for number, of_mask in _run_masked(model, group, batch, left, means, pool):
-            for question, row in zip(batch, of_mask):
-                rows[number][question] = row
+        left = []
+        for number, of_mask in enumerate(rows):
+            if batch[0] not in of_mask:
+                left.append(number)
+        for number, of_batch in _run_masked(model, group, batch, left, means, pool):
+            rows[number].update(zip(batch, of_batch))
 
     with model.ready():
         for batch in group.batches:
             halve_on_oom(run, batch, pool.make_room)
         pool.decode()
     questions = range(len(group.prompts))
-    return [[of_mask[question].answer() for question in questions] for of_mask in rows]
+    answers = []
+    for of_mask in rows:
+        in_order = [of_mask[question].answer() for question in questions]
+        answers.append(in_order)
+    return answers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,21 +135,29 @@ def answer_masked(
 
 
 def _run_unmasked(
-    model: SplicedModel, rows: list[Row], numbers: list[int], contexts: list[Hashable], pool: Pool
+    model: SplicedModel,
+    rows: list[Row],
+    numbers: list[int],
+    contexts: list[Hashable],
+    pool: Pool,
 ) -> ReadInPass:
-    """A batch's prompts and what is proposed behind them, with nothing masked. Returns what the SAE read."""
+    """A batch's prompts and what is proposed behind them, with nothing masked. Returns what the SAE read.
+
+    numbers: the rows' in the group.
+    """
     layout = build_layout(model, rows, contexts)
     *prefixes, rests = layout.levels
     cache = new_cache(model.lm)
-    activations: list[SparseActivations] = []
+    encoded: list[SparseActivations] = []
     for level in prefixes:
         go_on_from(level, cache)
-        model.forward(level.ids, level.attention, cache, read=activations)
+        model.forward(level.ids, level.attention, cache, encoded=encoded)
     go_on_from(rests, cache)
-    logits = model.forward(rests.ids, rests.attention, cache, outputs=find_outputs(rows), read=activations)
-    read = join(activations)
+    outputs = find_outputs(rows)
+    logits = model.forward(rests.ids, rests.attention, cache, outputs=outputs, encoded=encoded)
+    latents = join(encoded)
     attention = keep_agreed(rows, logits, layout.attention, cache, None, pool)
-    return ReadInPass.of_batch(numbers, layout.places, attention, read)
+    return ReadInPass.of_batch(numbers, layout.places, attention, latents)
 
 
 def _run_masked(
@@ -150,17 +169,22 @@ def _run_masked(
     pool: Pool,
 ) -> Iterator[tuple[int, list[Row]]]:
     """Yields the number of each of these masks and the batch's rows under it. Below the SAE the batch is run once."""
-    prompts = [group.prompts[number] for number in batch]
-    proposals = [cut_at_end(group.drafts[number], model.end_ids) or [NO_TOKEN] for number in batch]
-    contexts = [group.contexts[number] for number in batch]
-    rows = [Row(prompt, proposal) for prompt, proposal in zip(prompts, proposals)]
-    layout = build_layout(model, rows, contexts if model.boundary else None)
+    rows = []
+    contexts = []
+    for number in batch:
+        draft = cut_at_end(group.drafts[number], model.end_ids)
+        proposal = draft or [NO_TOKEN]
+        rows.append(Row(group.prompts[number], proposal))
+        contexts.append(group.contexts[number])
+    shares_beginnings = model.boundary is not None
+    layout = build_layout(model, rows, contexts if shares_beginnings else None)
     outputs = find_outputs(rows)
     below = model.forward_below(layout)
     for number in masks:
-        mask = model.splice.mask(group.masks[number].take(batch), means)
+        ablation = group.masks[number].take(batch)
+        mask = model.splice.mask(ablation, means)
         logits, cache = model.forward_above(below, mask, outputs)
-        of_mask = [Row(prompt, proposal) for prompt, proposal in zip(prompts, proposals)]
+        of_mask = [Row(row.prompt, row.proposal) for row in rows]
         keep_agreed(of_mask, logits, below.attention, cache, mask, pool)
         del logits, cache
         yield number, of_mask
@@ -175,12 +199,14 @@ def build_layout(model: SplicedModel, rows: list[Row], contexts: list[Hashable] 
     prefixes: list[Prefixes] = []
     if contexts is not None:
         limits = [len(row.prompt) - 1 for row in rows]  # a token at least is left to go on from
-        pass_cost = PASS_ON_CPU if model.device.type == "cpu" else PASS_ON_GPU
+        pass_cost = PASS_ON_GPU
+        if model.device.type == "cpu":
+            pass_cost = PASS_ON_CPU
         prefixes = choose_shared(sequences, limits, contexts, model.window, pass_cost)
     return Layout(sequences, model.pad_id, model.device, prefixes)
 
 
-def find_outputs(rows: list[Row]) -> tuple[Int[Tensor, "output"], Int[Tensor, "output"]]:
+def find_outputs(rows: list[Row]) -> Outputs:
     """Row and column, counted from the end, of each position that says a place of a proposal, row by row.
 
     On the CPU: from there they index what is on any device. With --device-map auto the last layer may be on another one
@@ -214,18 +240,20 @@ def keep_agreed(
         end = first + len(row.proposal)
         targets += row.targets(said[first:end])
         first = end
-    targeted = torch.tensor(targets, device=logits.device)
-    log_probs = pick_log_probs(logits, targeted).tolist()
+    target_ids = torch.tensor(targets, device=logits.device)
+    log_probs = pick_log_probs(logits, target_ids).tolist()
     width = attention.shape[1]
     ends = []  # of what is kept: [row], a column
     first = 0
     for row in rows:
-        end = first + len(row.proposal)
+        length = len(row.proposal)
+        end = first + length
         row.keep(said[first:end], log_probs[first:end])
-        ends.append(width - len(row.proposal) + len(row.tokens))
+        ends.append(width - length + len(row.tokens))
         first = end
     columns = torch.arange(width, device=attention.device)
-    is_kept = columns < torch.tensor(ends, device=attention.device).unsqueeze(1)
+    ends_of_rows = torch.tensor(ends, device=attention.device)
+    is_kept = columns < ends_of_rows.unsqueeze(1)
     attention = attention * is_kept
     pool.add(rows, cache, attention, mask)
     return attention

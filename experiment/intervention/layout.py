@@ -18,9 +18,12 @@ PASS_ON_CPU = 100
 
 
 def pad(
-    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str, side: Literal["left", "right"]
+    sequences: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device | str,
+    side: Literal["left", "right"],
 ) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
-    """Token ids and attention mask, 1 at tokens and 0 at padding, which stands on one side of every row."""
+    """Token ids and attention, 1 at tokens and 0 at padding, which stands on one side of every row."""
     tokens = []
     ones = []
     for sequence in sequences:
@@ -28,15 +31,15 @@ def pad(
         tokens.append(row)
         ones.append(torch.ones_like(row))
     ids = pad_sequence(tokens, batch_first=True, padding_value=pad_id, padding_side=side)
-    mask = pad_sequence(ones, batch_first=True, padding_value=0, padding_side=side)
-    return ids.to(device), mask.to(device)
+    attention = pad_sequence(ones, batch_first=True, padding_value=0, padding_side=side)
+    return ids.to(device), attention.to(device)
 
 
 @dataclass(frozen=True)
 class Prefixes:
     """What sequences of a batch begin with alike.
 
-    tokens: of each prefix, possibly none.  owners: of each sequence the index of its prefix.
+    tokens: of each prefix, possibly none.  owners: the number of each sequence's prefix.
     """
 
     tokens: list[list[int]]
@@ -44,27 +47,38 @@ class Prefixes:
 
     @property
     def width(self) -> int:
+        """The length of the longest prefix, in tokens."""
         return max(map(len, self.tokens))
 
+    def find_first_owned(self) -> list[int]:
+        """The first sequence of each prefix."""
+        numbers = range(len(self.tokens))
+        return [self.owners.index(number) for number in numbers]
 
-def find_prefixes(sequences: list[list[int]], limits: list[int], keys: Sequence[Hashable]) -> Prefixes:
+
+def find_prefixes(
+    sequences: list[list[int]],
+    limits: list[int],
+    keys: Sequence[Hashable],
+) -> Prefixes:
     """What the sequences of each key begin with.
 
-    limits: how much of each sequence may be in a prefix. Prefixes are cut so that about as much is left of all
-    sequences: padding costs what it costs in a batch without prefixes.
+    limits: how many tokens of each sequence may be in a prefix.  keys: one per sequence.
+    Prefixes are cut so that about as much is left of all sequences: padding costs what it costs in a batch without
+    prefixes.
     """
     groups: dict[Hashable, list[int]] = {}
     for row, key in enumerate(keys):
         groups.setdefault(key, []).append(row)
-    longest = []
+    longest = []  # of each group: its longest sequence, and what all of it begin with, in tokens
     shared = []
     left = []  # behind what is shared
     for rows in groups.values():
         of_group = [sequences[row] for row in rows]
         most = max(map(len, of_group))
-        alike = len(os.path.commonprefix(of_group))
+        prefix = os.path.commonprefix(of_group)
         limit = min(limits[row] for row in rows)
-        length = min(alike, limit)
+        length = min(len(prefix), limit)
         longest.append(most)
         shared.append(length)
         if len(rows) > 1:  # one sequence alone may be as long behind its prefix as those that share
@@ -83,7 +97,9 @@ def find_prefixes(sequences: list[list[int]], limits: list[int], keys: Sequence[
 
 
 def find_shared(
-    sequences: list[list[int]], limits: list[int], groupings: Sequence[Sequence[Hashable]]
+    sequences: list[list[int]],
+    limits: list[int],
+    groupings: Sequence[Sequence[Hashable]],
 ) -> list[Prefixes]:
     """What the sequences begin with alike, level by level: each level's prefixes go on where the last one's end.
 
@@ -91,19 +107,23 @@ def find_shared(
     limits: as of find_prefixes, of the levels together.
     """
     levels: list[Prefixes] = []
-    taken = [0] * len(sequences)
+    left = list(limits)
     for keys in groupings:
         rests = rests_behind(sequences, levels)
-        left = [limit - first for limit, first in zip(limits, taken)]
         level = find_prefixes(rests, left, keys)
         levels.append(level)
         for row, owner in enumerate(level.owners):
-            taken[row] += len(level.tokens[owner])
+            prefix = level.tokens[owner]
+            left[row] -= len(prefix)
     return levels
 
 
 def choose_shared(
-    sequences: list[list[int]], limits: list[int], contexts: Sequence[Hashable], window: float, pass_cost: int
+    sequences: list[list[int]],
+    limits: list[int],
+    contexts: Sequence[Hashable],
+    window: float,
+    pass_cost: int,
 ) -> list[Prefixes]:
     """The levels of prefixes with which a batch costs least: of all sequences, of each context's, both, or none.
 
@@ -112,11 +132,12 @@ def choose_shared(
     """
     everyone = [None] * len(sequences)
     best: list[Prefixes] = []
-    least = len(sequences) * max(map(len, sequences))
+    longest = max(map(len, sequences))
+    least = len(sequences) * longest  # in positions
     for groupings in ([everyone], [contexts], [everyone, contexts]):
         levels = find_shared(sequences, limits, groupings)
         rests = rests_behind(sequences, levels)
-        width = max(map(len, rests))
+        width = max(map(len, rests))  # of the batch
         cost = len(sequences) * width
         for level in levels:
             width += level.width
@@ -132,17 +153,20 @@ def rests_behind(sequences: list[list[int]], levels: Sequence[Prefixes]) -> list
     """What is left of each sequence behind its prefixes."""
     rests = []
     for row, sequence in enumerate(sequences):
-        taken = sum(len(level.tokens[level.owners[row]]) for level in levels)
+        taken = 0
+        for level in levels:
+            owner = level.owners[row]
+            taken += len(level.tokens[owner])
         rests.append(sequence[taken:])
     return rests
 
 
 @dataclass(frozen=True)
 class Level:
-    """What is run in one pass, behind the cache of the level before.
+    """What is run in one pass, behind the cache of the level before: a node per prefix, or, in the end, per sequence.
 
-    attention: also over the places of all levels before.  parents: the row of the level before that each one goes on
-    from.
+    ids: padded.  attention: 1 at tokens and 0 at padding, also of the places of all levels before.  parents: the node
+    of the level before that each one goes on from.
     """
 
     ids: Int[Tensor, "node pos"]
@@ -162,28 +186,37 @@ class Layout:
     """
 
     def __init__(
-        self, sequences: list[list[int]], pad_id: int, device: torch.device | str, prefixes: Sequence[Prefixes] = ()
+        self,
+        sequences: list[list[int]],
+        pad_id: int,
+        device: torch.device | str,
+        prefixes: Sequence[Prefixes] = (),
     ):
-        rests = Prefixes(rests_behind(sequences, prefixes), list(range(len(sequences))))
+        """prefixes: level by level, as find_shared gives them; the sequences are whole, prefixes included."""
+        everyone = list(range(len(sequences)))
+        rests = Prefixes(rests_behind(sequences, prefixes), everyone)
         self.levels: list[Level] = []
         ids = []
         attention = []
         places = []
-        before = rests.owners  # of each row its place in the level before; the first level has none
+        before = everyone  # of each row its node in the level before; the first level has none
         first = 0
         for part in (*prefixes, rests):
-            part_ids, mask = pad(part.tokens, pad_id, device, "left" if part is rests else "right")
+            side: Literal["left", "right"] = "left" if part is rests else "right"
+            part_ids, part_attention = pad(part.tokens, pad_id, device, side)
             owners = torch.tensor(part.owners, device=device)
-            count = part_ids.numel()
-            in_order = torch.arange(first, first + count, device=device).view_as(part_ids)
-            first += count
+            end = first + part_ids.numel()
+            in_order = torch.arange(first, end, device=device)
+            part_places = in_order.view_as(part_ids)
+            first = end
             ids.append(part_ids[owners])
-            attention.append(mask[owners])
-            places.append(in_order[owners])
-            some_rows = [part.owners.index(number) for number in range(len(part.tokens))]  # one of each node
-            seen = torch.cat(attention, 1)[some_rows]
-            parents = [before[row] for row in some_rows]
-            self.levels.append(Level(part_ids, seen, torch.tensor(parents, device=device)))
+            attention.append(part_attention[owners])
+            places.append(part_places[owners])
+            until_here = torch.cat(attention, 1)
+            rows_of_nodes = part.find_first_owned()  # what a node has before it all of its rows have
+            parents = [before[row] for row in rows_of_nodes]
+            level = Level(part_ids, until_here[rows_of_nodes], torch.tensor(parents, device=device))
+            self.levels.append(level)
             before = part.owners
         self.ids = torch.cat(ids, 1)
         self.attention = torch.cat(attention, 1)
@@ -193,10 +226,10 @@ class Layout:
 def close_gaps(attention: Int[Tensor, "row pos"]) -> tuple[Int[Tensor, "row left"], Int[Tensor, "row left"]]:
     """The columns of each row's tokens, in their order at the right end of as many columns as the longest row has.
 
-    Returns them, some column of padding in front, and the attention mask of what they pick.
+    Returns them, some column of padding in front, and the attention of what they pick.
     """
     lengths = attention.sum(1)
     width = int(lengths.max())
-    columns = attention.argsort(dim=1, stable=True)[:, -width:]  # first the zeros, then the ones, each in their order
-    places = torch.arange(width, device=attention.device)
-    return columns, (places >= (width - lengths).unsqueeze(1)).long()
+    order = attention.argsort(dim=1, stable=True)  # first the zeros, then the ones, each in their order
+    columns = order[:, -width:]
+    return columns, attention.gather(1, columns)

@@ -101,13 +101,15 @@ def _attend(
     attention_mask: Float[Tensor, "row 1 pos cached"] | None,
     **how: Any,
 ) -> tuple[Float[Tensor, "row pos head d_head"], Any]:
+    """`lean_attention` in a layer: its output, and the weights where the family's function gives them as they are."""
     attend = sys.modules[type(module).__module__].eager_attention_forward  # the family's own
     rows, heads, positions, d_head = query.shape
     groups = heads // key.shape[1]
     if positions > 1 or groups == 1 or hasattr(module, "sinks"):  # sinks: a number per head
         size = rows
         if query.device.type == "cpu":
-            size = max(1, SCORES_IN_CACHE // (heads * positions * key.shape[2]))
+            scores_per_row = heads * positions * key.shape[2]
+            size = max(1, SCORES_IN_CACHE // scores_per_row)
         parts = []
         for first in range(0, rows, size):
             some = slice(first, first + size)
@@ -122,17 +124,24 @@ def _attend(
         out, weights = attend(module, grouped, key, value, attention_mask, **how)
     finally:
         attributes["num_key_value_groups"] = groups
-    return out.transpose(1, 2).reshape(rows, 1, heads, -1), weights
+    out = out.transpose(1, 2)
+    return out.reshape(rows, 1, heads, -1), weights
 
 
 @contextlib.contextmanager
-def layers_replaced(lm: PreTrainedModel, start: Float[Tensor, "row pos d_model"], boundary: int) -> Iterator[None]:
-    """The layers under the boundary do nothing for as long as the block lasts; the last of them hands on `start`."""
+def layers_replaced(
+    lm: PreTrainedModel,
+    start: Float[Tensor, "row pos d_model"],
+    boundary: int,
+) -> Iterator[None]:
+    """The layers under the boundary (one at least) do nothing for as long as the block lasts; the last of them hands on
+    `start`."""
     layers = lm.get_decoder().layers
     saved = list(layers[:boundary])
     try:
         for number in range(boundary):
-            layers[number] = _Passed(start if number == boundary - 1 else None)
+            layers[number] = _Passed()
+        layers[boundary - 1] = _Passed(start)
         yield
     finally:
         for number, layer in enumerate(saved):
@@ -146,7 +155,12 @@ class _Passed(torch.nn.Module):
         super().__init__()
         self.result = result
 
-    def forward(self, hidden: Float[Tensor, "row pos d_model"], *_: Any, **__: Any) -> Float[Tensor, "row pos d_model"]:
+    def forward(
+        self,
+        hidden: Float[Tensor, "row pos d_model"],
+        *_: Any,
+        **__: Any,
+    ) -> Float[Tensor, "row pos d_model"]:
         return hidden if self.result is None else self.result
 
 
@@ -168,4 +182,5 @@ def stopped_at(layer: torch.nn.Module) -> contextlib.AbstractContextManager[Any]
 
 
 def keep(residual: Float[Tensor, "row pos *d_in"]) -> Float[Tensor, "row pos *d_in"]:
+    """A Replace that changes nothing."""
     return residual

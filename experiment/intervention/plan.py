@@ -28,9 +28,13 @@ class Sizes:
 
 
 def choose_sizes(
-    device: torch.device, config: PreTrainedConfig, dtype: torch.dtype, batch: int | None, pool: int | None
+    device: torch.device,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    batch: int | None,
+    pool: int | None,
 ) -> Sizes:
-    """Sizes for a loaded model, those that are given as they are.
+    """Sizes for a loaded model, those that are given as they are. batch, pool: in tokens; None: not given.
 
     On CUDA from what is free now. An 80 GB card has room for batches of 32,768 tokens and a pool of 65,536 beside
     gemma-2-9b-it and its SAE.
@@ -40,73 +44,113 @@ def choose_sizes(
         pool = pool or batch
         return Sizes(batch, pool, max(batch, pool))  # a group of one batch, unless a pool is asked for
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device)  # of which PyTorch has what is not allocated at hand
+    free -= torch.cuda.memory_allocated(device)
     batch, pool = share_memory(ROOM * free, config, dtype, batch, pool)
-    return Sizes(batch, pool, max(pool, BATCHES_PER_GROUP * batch))
+    group = max(pool, BATCHES_PER_GROUP * batch)
+    return Sizes(batch, pool, group)
 
 
 def share_memory(
-    free: float, config: PreTrainedConfig, dtype: torch.dtype, batch: int | None, pool: int | None
+    free: float,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    batch: int | None,
+    pool: int | None,
 ) -> tuple[int, int]:
     """Tokens of a batch and of the pool that fit into so many bytes, those that are given as they are.
 
     A batch is 1,024 times a power of two; the pool is as many batches as there is room for beside one, and one at
     least: a step takes a GPU's host as long for a thousand rows as for one.
     """
-    cache = cache_bytes_per_token(config, dtype)
-    in_a_layer = layer_bytes_per_token(config, dtype)
+    cached = cache_bytes_per_token(config, dtype)
+    waiting = cached * WAITING
+    running = cached + layer_bytes_per_token(config, dtype)
     if batch is None:
         batch = 1024
-        while 2 * batch * ((1 + WAITING) * cache + in_a_layer) <= free:
+        while 2 * batch * (running + waiting) <= free:
             batch *= 2
     if pool is None:
-        left = free - batch * (cache + in_a_layer)
-        pool = batch * max(1, int(left // (batch * cache * WAITING)))
+        left = free - batch * running
+        batches = int(left // (batch * waiting))
+        pool = batch * max(1, batches)
     return batch, pool
-
-
-def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """What the keys and values of all layers take per token: 344 KB for gemma-2-9b-it in half precision."""
-    config = config.get_text_config()
-    heads = config.num_attention_heads
-    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * key_value_heads * d_head * dtype.itemsize
-
-
-def layer_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """What one layer has in memory at once per token, about: 24 vectors of the residual stream, 3 of the MLP, and
-    attention in the model's precision and in single precision."""
-    config = config.get_text_config()
-    d_mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    vectors = 24 * config.hidden_size + 3 * d_mlp
-    attention = config.num_attention_heads * LONG_PROMPT * (dtype.itemsize + torch.float32.itemsize) // 2
-    return vectors * dtype.itemsize + attention
 
 
 def room_of(sizes: Sizes, config: PreTrainedConfig, dtype: torch.dtype) -> float:
     """The bytes that a batch and the pool take together: as much is free where answers are made and no cache is there
     any more. Of the sizes alone, so that a round that goes on finds the same."""
-    cache = cache_bytes_per_token(config, dtype)
-    in_a_layer = layer_bytes_per_token(config, dtype)
-    return sizes.batch * (cache + in_a_layer) + sizes.pool * cache * WAITING
+    cached = cache_bytes_per_token(config, dtype)
+    waiting = cached * WAITING
+    running = cached + layer_bytes_per_token(config, dtype)
+    return sizes.batch * running + sizes.pool * waiting
 
 
-def graph_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype, layers: int, width: int) -> int:
+@dataclass(frozen=True)
+class Shape:
+    """A model's layers, as its configuration has them. d_model, d_mlp, d_head: how many numbers a vector has."""
+
+    layers: int
+    heads: int
+    key_value_heads: int
+    d_model: int
+    d_mlp: int
+    d_head: int
+
+    @classmethod
+    def of_model(cls, config: PreTrainedConfig) -> "Shape":
+        """Where a family's configuration does not say a size, the one that its models have by default."""
+        config = config.get_text_config()
+        heads = config.num_attention_heads
+        d_model = config.hidden_size
+        return cls(
+            layers=config.num_hidden_layers,
+            heads=heads,
+            key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+            d_model=d_model,
+            d_mlp=getattr(config, "intermediate_size", None) or 4 * d_model,
+            d_head=getattr(config, "head_dim", None) or d_model // heads,
+        )
+
+
+def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """What the keys and values of all layers take per token: 344 KB for gemma-2-9b-it in half precision."""
+    shape = Shape.of_model(config)
+    numbers = 2 * shape.layers * shape.key_value_heads * shape.d_head
+    return numbers * dtype.itemsize
+
+
+def layer_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """What one layer has in memory at once per token, about: 24 vectors of the residual stream, 3 of the MLP, and
+    attention in the model's precision and in single precision."""
+    shape = Shape.of_model(config)
+    vectors = 24 * shape.d_model + 3 * shape.d_mlp
+    bytes_per_score = dtype.itemsize + torch.float32.itemsize
+    attention = shape.heads * LONG_PROMPT * bytes_per_score // 2
+    return vectors * dtype.itemsize + attention
+
+
+def graph_bytes_per_token(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    layers: int,
+    width: int,
+) -> int:
     """What a gradient's graph keeps per token of sequences of this width, over so many layers: at most, about.
 
     Per layer, what Gemma 2 keeps: four and a half vectors of the residual stream in single precision (its norms), three
     of the MLP, three of all heads, and attention's scores once in single precision and twice in the model's. Llama and
     Qwen keep three quarters of that.
     """
-    config = config.get_text_config()
-    d_mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    heads = config.num_attention_heads
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    norms = 4.5 * config.hidden_size * torch.float32.itemsize
-    products = 3 * (d_mlp + heads * d_head) * dtype.itemsize
-    scores = heads * width * (torch.float32.itemsize + 2 * dtype.itemsize)
-    return layers * int(norms + products + scores)
+    shape = Shape.of_model(config)
+    single = torch.float32.itemsize
+    own = dtype.itemsize
+    of_heads = shape.heads * shape.d_head
+    norms = 4.5 * shape.d_model * single
+    products = 3 * (shape.d_mlp + of_heads) * own
+    scores = shape.heads * width * (single + 2 * own)
+    in_a_layer = norms + products + scores
+    return layers * int(in_a_layer)
 
 
 def gradient_rows(room: float | None, rows: int, width: int, token_bytes: int) -> int:
@@ -117,16 +161,22 @@ def gradient_rows(room: float | None, rows: int, width: int, token_bytes: int) -
     """
     if room is None:
         return math.ceil(rows / 16)
-    return max(1, int(room // (width * token_bytes)))
+    row_bytes = width * token_bytes
+    fits = int(room // row_bytes)
+    return max(1, fits)
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int, contexts: Sequence[Hashable]) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int],
+    batch_tokens: int,
+    contexts: Sequence[Hashable],
+) -> list[list[int]]:
     """Groups of indices into `lengths` (tokens per prompt), longest first, each within the budget, padding included.
 
     contexts: for each prompt a key; prompts with the same one stay together, so that what they share is run once.
     A prompt longer than the budget gets a batch of its own. The plan depends on nothing but its arguments.
     """
-    longest: dict[Hashable, int] = {}
+    longest: dict[Hashable, int] = {}  # of each context
     first: dict[Hashable, int] = {}
     for index, key in enumerate(contexts):
         longest[key] = max(longest.get(key, 0), lengths[index])
@@ -137,23 +187,30 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, contexts: Sequence[H
         return -longest[key], first[key], -lengths[index]
 
     batches: list[list[int]] = []
-    width = 0
+    batch: list[int] = []
+    width = 0  # of the batch
     for index in sorted(range(len(lengths)), key=rank):
         width = max(width, lengths[index])
-        if batches and width * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+        tokens = width * (len(batch) + 1)
+        if not batch or tokens > batch_tokens:
+            batch = []
+            batches.append(batch)
             width = lengths[index]
+        batch.append(index)
     return batches
 
 
-def plan_groups(batches: list[list[int]], lengths: Sequence[int], group_tokens: int) -> list[list[list[int]]]:
+def plan_groups(
+    batches: list[list[int]],
+    lengths: Sequence[int],
+    group_tokens: int,
+) -> list[list[list[int]]]:
     """Batches one after the other in groups, each within the budget, padding included, or a single batch."""
     groups: list[list[list[int]]] = []
     tokens = 0
     for batch in batches:
-        size = len(batch) * max(lengths[index] for index in batch)
+        longest = max(lengths[index] for index in batch)
+        size = len(batch) * longest
         if groups and tokens + size <= group_tokens:
             groups[-1].append(batch)
             tokens += size

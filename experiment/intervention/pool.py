@@ -1,9 +1,10 @@
 """Rows that go on wait for one another, and are decoded together. Knows nothing of proposals."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils.memory import release_memory
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -34,8 +35,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Rows of one batch and mask that go on. keys, values: of each layer, [row, head, pos, d_head]; attention: [row,
-    pos], rows padded on the left and without gaps."""
+    """Rows of one batch and mask that go on, and their part of the batch's cache.
+
+    keys, values: of each layer.  attention: 1 at tokens and 0 at padding; rows are padded on the left and without gaps.
+    """
 
     rows: list[Row]
     keys: list[Float[Tensor, "row head pos d_head"]]
@@ -47,47 +50,69 @@ class Waiting:
 class Pool:
     """Rows that go on wait here, over batches and masks, until enough of them are there to be decoded together.
 
-    read: the rows of each step and what the SAE read in it; with keeps_read alone.
+    on_ended: called with how many rows have ended since it was called last.  capacity: how many tokens of caches may
+    wait.  encoded: the rows of each step, and the latents at the one position that each row has in it; with
+    keeps_encoded alone.
     """
 
-    def __init__(self, model: SplicedModel, limits: Limits, on_ended: Callable[[int], None], keeps_read: bool = False):
+    def __init__(
+        self,
+        model: SplicedModel,
+        limits: Limits,
+        on_ended: Callable[[int], None],
+        keeps_encoded: bool = False,
+    ):
         self.model = model
         self.limits = limits
         self.on_ended = on_ended
         self.capacity = limits.pool_tokens
         self.waiting: list[Waiting] = []
-        self.keeps_read = keeps_read
-        self.read: list[tuple[list[Row], SparseActivations]] = []
+        self.keeps_encoded = keeps_encoded
+        self.encoded: list[tuple[list[Row], SparseActivations]] = []
 
-    def add(self, rows: list[Row], cache: DynamicCache, attention: Int[Tensor, "row pos"], mask: Mask | None) -> None:
-        """Takes over those rows of a batch that have not ended, with their part of the batch's cache."""
-        going = [number for number, row in enumerate(rows) if not self._has_ended(row)]
+    def add(
+        self,
+        rows: list[Row],
+        cache: DynamicCache,
+        attention: Int[Tensor, "row pos"],
+        mask: Mask | None,
+    ) -> None:
+        """Takes over those rows of a batch that have not ended, with their part of the batch's cache.
+
+        What waits already is decoded first where there would be too much of it.
+        """
+        going = self._find_going(rows)
         if going:
             piece = take_rows(rows, going, cache, attention, mask)
-            tokens = sum(one.attention.numel() for one in self.waiting)
-            if tokens + piece.attention.numel() > self.capacity:
+            tokens = piece.attention.numel()
+            for other in self.waiting:
+                tokens += other.attention.numel()
+            if tokens > self.capacity:
                 self.decode()
             self.waiting.append(piece)
         self.on_ended(len(rows) - len(going))
 
     def make_room(self) -> bool:
-        """Decodes what waits, so that its memory is free. Whether there was anything."""
+        """Decodes what waits, so that its memory is free. Returns whether there was anything."""
         if not self.waiting:
             return False
         self.decode()
         return True
 
     def decode(self) -> None:
-        """Decodes all that waits to its end. Where memory runs out, the pool takes half as much from then on."""
+        """Decodes all that waits to its end. Where memory runs out, the pool takes half as much from then on.
+
+        Raises UserError where even one row does not fit into memory, or logits are not finite.
+        """
         pieces = self.waiting
         self.waiting = []
         if not pieces:
             return
         rows = [row for piece in pieces for row in piece.rows]
         mask = join_masks([piece.mask for piece in pieces])
+        room = self.limits.max_new_tokens
         try:
-            cache, attention = join_caches(self.model, pieces, self.limits.max_new_tokens)
-            self._decode_greedily(rows, Steps(self.model, cache, attention, mask))
+            self._decode_greedily(rows, begin_steps(self.model, pieces, mask, room))
             return
         except Exception as error:
             if not is_out_of_memory(error):
@@ -97,61 +122,94 @@ class Pool:
         self.capacity //= 2
         say_split(len(rows), IN_POOL)
 
-        def go_on(numbers: Sequence[int]) -> None:
+        def go_on(numbers: list[int]) -> None:
             self._start_again(rows, mask, numbers)
 
+        everyone = list(range(len(rows)))
         half = len(rows) // 2
         with memory_errors():  # not a batch's: to split that would leave these rows without an end
-            for numbers in (range(half), range(half, len(rows))):
+            for numbers in (everyone[:half], everyone[half:]):
                 if numbers:
-                    halve_on_oom(go_on, list(numbers), name=IN_POOL)
+                    halve_on_oom(go_on, numbers, name=IN_POOL)
 
-    def _start_again(self, rows: list[Row], mask: Mask | None, numbers: Sequence[int]) -> None:
+    def _start_again(self, rows: list[Row], mask: Mask | None, numbers: list[int]) -> None:
         """Goes on with some of the rows, whose caches are lost: what they have said so far stays."""
-        going = [number for number in numbers if not self._has_ended(rows[number])]
+        some = [rows[number] for number in numbers]
+        going = self._find_going(some)
         if not going:
             return
-        some = [rows[number] for number in going]
-        index = torch.tensor(going)
-        mask_of_some = mask and mask.take(index)
-        sequences = [row.prompt + row.tokens[:-1] for row in some]
+        if mask is not None:
+            index = torch.tensor(numbers)
+            mask = mask.take(index[going])
+        some = [some[number] for number in going]
+        piece = self._read_again(some, mask)
+        room = self.limits.max_new_tokens
+        self._decode_greedily(some, begin_steps(self.model, [piece], mask, room))
+
+    def _read_again(self, rows: list[Row], mask: Mask | None) -> Waiting:
+        """The rows with a cache again, from one pass over their prompts and what they have said."""
+        sequences = [row.cached for row in rows]
         layout = Layout(sequences, self.model.pad_id, self.model.device)
         cache = new_cache(self.model.lm)
-        self.model.forward(layout.ids, layout.attention, cache, mask_of_some)
-        pieces = [take_rows(some, list(range(len(some))), cache, layout.attention, mask_of_some)]
-        cache, attention = join_caches(self.model, pieces, self.limits.max_new_tokens)
-        self._decode_greedily(some, Steps(self.model, cache, attention, mask_of_some))
+        self.model.forward(layout.ids, layout.attention, cache, mask)
+        everyone = list(range(len(rows)))
+        return take_rows(rows, everyone, cache, layout.attention, mask)
 
     def _decode_greedily(self, rows: list[Row], steps: Steps) -> None:
-        """Greedy steps until all rows have ended. Those that have ended leave once they are half of what is there."""
+        """Greedy steps until all rows have ended. Those that have ended leave once they are half of what is there.
+
+        steps: nobody else's, so that what it holds is free once some rows have left.
+        """
         while True:
-            places = [place for place, row in enumerate(rows) if not self._has_ended(row)]
-            if not places:
+            going = self._find_going(rows)
+            if not going:
                 return
-            if 2 * len(places) <= len(rows):
-                steps = steps.leave(torch.tensor(places))
-                rows = [rows[place] for place in places]
-            logits = steps.run([row.tokens[-1] for row in rows])
-            chosen = pick_tokens(logits)
+            if 2 * len(going) <= len(rows):
+                steps = steps.keep_rows(torch.tensor(going))
+                rows = [rows[number] for number in going]
+            last_tokens = [row.tokens[-1] for row in rows]
+            logits = steps.run(last_tokens)
+            tokens = pick_tokens(logits)
             log_probs = [0.0] * len(rows)
             if not all(row.is_draft for row in rows):
-                log_probs = pick_log_probs(logits, torch.tensor(chosen, device=logits.device)).tolist()
-            if self.keeps_read:
-                self.read.append((list(rows), steps.read()))
-            going = [not self._has_ended(row) for row in rows]
-            for row, goes_on, token, log_prob in zip(rows, going, chosen, log_probs):
-                if goes_on:
-                    row.append(token, log_prob)
-            self.on_ended(sum(goes_on and self._has_ended(row) for row, goes_on in zip(rows, going)))
+                chosen = torch.tensor(tokens, device=logits.device)
+                log_probs = pick_log_probs(logits, chosen).tolist()
+            if self.keeps_encoded:
+                # Last of what memory may run out in: a row that starts again takes this step again.
+                latents = steps.encode()
+                self.encoded.append((rows, latents))
+            self._append(rows, tokens, log_probs)
+
+    def _append(self, rows: list[Row], tokens: list[int], log_probs: list[float]) -> None:
+        """Each row's next token, but for those that have ended."""
+        ended = 0
+        for row, token, log_prob in zip(rows, tokens, log_probs):
+            if self._has_ended(row):
+                continue
+            row.append(token, log_prob)
+            if self._has_ended(row):
+                ended += 1
+        self.on_ended(ended)
+
+    def _find_going(self, rows: list[Row]) -> list[int]:
+        """The numbers of those rows that have not ended."""
+        return [number for number, row in enumerate(rows) if not self._has_ended(row)]
 
     def _has_ended(self, row: Row) -> bool:
         return row.has_ended(self.model.end_ids, self.limits.max_new_tokens)
 
 
 def take_rows(
-    rows: list[Row], going: list[int], cache: DynamicCache, attention: Int[Tensor, "row pos"], mask: Mask | None
+    rows: list[Row],
+    going: list[int],
+    cache: DynamicCache,
+    attention: Int[Tensor, "row pos"],
+    mask: Mask | None,
 ) -> Waiting:
-    """These rows of a batch, their caches without the places that no attention goes to."""
+    """Those of a batch's rows that go on, their caches without the places that no attention goes to.
+
+    rows, cache, attention, mask: the batch's.  going: numbers of rows.
+    """
     index = torch.tensor(going, device=attention.device)
     columns, attention = close_gaps(attention[index])
     keys = []
@@ -159,29 +217,40 @@ def take_rows(
     for layer in layers_of(cache):
         keys.append(pick_positions(layer.keys, index, columns))
         values.append(pick_positions(layer.values, index, columns))
-    taken = mask and mask.take(index)
-    return Waiting([rows[number] for number in going], keys, values, attention, taken)
+    if mask is not None:
+        mask = mask.take(index)
+    taken = [rows[number] for number in going]
+    return Waiting(taken, keys, values, attention, mask)
 
 
-def join_caches(model: SplicedModel, pieces: list[Waiting], room: int) -> tuple[DynamicCache, Int[Tensor, "row pos"]]:
-    """One cache of all that waits, with room for so many steps, and its attention.
+def begin_steps(
+    model: SplicedModel,
+    pieces: list[Waiting],
+    mask: Mask | None,
+    room: int,
+) -> Steps:
+    """The steps of all rows that wait, in one cache with room for so many. mask: of all these rows.
 
-    Takes the pieces' tensors away, layer by layer.
+    Takes the pieces' tensors away, layer by layer: the memory of one layer at a time is needed twice.
     """
     width = max(piece.attention.shape[1] for piece in pieces)
     cache = new_cache(model.lm)
-    for number in range(len(cache.layers)):
+    layers = layers_of(cache)
+    for number in range(len(layers)):
         keys = [piece.keys.pop(0) for piece in pieces]
         values = [piece.values.pop(0) for piece in pieces]
-        cache.layers[number] = FixedLayer(keys, values, width, room)
-    attention = []
-    for piece in pieces:
-        padding = width - piece.attention.shape[1]
-        attention.append(torch.nn.functional.pad(piece.attention, (padding, 0)))
-    return cache, torch.cat(attention)
+        layers[number] = FixedLayer(keys, values, width, room)
+    attention = [_pad_left(piece.attention, width) for piece in pieces]
+    return Steps(model, cache, torch.cat(attention), mask)
+
+
+def _pad_left(attention: Int[Tensor, "row pos"], width: int) -> Int[Tensor, "row width"]:
+    """An attention with padding in front."""
+    padding = width - attention.shape[1]
+    return F.pad(attention, (padding, 0))
 
 
 def join_masks(masks: list[Mask | None]) -> Mask | None:
-    """The rows of several masks as one."""
-    there = [mask for mask in masks if mask is not None]  # all of them or none
+    """The rows of several masks as one; None without any. masks: none of them is None, or all are."""
+    there = [mask for mask in masks if mask is not None]
     return Mask.join(there) if there else None

@@ -15,12 +15,11 @@ from experiment.intervention.effects import Candidates
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.rankings import (
     Scores,
-    Seed,
-    find_ranking,
     mean,
+    score_latents,
     top_and_bottom,
 )
-from experiment.intervention.removed import removed_shares
+from experiment.intervention.removed import removed_shares, round_to_four
 from experiment.intervention.sequences import Sequences
 from experiment.intervention.splice import Splice
 from experiment.masks import DRAWN, SIDES, count_to_reach
@@ -53,9 +52,11 @@ class RankedLists:
     more_draws: "list[RankedLists] | None" = None
 
     def latents(self, side: str) -> list[int]:
+        """The list of this side, topk or bottomk."""
         return getattr(self, side)
 
     def removed(self, side: str) -> list[float]:
+        """What masking the first 1, 2, ... of this side's list takes away."""
         removed = getattr(self, f"removed_{side}")
         assert removed is not None  # they are asked for where the SAE tells them
         return removed
@@ -100,29 +101,36 @@ def rank_all(
     With the ranking by effects among them each ranking's lists also have its scores of the latents that are measured.
     on_measured: called with 1 once a sequence's effects are there.  Errors: as of `rank`.
     """
-    together = dict.fromkeys(names)
-    if EFFECT in (*names, *given):
-        together |= dict.fromkeys([*given, EFFECT])
-    scores = {}
-    for name in together:
-        if name != EFFECT:
-            scores[name] = find_scores(model, name, sequences, settings.seed)
-    ranked = {}
+    is_measured = EFFECT in names or EFFECT in given
+    scored = [*names]
+    if is_measured:  # which latents are measured hangs on the scores of all rankings
+        scored += given
+    scores: dict[str, Scores] = {}
+    for name in scored:
+        if name != EFFECT and name not in scores:
+            scores[name] = score_latents(model, name, sequences, settings.seed)
+    lists = {}
     for name in names:
         if name != EFFECT:
-            ranked[name] = _rank_by(model, name, sequences, scores[name], settings.seed, settings.draws)
-    if EFFECT not in together:
-        return ranked
+            lists[name] = _rank_by(model, name, sequences, scores[name], settings.seed, settings.draws)
+    if not is_measured:
+        return lists
     candidates = effects.find_candidates(model, sequences, scores.values(), settings.effects)
-    for name, lists in ranked.items():
-        ranked[name] = add_scores(lists, candidates, scores[name])
+    for name, of_ranking in lists.items():
+        lists[name] = add_scores(of_ranking, candidates, scores[name])
     if EFFECT in names:
         measured = effects.measure(model, sequences, candidates, settings.batch_tokens, on_measured)
-        ranked[EFFECT] = rank_by_effects(model, sequences, candidates, measured)
-    return ranked
+        lists[EFFECT] = rank_by_effects(model, sequences, candidates, measured)
+    return lists
 
 
-def rank(model: SplicedModel, name: str, sequences: Sequences, seed: int, draws: int = 1) -> list[RankedLists]:
+def rank(
+    model: SplicedModel,
+    name: str,
+    sequences: Sequences,
+    seed: int,
+    draws: int = 1,
+) -> list[RankedLists]:
     """The lists of each sequence by one ranking, but for that by effects, with what masking them takes away.
 
     name: as --ranking takes it.  draws: how many lists a ranking that draws makes for each sequence.
@@ -130,7 +138,7 @@ def rank(model: SplicedModel, name: str, sequences: Sequences, seed: int, draws:
     ranking go on until they remove as much as the baseline's.
     Raises UserError for scores of another shape, or a score that is NaN.
     """
-    scores = find_scores(model, name, sequences, seed)
+    scores = score_latents(model, name, sequences, seed)
     return _rank_by(model, name, sequences, scores, seed, draws)
 
 
@@ -148,68 +156,55 @@ def _rank_by(
         return first
     others = []
     for draw in range(2, draws + 1):
-        drawn = find_scores(model, name, sequences, f"{seed} {draw}")
-        others.append(_rank_once(model, name, sequences, drawn))
+        drawn = score_latents(model, name, sequences, f"{seed} {draw}")
+        of_draw = _rank_once(model, name, sequences, drawn)
+        others.append(of_draw)
     return add_draws(first, others)
 
 
-def _rank_once(model: SplicedModel, name: str, sequences: Sequences, scores: Scores) -> list[RankedLists]:
+def _rank_once(
+    model: SplicedModel,
+    name: str,
+    sequences: Sequences,
+    scores: Scores,
+) -> list[RankedLists]:
     """The lists of a single draw."""
+    length = LONGEST if name == "matched" else None
+    lists = cut_lists(scores, sequences, length)
+    lists = add_removed(model, sequences, lists)
     if name != "matched":
-        return add_removed(model, sequences, cut_lists(scores, sequences))
-    lists = add_removed(model, sequences, cut_lists(scores, sequences, LONGEST))
+        return lists
     means = mean(model, sequences.ranked)
-    baseline = add_removed(model, sequences, cut_lists(means, sequences))
+    baseline = cut_lists(means, sequences)
+    baseline = add_removed(model, sequences, baseline)
     with_targets = add_targets(lists, baseline)
-    return [cut_matched(sample) for sample in with_targets]
-
-
-def find_scores(model: SplicedModel, name: str, sequences: Sequences, seed: Seed) -> Scores:
-    """The scores of a ranking, but for that by effects. Errors: as of `rank`."""
-    scores = find_ranking(name)(model, sequences, seed)
-    refuse_other_shape(name, scores, (len(sequences.rows), model.splice.d_sae))
-    refuse_nan(name, scores, sequences.ids)
-    return scores
-
-
-def refuse_other_shape(name: str, scores: object, shape: tuple[int, int]) -> None:
-    """Raises UserError where a ranking's scores are none of this shape, [sequence, d_sae]."""
-    given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-    if given != shape:
-        raise UserError(f"--ranking {name}: gives {given}, not a tensor of scores [sequence, d_sae], here {shape}")
-
-
-def refuse_nan(name: str, scores: Scores, ids: list[str]) -> None:
-    """Raises UserError where a score is not a number: such latents would stand first in every list."""
-    wrong = scores.isnan().any(1).nonzero().flatten().tolist()
-    if wrong:
-        raise UserError(
-            f"--ranking {name}: gives scores that are not a number (NaN), first for question {ids[wrong[0]]}: a mean "
-            "over no position?"
-        )
+    return [cut_matched(ranked) for ranked in with_targets]
 
 
 def refuse_unmeasurable(name: str, splice: Splice) -> None:
     """Raises UserError for a ranking that needs to know what latents remove, with an SAE that does not tell."""
     if name == "matched" and not splice.writes_rows:
+        how = splice.sae.cfg.normalize_activations
         raise UserError(
             "--ranking matched: what a latent of this SAE removes is not known, for decoding does more than add up the "
-            f"latents' rows (normalize_activations: {splice.sae.cfg.normalize_activations}): leave matched out"
+            f"latents' rows (normalize_activations: {how}): leave matched out"
         )
 
 
 def cut_lists(scores: Scores, sequences: Sequences, length: int | None = None) -> list[RankedLists]:
-    """topk and bottomk of each sequence, so many latents of each; None: as many as are stored."""
+    """topk and bottomk of each sequence. length: of each of them, in latents; None: as of `count_stored`."""
     lists = []
     for row, active in zip(scores, sequences.active):
-        topk, bottomk = top_and_bottom(row, length or count_stored(active))
+        k = length or count_stored(active)
+        topk, bottomk = top_and_bottom(row, k)
         lists.append(RankedLists(topk, bottomk))
     return lists
 
 
 def count_stored(active: list[int]) -> int:
     """How many latents a list holds. active: those at the last position."""
-    return max(STORED, len(active) // 2)
+    half = len(active) // 2
+    return max(STORED, half)
 
 
 def rank_by_effects(
@@ -228,30 +223,31 @@ def rank_by_effects(
         scores = torch.zeros(model.splice.d_sae, dtype=torch.float64)
         scores[of_sequence.latents] = scores.new_tensor(found)
         topk, bottomk = top_and_bottom(scores, count_stored(active), of_sequence.latents)
-        one = RankedLists(
+        ranked = RankedLists(
             topk,
             bottomk,
             measured=of_sequence.latents,
             effects=[round_to_four(effect) for effect in found],
             unmeasured=of_sequence.left_out,
         )
-        lists.append(one)
+        lists.append(ranked)
     return add_removed(model, sequences, lists)
 
 
-def add_scores(lists: list[RankedLists], candidates: list[Candidates], scores: Scores) -> list[RankedLists]:
+def add_scores(
+    lists: list[RankedLists],
+    candidates: list[Candidates],
+    scores: Scores,
+) -> list[RankedLists]:
     """A ranking's lists with its own scores of the latents whose effect is measured."""
     with_scores = []
-    for sample, of_sequence, row in zip(lists, candidates, scores):
-        own = row[of_sequence.latents].tolist()
+    for ranked, of_sequence, row in zip(lists, candidates, scores):
+        latents = of_sequence.latents
+        own = row[latents].tolist()
         rounded = [round_to_four(score) for score in own]
-        with_scores.append(dataclasses.replace(sample, measured=of_sequence.latents, scores=rounded))
+        changed = dataclasses.replace(ranked, measured=latents, scores=rounded)
+        with_scores.append(changed)
     return with_scores
-
-
-def round_to_four(value: float) -> float:
-    """A number in four significant digits, for files of a readable size."""
-    return float(f"{value:.4g}")
 
 
 def add_removed(
@@ -266,12 +262,13 @@ def add_removed(
     """
     if not model.splice.writes_rows:
         return list(lists)
-    positions = sequences.read_ordinary()
-    topk = removed_shares(model.splice, positions, [sample.topk for sample in lists], means)
-    bottomk = removed_shares(model.splice, positions, [sample.bottomk for sample in lists], means)
+    latents = sequences.take_ordinary()
+    topk = removed_shares(model.splice, latents, [ranked.topk for ranked in lists], means)
+    bottomk = removed_shares(model.splice, latents, [ranked.bottomk for ranked in lists], means)
     with_removed = []
-    for sample, of_topk, of_bottomk in zip(lists, topk, bottomk):
-        with_removed.append(dataclasses.replace(sample, removed_topk=of_topk, removed_bottomk=of_bottomk))
+    for ranked, of_topk, of_bottomk in zip(lists, topk, bottomk):
+        changed = dataclasses.replace(ranked, removed_topk=of_topk, removed_bottomk=of_bottomk)
+        with_removed.append(changed)
     return with_removed
 
 
@@ -289,10 +286,12 @@ def measure_again(
     measured = add_removed(model, sequences, lists, means)
     if name == "matched":
         scores = mean(model, sequences.ranked)
-        baseline = add_removed(model, sequences, cut_lists(scores, sequences), means)
+        baseline = cut_lists(scores, sequences)
+        baseline = add_removed(model, sequences, baseline, means)
         measured = add_targets(measured, baseline)
+    more_draws = [ranked.more_draws or [] for ranked in lists]  # [sequence][draw]
     draws = []
-    for of_draw in zip(*(sample.more_draws or [] for sample in lists)):
+    for of_draw in zip(*more_draws):
         draws.append(add_removed(model, sequences, of_draw, means))
     return add_draws(measured, draws)
 
@@ -302,21 +301,22 @@ def add_draws(lists: list[RankedLists], draws: list[list[RankedLists]]) -> list[
     if not draws:
         return lists
     with_draws = []
-    for number, sample in enumerate(lists):
+    for number, ranked in enumerate(lists):
         more = []
         for of_draw in draws:
             without_targets = dataclasses.replace(of_draw[number], target_topk=None, target_bottomk=None)
             more.append(without_targets)
-        with_draws.append(dataclasses.replace(sample, more_draws=more))
+        changed = dataclasses.replace(ranked, more_draws=more)
+        with_draws.append(changed)
     return with_draws
 
 
 def add_targets(lists: list[RankedLists], baseline: list[RankedLists]) -> list[RankedLists]:
     """The matched ranking's lists, with what the baseline's remove."""
     with_targets = []
-    for sample, theirs in zip(lists, baseline):
+    for ranked, theirs in zip(lists, baseline):
         changed = dataclasses.replace(
-            sample,
+            ranked,
             target_topk=theirs.removed_topk,
             target_bottomk=theirs.removed_bottomk,
         )
@@ -324,14 +324,16 @@ def add_targets(lists: list[RankedLists], baseline: list[RankedLists]) -> list[R
     return with_targets
 
 
-def cut_matched(sample: RankedLists) -> RankedLists:
+def cut_matched(ranked: RankedLists) -> RankedLists:
     """The matched ranking's lists, as long as it takes to remove as much as any beginning of the baseline's."""
     shorter: dict[str, Any] = {}
     for side in SIDES:
-        removed = sample.removed(side)
-        target = getattr(sample, f"target_{side}")
-        enough = count_to_reach(removed, max(target, default=0))
+        latents = ranked.latents(side)
+        removed = ranked.removed(side)
+        target = getattr(ranked, f"target_{side}")
+        most = max(target, default=0)
+        enough = count_to_reach(removed, most)
         length = max(STORED, enough)
-        shorter[side] = sample.latents(side)[:length]
+        shorter[side] = latents[:length]
         shorter[f"removed_{side}"] = removed[:length]
-    return dataclasses.replace(sample, **shorter)
+    return dataclasses.replace(ranked, **shorter)

@@ -1,7 +1,8 @@
 """Scores of SAE latents. Knows nothing of files or SQuAD.
 
-A ranking is a function that gives the scores [sequence, d_sae] of a batch. RANKINGS has those that have a name; one's
-own may stand in any file (examples/own_ranking.py). `effects` measures what these scores are to tell.
+A ranking is a function that gives the scores [sequence, d_sae] of a batch, on the SAE's device; a latent whose score is
+zero is in none of its lists. RANKINGS has those that have a name; one's own may stand in any file
+(examples/own_ranking.py). `effects` measures what these scores are to tell.
 """
 
 import random
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from experiment import own_rankings
+from experiment import UserError, own_rankings
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.gradients import gradients, log_prob_gradients, rows_at_once
 from experiment.intervention.memory import halve_on_oom
@@ -29,6 +30,7 @@ def add_up(
 ) -> Float64[Tensor, "sequence d_sae"]:
     """The sum of a latent's values over those positions of a sequence `where` it is true.
 
+    read: a position at least of the last sequence.  values: of the entries of `read.latents`.
     In double precision, so that the order in which a GPU adds up does not show.
     """
     latents = read.latents
@@ -52,6 +54,7 @@ def mean(
     """The mean size of each latent's activation (or the mean of other `values`) over a sequence's positions, or over
     those `where` it is true; over no position it is 0.
 
+    values: of the entries of `read.latents`.  The positions are those where the SAE stands.
     The size, for there are SAEs with negative activations: of two latents the one that writes less ranks lower.
     """
     latents = read.latents
@@ -98,7 +101,7 @@ def _score_by_gradient(
     generated; 0 for sequences without one. places: {sequence: place}."""
     scores = _no_scores(model, sequences)
 
-    def score(part: Sequence[int]) -> None:
+    def score(part: list[int]) -> None:
         ends = []
         tokens = []
         next_ids = []
@@ -114,7 +117,7 @@ def _score_by_gradient(
         products = slopes * read.latents.values
         means = mean(model, read, products.relu())
         scaled = means * scale.unsqueeze(1)
-        scores[list(part)] = scaled.to(scores)
+        scores[part] = scaled.to(scores)
 
     _run_in_parts(model, score, sequences, places)
     return scores
@@ -132,7 +135,7 @@ def rank_by_attribution(model: SplicedModel, sequences: Sequences, seed: Seed) -
     """
     scores = _no_scores(model, sequences)
 
-    def score(part: Sequence[int]) -> None:
+    def score(part: list[int]) -> None:
         ends = []
         tokens = []
         targets = []
@@ -140,20 +143,20 @@ def rank_by_attribution(model: SplicedModel, sequences: Sequences, seed: Seed) -
             end = sequences.answered[number]
             ends.append(end)
             tokens.append(sequences.tokens_until(number, end))
-            targets.append(_find_targets(sequences, number))
+            targets.append(find_targets(sequences, number))
         read = sequences.until(ends, part)
         gradient, scale = log_prob_gradients(model, tokens, targets, read)
         slopes = model.splice.decoder_vjp(read.latents, gradient)
         products = slopes * read.latents.values
         total = add_up(model, read, products, read.latents.spliced)
         scaled = total * scale.unsqueeze(1)
-        scores[list(part)] = scaled.to(scores)
+        scores[part] = scaled.to(scores)
 
     _run_in_parts(model, score, sequences, sequences.answered)
     return scores
 
 
-def _find_targets(sequences: Sequences, number: int) -> dict[int, int]:
+def find_targets(sequences: Sequences, number: int) -> dict[int, int]:
     """{position in the sequence: token} of the answer's tokens inside the brackets."""
     first = len(sequences.prompts[number])
     generated = sequences.generated[number]
@@ -178,9 +181,10 @@ def _run_in_parts(
     sequences: Sequences,
     places: dict[int, int],
 ) -> None:
-    """run(some of these sequences), for all of them, as many at once as have room for their gradients.
+    """run(some of these sequences), for all of them, as many at once as have room for their gradients, in `ready()`.
 
     places: {sequence: its end, a place in what was generated}.
+    Raises the device's own error where even one sequence is too much for its memory.
     """
     numbers = list(places)
     if not numbers:
@@ -190,9 +194,10 @@ def _run_in_parts(
         length = len(sequences.prompts[number]) + place
         lengths.append(length)
     size = rows_at_once(model, len(sequences.rows), max(lengths))
-    for start in range(0, len(numbers), size):
-        part = numbers[start : start + size]
-        halve_on_oom(run, part)
+    with model.ready():
+        for start in range(0, len(numbers), size):
+            part = numbers[start : start + size]
+            halve_on_oom(run, part)
 
 
 def rank_at_random(model: SplicedModel, sequences: Sequences, seed: Seed) -> Scores:
@@ -200,10 +205,11 @@ def rank_at_random(model: SplicedModel, sequences: Sequences, seed: Seed) -> Sco
     scores = mean(model, sequences.ranked, where=sequences.ordinary)
     for question_id, row in zip(sequences.ids, scores):
         active = row.nonzero().flatten()
-        draw = random.Random(f"{seed} {question_id}")
+        generator = random.Random(f"{seed} {question_id}")
         drawn = []
         for _ in range(len(active)):
-            drawn.append(1 + draw.random())
+            score = 1 + generator.random()
+            drawn.append(score)
         row[active] = row.new_tensor(drawn)
     return scores
 
@@ -214,7 +220,8 @@ def rank_matched(model: SplicedModel, sequences: Sequences, seed: Seed) -> Score
     scores = rank_at_random(model, sequences, seed)
     baseline = rank_by_mean_activation(model, sequences, seed)
     for row, means, active in zip(scores, baseline, sequences.active):
-        topk, bottomk = top_and_bottom(means, len(active) // 2)
+        half = len(active) // 2
+        topk, bottomk = top_and_bottom(means, half)
         row[topk] = 0
         row[bottomk] = 0
     return scores
@@ -253,7 +260,44 @@ RANKINGS: dict[str, Ranking] = {
 
 
 def find_ranking(name: str) -> Ranking:
-    """The function of a name of RANKINGS, or of FILE.py:FUNCTION, whose file is executed."""
+    """The function of a name of RANKINGS, or of FILE.py:FUNCTION, whose file is executed.
+
+    Raises UserError where that is not possible.
+    """
     if name in RANKINGS:
         return RANKINGS[name]
     return own_rankings.load(name)
+
+
+def score_latents(model: SplicedModel, name: str, sequences: Sequences, seed: Seed) -> Scores:
+    """The scores of a ranking. name: as of `find_ranking`.
+
+    Raises UserError for scores of another shape, or a score that is NaN.
+    """
+    ranking = find_ranking(name)
+    scores = ranking(model, sequences, seed)
+    shape = (len(sequences.rows), model.splice.d_sae)
+    refuse_other_shape(name, scores, shape)
+    refuse_nan(name, scores, sequences.ids)
+    return scores
+
+
+def refuse_other_shape(name: str, scores: object, shape: tuple[int, int]) -> None:
+    """Raises UserError where a ranking's scores are none of this shape, [sequence, d_sae]."""
+    given: object = type(scores).__name__
+    if isinstance(scores, Tensor):
+        given = tuple(scores.shape)
+    if given != shape:
+        raise UserError(f"--ranking {name}: gives {given}, not a tensor of scores [sequence, d_sae], here {shape}")
+
+
+def refuse_nan(name: str, scores: Scores, ids: list[str]) -> None:
+    """Raises UserError where a score is not a number: such latents would stand first in every list."""
+    has_nan = scores.isnan().any(1)
+    wrong = has_nan.nonzero().flatten().tolist()
+    if wrong:
+        first = ids[wrong[0]]
+        raise UserError(
+            f"--ranking {name}: gives scores that are not a number (NaN), first for question {first}: a mean over no "
+            "position?"
+        )

@@ -10,13 +10,13 @@ from experiment.intervention.splice import Splice
 
 def removed_shares(
     splice: Splice,
-    positions: list[SparseActivations],
+    latents: list[SparseActivations],
     lists: list[list[int]],
     means: Float[Tensor, " d_sae"] | None = None,
 ) -> list[list[float]]:
-    """`removed_share` of a list of latents for each sequence, in four digits, for files of a readable size.
+    """`removed_share` of a list of latents for each sequence, rounded.
 
-    positions: of each sequence those that count.
+    latents: of each sequence, at the positions that count.  lists: of each sequence.  means: as of `removed_share`.
     """
     flat: list[int] = []
     lengths = []
@@ -26,17 +26,22 @@ def removed_shares(
     # One upload and one download for all of them: each makes the device wait.
     together = torch.tensor(flat, dtype=torch.long, device=splice.device)
     shares = []
-    for latents, of_list in zip(positions, together.split(lengths)):
-        share = removed_share(splice, latents, of_list, means)
+    for of_sequence, of_list in zip(latents, together.split(lengths)):
+        share = removed_share(splice, of_sequence, of_list, means)
         shares.append(share)
     numbers = torch.cat(shares).tolist()
     of_lists = []
     first = 0
     for length in lengths:
         of_list = numbers[first : first + length]
-        of_lists.append([float(f"{share:.4g}") for share in of_list])
+        of_lists.append([round_to_four(share) for share in of_list])
         first += length
     return of_lists
+
+
+def round_to_four(value: float) -> float:
+    """A number in four significant digits, for files of a readable size."""
+    return float(f"{value:.4g}")
 
 
 @torch.no_grad()

@@ -18,8 +18,11 @@ NOT_FINITE = (
 
 @dataclass(frozen=True)
 class Answer:
-    """tokens: what was generated, up to and including the token that ended it.  log_probs: in nats, of each token given
-    those before it: of the unmasked answer's tokens under the mask, or, without one, of the answer's own."""
+    """What was generated behind one prompt.
+
+    tokens: their ids, up to and including the token that ended it.  log_probs: in nats, of each token given those
+    before it: with a draft, of the draft's tokens; else of the answer's own.
+    """
 
     tokens: list[int]
     log_probs: list[float]
@@ -29,8 +32,9 @@ class Answer:
 class Row:
     """One answer under generation.
 
-    prompt: token ids.  proposal: tokens that may follow it, ended by NO_TOKEN where they are only a beginning.
-    tokens: what the model has said; no cache holds the last one.  log_probs: as an Answer's.
+    prompt: token ids.  proposal: what a wide pass reads behind it: a draft, which is a whole answer, or what answers
+    begin with, ended by NO_TOKEN.  tokens: what the model has said; no cache holds the last one.  log_probs: as an
+    Answer's.
     """
 
     prompt: list[int]
@@ -40,7 +44,7 @@ class Row:
 
     @property
     def is_draft(self) -> bool:
-        """Whether a whole answer is proposed, whose log probabilities are asked for."""
+        """Whether a whole answer is proposed, whose log probabilities are asked for then."""
         return self.proposal[-1] != NO_TOKEN
 
     @property
@@ -48,27 +52,45 @@ class Row:
         """What the wide pass reads. What would follow a proposal's last token is not asked for."""
         return self.prompt + self.proposal[:-1]
 
+    @property
+    def cached(self) -> list[int]:
+        """What a cache holds of the prompt and of what the model has said: all but the last token."""
+        return self.prompt + self.tokens[:-1]
+
     def targets(self, said: list[int]) -> list[int]:
-        """The tokens whose log probabilities are asked for, one per place of the proposal."""
+        """The tokens whose log probabilities are asked for, one per place of the proposal.
+
+        said: what the model says at each of these places.
+        """
         return self.proposal if self.is_draft else said
 
     def keep(self, said: list[int], log_probs: list[float]) -> None:
-        """Keeps what the model says at the places of the proposal, as far as it was asked under its own words."""
-        agreed = 0
-        while agreed < len(said) and said[agreed] == self.proposal[agreed]:
-            agreed += 1
-        self.tokens = said[: agreed + 1]  # the first token that differs is the model's own
-        self.log_probs = log_probs if self.is_draft else log_probs[: agreed + 1]
+        """Keeps what the model says at the places of the proposal, as far as it was asked under its own words.
+
+        said, log_probs: of each place the model's token, and the log probability of `targets`.
+        """
+        end = 1  # the first token that differs is the model's own
+        for token, proposed in zip(said, self.proposal):
+            if token != proposed:
+                break
+            end += 1
+        self.tokens = said[:end]
+        self.log_probs = log_probs if self.is_draft else log_probs[:end]
 
     def append(self, token: int, log_prob: float) -> None:
+        """Keeps the model's next token. log_prob: its own, in nats; not kept where a draft's are asked for."""
         self.tokens.append(token)
         if not self.is_draft:
             self.log_probs.append(log_prob)
 
     def has_ended(self, end_ids: set[int], max_new_tokens: int) -> bool:
-        return self.tokens[-1] in end_ids or len(self.tokens) >= max_new_tokens
+        """Whether the last token ends an answer, or the answer is as long as it may get."""
+        if self.tokens[-1] in end_ids:
+            return True
+        return len(self.tokens) >= max_new_tokens
 
     def answer(self) -> Answer:
+        """What has been said so far, as an answer."""
         return Answer(self.tokens, self.log_probs)
 
 
@@ -83,7 +105,8 @@ def cut_at_end(draft: list[int], end_ids: set[int]) -> list[int]:
 def pick_tokens(logits: Float[Tensor, "output vocab"]) -> list[int]:
     """The likeliest token of each row of logits. Raises UserError where they are not finite."""
     is_finite = logits.isfinite().all(-1)
-    tokens = torch.where(is_finite, logits.argmax(-1), NO_TOKEN).tolist()  # the one time that the device is waited for
+    likeliest = logits.argmax(-1)
+    tokens = torch.where(is_finite, likeliest, NO_TOKEN).tolist()  # the one time that the device is waited for
     if NO_TOKEN in tokens:
         raise UserError(NOT_FINITE)
     return tokens
@@ -91,7 +114,16 @@ def pick_tokens(logits: Float[Tensor, "output vocab"]) -> list[int]:
 
 def pick_log_probs(logits: Float[Tensor, "output vocab"], tokens: Int[Tensor, "output"]) -> Float[Tensor, "output"]:
     """The log probability of a token in each row of logits, in nats, computed in single precision."""
+    parts = zip(logits.split(LOG_PROB_ROWS), tokens.split(LOG_PROB_ROWS))
     log_probs = []
-    for part, chosen in zip(logits.split(LOG_PROB_ROWS), tokens.split(LOG_PROB_ROWS)):
-        log_probs.append(part.float().log_softmax(-1).gather(1, chosen.unsqueeze(1)).flatten())
+    for part, chosen in parts:
+        of_part = _pick_log_probs(part, chosen)
+        log_probs.append(of_part)
     return torch.cat(log_probs)
+
+
+def _pick_log_probs(logits: Float[Tensor, "part vocab"], tokens: Int[Tensor, "part"]) -> Float[Tensor, "part"]:
+    """A function by itself, so that of what is as large as the vocabulary nothing lives on beside the next part's."""
+    log_probs = logits.float().log_softmax(-1)
+    of_tokens = log_probs.gather(1, tokens.unsqueeze(1))
+    return of_tokens.flatten()

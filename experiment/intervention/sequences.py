@@ -1,4 +1,9 @@
-"""What the SAE read in whole sequences, put together from the passes that ran them; the sequences that are ranked."""
+"""What the SAE read in whole sequences, put together from the passes that ran them; the sequences that are ranked.
+
+Three words for three things: `latents` are the active latents at some positions (SparseActivations; ids alone in an
+Ablation or in Candidates), `encoded` is a list of these, a pass or a step each, and `read` is what they make up in
+whole sequences (SequenceActivations).
+"""
 
 import functools
 from collections.abc import Sequence
@@ -16,12 +21,12 @@ class ReadInPass:
     """What the SAE read in one pass, or in the passes of one batch.
 
     rows: [pos], the number of the sequence that each position belongs to, in the order in which a sequence is read.
-    places: [pos], where the position stands in `activations`, in which what several prompts begin with stands once.
+    places: [pos], where the position stands in `latents`, in which what several prompts begin with stands once.
     """
 
     rows: Int[Tensor, "pos"]
     places: Int[Tensor, "pos"]
-    activations: SparseActivations
+    latents: SparseActivations
 
     @classmethod
     def of_batch(
@@ -29,30 +34,32 @@ class ReadInPass:
         numbers: list[int],
         places: Int[Tensor, "row pos"],
         attention: Int[Tensor, "row pos"],
-        activations: SparseActivations,
+        latents: SparseActivations,
     ) -> "ReadInPass":
         """Of a batch's wide pass.
 
-        numbers: each row's sequence.  places: where each position of the layout stands in `activations`.
+        numbers: each row's sequence.  places: where each position of the layout stands in `latents`.
         attention: 1 at the positions that are of the sequences, not padding or a proposal that was not kept.
         """
         rows, columns = attention.nonzero(as_tuple=True)
         sequences = torch.tensor(numbers, device=attention.device)
-        return cls(sequences[rows], places[rows, columns], activations)
+        return cls(sequences[rows], places[rows, columns], latents)
 
     @classmethod
-    def of_step(cls, numbers: list[int], activations: SparseActivations) -> "ReadInPass":
+    def of_step(cls, numbers: list[int], latents: SparseActivations) -> "ReadInPass":
         """Of a step, which reads one position per row. numbers: each row's sequence."""
-        device = activations.counts.device
-        return cls(torch.tensor(numbers, device=device), torch.arange(len(numbers), device=device), activations)
+        device = latents.counts.device
+        sequences = torch.tensor(numbers, device=device)
+        places = torch.arange(len(numbers), device=device)
+        return cls(sequences, places, latents)
 
 
 @dataclass(frozen=True)
 class SequenceActivations:
     """What the SAE read in sequences, position by position, sequence by sequence.
 
-    rows, columns: [pos], the sequence of each position and where it stands in it.  positions: [pos], where it stands in
-    `latents`.
+    latents: at positions in any order; some may be of none of the sequences, or of several.  rows, columns: [pos], the
+    sequence of each position and where it stands in it.  positions: [pos], where it stands in `latents`.
     """
 
     latents: SparseActivations
@@ -66,40 +73,48 @@ class SequenceActivations:
 
         lengths: of the sequences, in tokens; a row may have been run beyond its end.
         """
-        device = parts[0].activations.counts.device
-        rows = torch.cat([part.rows.to(device) for part in parts])
-        positions = []
+        latents = join([part.latents for part in parts])
+        device = latents.counts.device
+        rows_of_parts = []
+        positions_of_parts = []
         first = 0
         for part in parts:
-            positions.append(first + part.places.to(device))
-            first += len(part.activations.counts)
-        rows, order = rows.sort(stable=True)
+            rows_of_parts.append(part.rows.to(device))
+            places = part.places.to(device)
+            positions_of_parts.append(first + places)
+            first += len(part.latents.counts)
+        rows, order = torch.cat(rows_of_parts).sort(stable=True)
+        positions = torch.cat(positions_of_parts)[order]
         counts = rows.bincount(minlength=len(lengths))
         starts = counts.cumsum(0) - counts
         columns = torch.arange(len(rows), device=device) - starts[rows]
-        is_inside = columns < torch.tensor(lengths, device=device)[rows]
+        ends = torch.tensor(lengths, device=device)
+        is_inside = columns < ends[rows]
         return cls(
-            join([part.activations for part in parts]),
-            rows[is_inside],
-            columns[is_inside],
-            torch.cat(positions)[order][is_inside],
+            latents=latents,
+            rows=rows[is_inside],
+            columns=columns[is_inside],
+            positions=positions[is_inside],
         )
 
     def select(self, rows: list[int], ends: list[int]) -> "SequenceActivations":
         """These sequences alone, each up to its end (a length), with `latents` in the order of their positions."""
         device = self.rows.device
-        numbers = torch.full((int(self.rows.max()) + 1,), -1, device=device)
+        count = int(self.rows.max()) + 1
+        numbers = torch.full((count,), -1, device=device)  # of each sequence its number among `rows`
         numbers[rows] = torch.arange(len(rows), device=device)
-        numbers = numbers[self.rows]  # [pos], of each position's sequence among `rows`
+        numbers = numbers[self.rows]  # [pos], the same of each position's sequence
         ends_of_rows = torch.tensor([*ends, 0], device=device)  # the last one is of all other sequences
-        is_inside = (numbers >= 0) & (self.columns < ends_of_rows[numbers])
-        order = numbers[is_inside].sort(stable=True).indices
-        positions = self.positions[is_inside][order]
+        is_before_end = self.columns < ends_of_rows[numbers]
+        is_inside = (numbers >= 0) & is_before_end
+        inside = is_inside.nonzero().flatten()
+        numbers, order = numbers[inside].sort(stable=True)
+        taken = inside[order]
         return SequenceActivations(
-            self.latents.take(positions),
-            numbers[is_inside][order],
-            self.columns[is_inside][order],
-            torch.arange(len(positions), device=device),
+            latents=self.latents.take(self.positions[taken]),
+            rows=numbers,
+            columns=self.columns[taken],
+            positions=torch.arange(len(taken), device=device),
         )
 
 
@@ -108,8 +123,9 @@ class Sequences:
     """The kept questions of a batch as a ranking sees them: lists with an item each.
 
     ids: the questions'.  prompts, generated: token ids.  brackets: the place in `generated` of the last token with a [
-    in its text.  answer_positions: the places there of the tokens inside the brackets.  rows: each one's in `read`,
-    which is what the SAE read in the whole group.  special_ids: of the tokenizer's special tokens, BOS among them.
+    in its text.  answer_positions: the places there of the tokens inside the brackets.  rows: the row of each one in
+    `read`, which is what the SAE read in the whole group.  special_ids: of the tokenizer's special tokens, BOS among
+    them.
     """
 
     ids: list[str]
@@ -123,15 +139,19 @@ class Sequences:
 
     def tokens_until(self, number: int, place: int) -> list[int]:
         """A sequence's tokens up to this place in what was generated, without the one there."""
-        return self.prompts[number] + self.generated[number][:place]
+        prompt = self.prompts[number]
+        generated = self.generated[number]
+        return prompt + generated[:place]
 
     def until(self, places: Sequence[int], numbers: Sequence[int] | None = None) -> SequenceActivations:
         """What the SAE read in sequences (`numbers`; None: in all) up to these places in what was generated."""
-        numbers = range(len(self.rows)) if numbers is None else numbers
-        rows = [self.rows[number] for number in numbers]
+        if numbers is None:
+            numbers = range(len(self.rows))
+        rows = []
         ends = []
         for number, place in zip(numbers, places):
             tokens = self.tokens_until(number, place)
+            rows.append(self.rows[number])
             ends.append(len(tokens))
         return self.read.select(rows, ends)
 
@@ -162,7 +182,8 @@ class Sequences:
     def ordinary(self) -> Bool[Tensor, " pos"]:
         """Where in `ranked` the SAE stands at a token that is not special. Controls are drawn and what masks remove is
         measured there: at BOS, whose norm is many times the others', an SAE's latents say nothing of the text."""
-        return self.find_ordinary(self.ranked, self.brackets, range(len(self.rows)))
+        everyone = range(len(self.rows))
+        return self.find_ordinary(self.ranked, self.brackets, everyone)
 
     def find_ordinary(
         self,
@@ -170,21 +191,25 @@ class Sequences:
         places: Sequence[int],
         numbers: Sequence[int],
     ) -> Bool[Tensor, " pos"]:
-        """Where in `read`, what `until` gives for these places, the SAE stands at a token that is not special."""
+        """Where in `read` the SAE stands at a token that is not special. read: what `until` gives for these places."""
         tokens = []
         for number, place in zip(numbers, places):
             tokens += self.tokens_until(number, place)
         spliced = read.latents.spliced
+        ids = torch.tensor(tokens, device=spliced.device)
         special_ids = torch.tensor([*self.special_ids], device=spliced.device)
-        is_special = torch.isin(torch.tensor(tokens, device=spliced.device), special_ids)
+        is_special = torch.isin(ids, special_ids)
         return spliced & ~is_special
 
-    def read_ordinary(self) -> list[SparseActivations]:
-        """What the SAE read at the `ordinary` positions of each sequence."""
+    def take_ordinary(self) -> list[SparseActivations]:
+        """The latents at the `ordinary` positions of each sequence."""
         positions = self.ordinary.nonzero().flatten()
-        counts = self.ranked.rows[positions].bincount(minlength=len(self.rows))
-        parts = positions.split(counts.tolist())
-        return [self.ranked.latents.take(part) for part in parts]
+        rows = self.ranked.rows[positions]
+        counts = rows.bincount(minlength=len(self.rows))
+        latents = []
+        for of_sequence in positions.split(counts.tolist()):
+            latents.append(self.ranked.latents.take(of_sequence))
+        return latents
 
     @functools.cached_property
     def answered(self) -> dict[int, int]:

@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+ENTRIES = 8192  # of which rows of the decoder are in memory at once
+
 
 @dataclass(frozen=True)
 class SparseActivations:
-    """The active latents at a row of positions, and the residual stream there.
+    """The active latents at positions, in any order, and the residual stream there.
 
     residual: with heads and d_head instead of d_in at `hook_z`.  spliced: False where the SAE does not stand: at
     padding, and at special tokens that bypass it.  ids, values: an entry per active latent, position by position.
@@ -45,10 +47,13 @@ class SparseActivations:
             counts=counts,
         )
 
+    def every_position(self) -> Int[Tensor, "pos"]:
+        """The number of each position: 0, 1, ..."""
+        return torch.arange(len(self.counts), device=self.counts.device)
+
     def entry_positions(self) -> Int[Tensor, "entry"]:
         """The position of each entry."""
-        positions = torch.arange(len(self.counts), device=self.counts.device)
-        return positions.repeat_interleave(self.counts)
+        return self.every_position().repeat_interleave(self.counts)
 
 
 def join(parts: Sequence[SparseActivations]) -> SparseActivations:

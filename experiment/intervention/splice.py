@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from experiment.intervention.ablations import Ablation, Mask, draw_directions, turn
-from experiment.intervention.sparse import SparseActivations
+from experiment.intervention.ablations import Ablation, Mask, build_mask, turn
+from experiment.intervention.sparse import ENTRIES, SparseActivations
 
 if TYPE_CHECKING:  # importing it takes seconds
     from sae_lens import SAE
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # importing it takes seconds
 CHUNK_BYTES = 2**29  # of one [position, d_sae] tensor; encoding holds about three of them
 CHUNK_POSITIONS = 1024  # at most: on a CPU a small SAE's chunk then fits into the cache
 DENSE = 1 / 16  # of the latents active: from there on matrix products are the faster way
-ENTRIES = 8192  # of which slopes are taken at once
 
 
 class Splice:
@@ -33,7 +32,9 @@ class Splice:
 
     error_term: "drop", as in the paper: the reconstruction alone; "keep": what the SAE does not explain stays, so the
     place keeps its own value less what the masked latents wrote.  bypass: ids of tokens at which it does not stand.
-    writes_rows: whether what a latent writes is its activation times its row of W_dec, at every position alike.
+    bias: what is added to `acts @ W_dec`; None where decoding is more than that.  chunk: how many positions are encoded
+    whole at once.  writes_rows: whether what a latent writes is its activation times its row of W_dec, at every
+    position alike.
     """
 
     def __init__(self, sae: "SAE", error_term: str = "drop", bypass: Sequence[int] = ()):
@@ -88,58 +89,11 @@ class Splice:
         means: Float[Tensor, "d_sae"] | None = None,
     ) -> Mask:
         """A mask with a row per item of the ablation. means: as in Mask."""
-        count = len(ablation.latents)
-        flat = []
-        numbers = []
-        for number, of_row in enumerate(ablation.latents):
-            flat += of_row
-            numbers += [number] * len(of_row)
-        # One upload of each: every one makes the device wait.
-        latents = torch.tensor(flat, dtype=torch.long).to(self.device)
-        rows = torch.tensor(numbers, dtype=torch.long).to(self.device)
-        masked = torch.zeros(
-            count,
-            self.d_sae,
-            dtype=torch.bool,
-            device=self.device,
-        )
-        masked[rows, latents] = True
-        if ablation.keep_only:
-            masked = ~masked
-        written = None
-        if means is not None and self.bias is not None:
-            of_latents = means.to(self.sae.W_dec)
-            written = self._add_up_rows(of_latents, rows, latents, count)
-            if ablation.keep_only:
-                of_all = of_latents @ self.sae.W_dec
-                written = of_all - written
-        directions = None
-        if ablation.directions is not None:
-            drawn = draw_directions(ablation.directions, self.d_in)
-            directions = drawn.to(self.device)
-        return Mask(masked, means, written, directions)
+        adds_up_rows = self.bias is not None
+        return build_mask(ablation, self.sae.W_dec, means, adds_up_rows)
 
-    def _add_up_rows(
-        self,
-        activations: Float[Tensor, "d_sae"],
-        rows: Int[Tensor, "listed"],
-        latents: Int[Tensor, "listed"],
-        count: int,
-    ) -> Float[Tensor, "row d_in"]:
-        """What these latents write at these activations, added up for each of `count` rows."""
-        decoder = self.sae.W_dec
-        written = decoder.new_zeros(count, self.d_in)
-        parts = zip(
-            rows.split(ENTRIES),
-            latents.split(ENTRIES),
-        )
-        for some_rows, some in parts:
-            sizes = activations[some].unsqueeze(1)
-            written.index_add_(0, some_rows, sizes * decoder[some])
-        return written
-
-    def read(self, residual: Float[Tensor, "pos *d_in"]) -> Float[Tensor, "pos *d_in"]:
-        """What the SAE reads, in its dtype.
+    def to_input(self, residual: Float[Tensor, "pos *d_in"]) -> Float[Tensor, "pos *d_in"]:
+        """The residual stream as the SAE takes it, in its dtype and on its device.
 
         Some SAEs for `hook_z` say in their configuration that they put the heads side by side themselves; Gemma
         Scope 2's do not.
@@ -150,7 +104,7 @@ class Splice:
         return residual.flatten(1)
 
     def _chunks(self, count: int) -> tuple[Int[Tensor, "chunk"], ...]:
-        """So many positions, a chunk at a time."""
+        """The numbers of so many positions, a chunk at a time."""
         positions = torch.arange(count, device=self.device)
         return positions.split(self.chunk)
 
@@ -160,7 +114,10 @@ class Splice:
         residual: Float[Tensor, "pos *d_in"],
         spliced: Bool[Tensor, "pos"],
     ) -> SparseActivations:
-        """The active latents at positions. spliced: where the SAE stands; elsewhere nothing is encoded."""
+        """The active latents at positions.
+
+        residual: on any device; kept as it is.  spliced: where the SAE stands; elsewhere nothing is encoded.
+        """
         spliced = spliced.to(self.device)
         positions = spliced.nonzero().flatten()
         counts = torch.zeros(
@@ -191,8 +148,8 @@ class Splice:
     ) -> Float[Tensor, "chunk d_sae"]:
         """Every latent's activation at some of the positions."""
         places = chunk.to(residual.device)
-        read = self.read(residual[places])
-        return self.sae.encode(read)
+        given = self.to_input(residual[places])
+        return self.sae.encode(given)
 
     @torch.no_grad()
     def reconstruct(
@@ -203,7 +160,7 @@ class Splice:
     ) -> Float[Tensor, "pos *d_in"]:
         """What stands in the model's place, like latents.residual in shape and dtype.
 
-        rows: the row of the mask that each position belongs to.
+        rows: the row of the mask that each position belongs to; only with a mask.  mask: None: nothing is masked.
         """
         if mask is None and self.keeps_error:
             return latents.residual
@@ -230,7 +187,7 @@ class Splice:
         out = self._reconstruct_whole(residual, rows, mask)
         if mask is not None and mask.directions is not None:
             if self.keeps_error:
-                unmasked = self.read(residual).flatten(1)
+                unmasked = self.to_input(residual).flatten(1)
             else:
                 unmasked = self._reconstruct_whole(residual, rows, None)
             out = turn(unmasked, out, mask.directions[rows])
@@ -253,7 +210,8 @@ class Splice:
     def _find_unmasked(self, latents: SparseActivations) -> Float[Tensor, "pos d_in"]:
         """What stands in the model's place with nothing masked, in the SAE's dtype."""
         if self.keeps_error:
-            return self.read(latents.residual).flatten(1)
+            before = self.to_input(latents.residual)
+            return before.flatten(1)
         return self._decode(latents, None, None)
 
     def _decode(
@@ -264,7 +222,8 @@ class Splice:
     ) -> Float[Tensor, "pos d_in"]:
         """`reconstruct` in the SAE's dtype, at positions where the SAE stands; at others it may be anything."""
         positions = int(latents.spliced.sum())
-        is_dense = len(latents.ids) > DENSE * self.d_sae * positions
+        activations = self.d_sae * positions
+        is_dense = len(latents.ids) > DENSE * activations
         if self.bias is None or is_dense:
             return self._reconstruct_whole(latents.residual, rows, mask)
         return self._reconstruct_from_entries(latents, rows, mask)
@@ -275,6 +234,7 @@ class Splice:
         rows: Int[Tensor, "pos"] | None,
         mask: Mask | None,
     ) -> Float[Tensor, "pos d_in"]:
+        """`_decode` from the active latents alone: what the decoder's rows add up to."""
         assert self.bias is not None
         values = latents.values
         if mask is not None:
@@ -292,7 +252,7 @@ class Splice:
             per_sample_weights=values,
         )
         if self.keeps_error:
-            out = self.read(latents.residual) - decoded
+            out = self.to_input(latents.residual) - decoded
         else:
             out = decoded + self.bias
         if mask is None or mask.written is None:
@@ -306,6 +266,7 @@ class Splice:
         rows: Int[Tensor, "pos"] | None,
         mask: Mask | None,
     ) -> Float[Tensor, "pos d_in"]:
+        """`_decode` by the SAE's own encoding and decoding, a chunk of positions at a time."""
         out = []
         for chunk in self._chunks(len(residual)):
             acts = self._encode_whole(residual, chunk)
@@ -331,16 +292,13 @@ class Splice:
         latents: SparseActivations,
         gradient: Float[Tensor, "pos *d_in"],
     ) -> Float[Tensor, "entry"]:
-        """The gradient at each entry's activation, from the one at the reconstruction."""
-        gradient = self.read(gradient)
+        """The gradient at each entry's activation, from the one at the reconstruction of these latents."""
+        gradient = self.to_input(gradient)
         if self.bias is None:
             return self._vjp_whole(latents, gradient)
         positions = latents.entry_positions()
         slopes = [latents.values[:0]]
-        parts = zip(
-            positions.split(ENTRIES),
-            latents.ids.split(ENTRIES),
-        )
+        parts = zip(positions.split(ENTRIES), latents.ids.split(ENTRIES))
         for where, ids in parts:
             products = gradient[where] * self.sae.W_dec[ids]
             slope = products.sum(-1)

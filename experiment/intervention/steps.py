@@ -1,8 +1,9 @@
 """Steps of rows that are decoded together: the next token of each, behind its cache. Knows nothing of answers.
 
 On a GPU a step is bound by its host, which launches some 3,000 small kernels: gemma-2-9b-it's takes 60 ms, of which an
-H100 works 16. So there a step is recorded once (a CUDA graph) and then replayed. For that shapes stay as they are: the
-cache has room for all steps from the start, and the mask keeps them from what is not there yet.
+H100 works 16. So there a step is recorded once (a CUDA graph) and then replayed: the device does the same again, with
+the same tensors, whatever they hold by then. For that nothing changes its shape or its place in memory from step to
+step: the cache has room for all steps from the start, and notes on the device how much of it is filled.
 """
 
 from collections.abc import Callable
@@ -19,42 +20,60 @@ from experiment.intervention.forward import SplicedModel, layers_of
 from experiment.intervention.memory import is_out_of_memory
 from experiment.intervention.sparse import SparseActivations, join
 
-Pass = Callable[[], Float[Tensor, "row vocab"]]
+Step = Callable[[], Float[Tensor, "row vocab"]]  # the logits behind the tokens that lie ready
 
 
 class FixedLayer(StaticLayer):
-    """A layer's keys and values with room behind them: a step writes into it, and copies nothing that is there."""
+    """A layer's keys and values with room behind them: a step writes into it, and copies nothing that is there.
 
-    keys: Tensor  # there from the start, other than those of a StaticLayer
+    keys, values: [row, head, pos, d_head], there from the start, other than a StaticLayer's.
+    """
+
+    keys: Tensor
     values: Tensor
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], width: int, room: int):
-        """keys, values: [row, head, pos, d_head] of several pieces, each put at the right end of `width` positions."""
+        """keys, values: [row, head, pos, d_head] of several pieces, each put at the right end of `width` positions.
+
+        room: how many positions stay free behind them.
+        """
         super().__init__(width + room)
         self.keys = _put_together(keys, width, room)
         self.values = _put_together(values, width, room)
         self.device = self.keys.device
-        self.cumulative_length = torch.tensor(width, device=self.device)
+        self.cumulative_length = torch.tensor(width, device=self.device)  # what is filled; a step adds 1 on the device
         self.is_initialized = True
 
     def batch_select_indices(self, indices: Int[Tensor, "left"]) -> None:
+        """Leaves these rows alone."""
         self.keys = self.keys[indices]
         self.values = self.values[indices]
 
 
-def _put_together(pieces: list[Tensor], width: int, room: int) -> Float[Tensor, "row head width+room d_head"]:
-    rows = sum(len(piece) for piece in pieces)
+def _put_together(
+    pieces: list[Tensor],
+    width: int,
+    room: int,
+) -> Float[Tensor, "row head width+room d_head"]:
+    """The rows of pieces [row, head, pos, d_head] one after the other, 0 at padding and in the room."""
+    rows = sum(map(len, pieces))
     _, heads, _, d_head = pieces[0].shape
     together = pieces[0].new_zeros(rows, heads, width + room, d_head)
     first = 0
     for piece in pieces:
-        together[first : first + len(piece), :, width - piece.shape[2] : width] = piece
-        first += len(piece)
+        end = first + len(piece)
+        padding = width - piece.shape[2]
+        together[first:end, :, padding:width] = piece
+        first = end
     return together
 
 
-def record(step: Pass) -> Pass:
-    """What a CUDA device does in a step, to be replayed: it reads and writes the same tensors again."""
+def record(step: Step) -> Step:
+    """What a CUDA device does in a step, to be replayed: it reads and writes the same tensors again.
+
+    To record is not to run: nothing is computed before the first replay. Raises RuntimeError where the step does what
+    cannot be recorded, such as to wait for the device.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = step()
@@ -69,10 +88,18 @@ def record(step: Pass) -> Pass:
 class Steps:
     """The steps of some rows, until some of them leave.
 
-    cache: of FixedLayers.  attention: [row, pos], without the room.
+    cache: of FixedLayers.  attention: [row, pos], 1 at tokens and 0 at padding, without the room.  mask: of the rows;
+    None: nothing is masked.  ids, positions: [row, 1], the tokens that a step reads, and how many each has before it:
+    tensors that every step reads again.  visible: [row, pos], attention and the room.  count: how many steps were run.
     """
 
-    def __init__(self, model: SplicedModel, cache: DynamicCache, attention: Int[Tensor, "row pos"], mask: Mask | None):
+    def __init__(
+        self,
+        model: SplicedModel,
+        cache: DynamicCache,
+        attention: Int[Tensor, "row pos"],
+        mask: Mask | None,
+    ):
         self.model = model
         self.cache = cache
         self.attention = attention
@@ -80,16 +107,20 @@ class Steps:
         self.positions = attention.sum(1, keepdim=True)
         self.ids = torch.zeros_like(self.positions)
         width = layers_of(cache)[0].max_cache_len
-        room = attention.new_ones(len(attention), width - attention.shape[1])
-        self.visible = torch.cat([attention, room], 1)  # what is not there yet, the cache's length keeps from sight
+        room = width - attention.shape[1]
+        self.visible = _append_ones(attention, room)  # what is not filled yet, the cache itself keeps from sight
         self.count = 0
-        self._read: list[SparseActivations] = []  # of the last step, if that was run as it is
-        self._residual: Tensor | None = None  # [row, *d_in]; and if it was replayed
-        self._replay: Pass | None = None
+        self._encoded: list[SparseActivations] = []  # in the last step, if that was run as it is
+        self._residual: Tensor | None = None  # [row, *d_in], what the SAE was given, if it was replayed
+        self._replay: Step | None = None
 
     def run(self, tokens: list[int]) -> Float[Tensor, "row vocab"]:
-        """The logits behind these tokens, one of each row. On a CUDA device they hold until the next step."""
-        self.ids.copy_(torch.tensor(tokens).unsqueeze(1))
+        """The logits behind these tokens, one of each row. On a CUDA device they hold until the next step.
+
+        Where memory runs out on the way, the cache may hold a part of the step: it is of no more use.
+        """
+        ids = torch.tensor(tokens)
+        self.ids.copy_(ids.unsqueeze(1))
         # The first step is run as it is: it readies what a recording must not, and some rows need no second one.
         if self.count == 1 and self.model.can_record:
             self._try_to_record()
@@ -98,37 +129,44 @@ class Steps:
             return self._replay()
         return self._step()
 
-    def read(self) -> SparseActivations:
-        """What the SAE read in the last step, row by row."""
+    def encode(self) -> SparseActivations:
+        """The latents at the one position that each row had in the last step."""
         if self._replay is None:
-            return join(self._read)
+            return join(self._encoded)
         assert self._residual is not None
         stands = self.model.where_sae_applies(self.ids, self.visible)
-        return self.model.splice.encode(self._residual.clone(), stands.flatten())
+        residual = self._residual.clone()  # the next step writes over it
+        return self.model.splice.encode(residual, stands.flatten())
 
-    def leave(self, rows: Int[Tensor, "left"]) -> "Steps":
-        """Those of these rows alone."""
+    def keep_rows(self, rows: Int[Tensor, "left"]) -> "Steps":
+        """The further steps of these rows alone. They take the cache over: no step of all rows can follow."""
         for layer in layers_of(self.cache):
-            layer.batch_select_indices(rows.to(layer.keys.device))
-        attention = torch.cat([self.attention, self.attention.new_ones(len(self.attention), self.count)], 1)
-        mask = self.mask and self.mask.take(rows)
-        return Steps(self.model, self.cache, attention[rows.to(attention.device)], mask)
+            on_device = rows.to(layer.keys.device)
+            layer.batch_select_indices(on_device)
+        attention = _append_ones(self.attention, self.count)
+        attention = attention[rows.to(attention.device)]
+        mask = self.mask
+        if mask is not None:
+            mask = mask.take(rows)
+        return Steps(self.model, self.cache, attention, mask)
 
     def _step(self) -> Float[Tensor, "row vocab"]:
-        self._read = []
+        """A step as any other pass: active latents alone are decoded, and the host waits for how many they are."""
+        self._encoded = []
         logits = self.model.forward(
-            self.ids, self.visible, self.cache, self.mask, read=self._read, positions=self.positions
+            self.ids, self.visible, self.cache, self.mask, encoded=self._encoded, positions=self.positions
         )
         self.positions.add_(1)
         return logits
 
     def _step_whole(self) -> Float[Tensor, "row vocab"]:
-        """The same in what may be recorded."""
+        """A step in which the host waits for nothing, so that it can be recorded."""
         logits, self._residual = self.model.forward_whole(self.ids, self.visible, self.cache, self.mask, self.positions)
         self.positions.add_(1)
         return logits
 
     def _try_to_record(self) -> None:
+        """Records a step; where that is not possible says so, and no further step of the model is recorded."""
         try:
             self._replay = record(self._step_whole)
         except RuntimeError as error:
@@ -137,3 +175,9 @@ class Steps:
             self.model.can_record = False
             reason = str(error).partition("\n")[0]
             say(f"The steps of this model and SAE cannot be recorded ({reason}): they are run one by one, and slower.")
+
+
+def _append_ones(attention: Int[Tensor, "row pos"], count: int) -> Int[Tensor, "row pos+count"]:
+    """An attention with so many places more, which all rows see."""
+    ones = attention.new_ones(len(attention), count)
+    return torch.cat([attention, ones], 1)
