@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 
 from experiment import catalogue, say
@@ -12,17 +11,16 @@ from experiment.records import files
 from experiment.records.entries import CommonLatent, Entry, Figures, LatentStatistics, UnmaskedEntry
 from experiment.records.journal import Journal
 from experiment.records.schema import KeptRecord, Record
-from experiment.report import cells, estimates, folders, outputs, sentences, tables
+from experiment.report import estimates, folders, outputs, statistics, terminal
 from experiment.rounds import Experiment
 
-WIDTH = 100  # of what is printed
 OF_ANSWER = ("gradsae-answer", "attribution", "effect")  # rankings that need the answer's tokens inside the brackets
 
 
-def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence[Entry]) -> None:
+def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence[Entry]) -> list[Entry]:
     """Puts fresh entries in the place of those of the same mask, and writes and prints what was found and the table.
 
-    Entries that are no longer of what lies in the folder are left out, with a line.
+    Entries that are no longer of what lies in the folder are left out, with a line. Returns the others.
     """
     replaced = {name_entry(entry) for entry in fresh}
     entries = []
@@ -33,12 +31,9 @@ def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence
     path = experiment.options.output_dir
     folder = folders.read_folder(path, entries, experiment.questions)
     files.write_results(path / "results.json", folder.entries)
-    outputs.write_report(path, [folder], folder.entries)
-    table = tables.build_table(folder.entries)
-    finding = sentences.tell_finding(folder.entries)
-    if finding:
-        print(f"\n{textwrap.fill(finding, WIDTH)}")
-    print(f"\n{cells.to_text(table)}", flush=True)
+    outputs.write_report(path, [folder], folder.entries, folder.entries)
+    print(f"\n{terminal.to_text(folder.entries)}", flush=True)
+    return folder.entries
 
 
 def name_entry(entry: Entry) -> tuple[str | None, ...]:
@@ -90,17 +85,14 @@ def finish_round_1(experiment: Experiment, earlier: list[Entry], journals: dict[
         by_name[name] = journal
         kept[name] = find_kept(experiment, journal)
     fresh = []
-    told = []
     for ranking, journal in by_name.items():
-        statistics = measure_latents(experiment.options, ranking, kept)
-        entry = make_unmasked_entry(experiment, journal, kept[ranking], keep_f1, statistics)
-        fresh.append(entry)
-        told.append(f"{ranking}: {cells.tell_statistics(statistics, ranking)}")
-    report_results(experiment, earlier, fresh)
-    told.append(f"{tell_round_1(experiment, fresh[0])} All files: {experiment.options.output_dir}")
+        of_ranking = measure_latents(experiment.options, ranking, kept)
+        fresh.append(make_unmasked_entry(experiment, journal, kept[ranking], keep_f1, of_ranking))
+    entries = report_results(experiment, earlier, fresh)
+    unmasked = [entry for entry in entries if isinstance(entry, UnmaskedEntry)]
+    print(f"\n{statistics.tell_rankings(unmasked)}")
     say_unanswered(kept)
-    for sentence in told:
-        print(f"\n{sentence}")
+    print(f"\n{tell_round_1(experiment, fresh[0])} All files: {experiment.options.output_dir}")
 
 
 def say_unanswered(kept: dict[str, dict[Question, KeptRecord]]) -> None:

@@ -30,7 +30,7 @@ ROWS = [
 # all take 11 steps, together; plain Transformers take as many in each of two batches.
 PASSES = {
     "demo": [(1, 6), (2, 3), (3, 5), (3, 0), (1, 1.5)],
-    "shape": [(2, 22), (4, 11), (6, 11), (6, 11), (2, 0)],
+    "shape": [(2, 22), (3, 11), (5, 11), (5, 11), (2, 0)],
 }
 
 

@@ -655,7 +655,7 @@ class Memory:
 
             return watched
 
-        def watched(model, ids, attention, cache, replace, outputs=None):
+        def watched(model, ids, attention, cache, replace, *others):
             if torch.is_grad_enabled():
                 kind = "gradient"
             elif ids.shape[1] == 1:
@@ -666,11 +666,11 @@ class Memory:
                 kind = inside[-1] if inside else "prompt"
             self.passed.append((kind, len(ids)))
             if kind != self.kind or len(ids) <= self.most:
-                return run(model, ids, attention, cache, replace, outputs)
+                return run(model, ids, attention, cache, replace, *others)
             # In the middle of the pass: hooks are in place, a part of the cache is written.
             layer = model.lm.get_decoder().layers[0 if kind == "below" else -1]
             with layer.register_forward_pre_hook(self.fail):
-                return run(model, ids, attention, cache, replace, outputs)
+                return run(model, ids, attention, cache, replace, *others)
 
         monkeypatch.setattr(SplicedModel, "_run", watched)
         monkeypatch.setattr(SplicedModel, "forward_above", within("above", forward_above))

@@ -109,9 +109,9 @@ def test_rounds_of_a_random_model(shape, count, batch_tokens, device, dtype, cap
         for question in ranked:
             assert 2 <= question.active <= 2000
             for which in ("topk", "bottomk"):
-                length = len(question.lists[which])
+                length = len(question.lists.latents(which))
                 assert 20 <= length <= max(100, question.active // 2)
-                assert all(0 <= removed < 100 for removed in question.lists[f"removed_{which}"])  # 0: at BOS alone
+                assert all(0 <= removed < 100 for removed in question.lists.removed(which))  # 0: at BOS alone
     for which in ("topk", "bottomk"):
         for k, masked in zip(SEVERAL_K, workloads.masked_round(work, batches, found, which, SEVERAL_K), strict=True):
             assert_answered(work, masked, [question.latents(which, k) for question in found])

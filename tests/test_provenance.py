@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from experiment import UserError, guard
 from experiment.records import files
 from experiment.report import __main__ as report
-from experiment.report import figure, folders, page, tables
+from experiment.report import figure, folders, page_data, tables
 
 ROUND_1, ROUND_2, ROUND_3 = "baseline", "baseline_after_false", "baseline_after_true"
 
@@ -116,7 +116,7 @@ def test_zero_and_mean_ablation_in_one_folder(run, run_report, tmp_path):
     assert [tables.name_mask(entry) for entry, _ in found.masked] == ["TopK", "TopK mean"]
     for name, (_, records) in zip(("predictions_false", "predictions_false_mean"), found.masked):
         assert {i: record.fields() for i, record in records.items()} == read_journal(out / f"{name}.jsonl")[1]
-    assert len(page.collect([found])["masks"]) == 2
+    assert len(page_data.collect(found)["masks"]) == 2
 
 
 EDITS = {
@@ -216,7 +216,7 @@ def test_one_folder_spelled_in_two_ways(run, run_report, tmp_path, monkeypatch):
     run(ROUND_2, "--limit", 8, *given)
     assert "This round is finished" in run(ROUND_1, "--limit", 8, *given)[1]
     out, _ = run_report(tmp_path / "out")
-    assert out.startswith("ranking")
+    assert out.startswith("Masking the ")
     assert [*tables.build_table(folders.read_entries(tmp_path / "out" / "results.json")).masked] == [
         "none",
         "none",
@@ -233,7 +233,7 @@ def test_folders_whose_saes_are_called_the_same(run, run_report, tmp_path, monke
     out, _ = run_report(tmp_path / "a", tmp_path / "b", "--output-dir", tmp_path / "both")
     digests = [read_entries(tmp_path / name)[0]["run"]["sae_digest"] for name in ("a", "b")]
     assert digests[0] != digests[1]
-    assert out.startswith("sae_digest") and all(f"\n{digest[:8]} " in out for digest in digests)
+    assert all(f"sae_digest {digest[:8]}, error term dropped" in out for digest in digests)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 python -m experiment.report runs/demo                              # its files again
 python -m experiment.report runs/A runs/B --output-dir runs/both   # layers, widths or models side by side
+python -m experiment.report runs/demo --rankings baseline matched --k 10 50%
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NoReturn
 
 from experiment import UserError, guard
 from experiment.records import files
-from experiment.report import cells, folders, outputs, tables
+from experiment.report import blocks, folders, outputs, terminal
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,6 +28,8 @@ def main() -> None:
     parser = _Parser("python -m experiment.report", description=__doc__, formatter_class=raw)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="that rounds have written")
     parser.add_argument("--output-dir", type=Path, help="for the files (default: the one folder, or runs/together)")
+    parser.add_argument("--rankings", nargs="+", default=[], help="for tables and figure (default: all)")
+    parser.add_argument("--k", nargs="+", default=[], help="likewise; results.json and results.csv hold all")
     chosen = parser.parse_args()
     paths = list(dict.fromkeys(chosen.folders))
     if chosen.output_dir:
@@ -37,9 +40,14 @@ def main() -> None:
     with files.lock(path) if path.is_dir() else contextlib.nullcontext():
         given = [folders.read_folder(path) for path in paths]
         entries = folders.join_entries(given) if len(given) > 1 else given[0].entries
+        shown = blocks.choose(entries, chosen.rankings, chosen.k)
         files.write_results(path / "results.json", entries)
-        outputs.write_report(path, given, entries)
-    print(f"{cells.to_text(tables.build_table(entries))}\n\nAll files: {path}")
+        outputs.write_report(path, given, entries, shown)
+    print(f"{terminal.to_text(shown)}\n")
+    if len(given) > 1:
+        for folder in given:
+            print(f"Its questions: {folder.path / 'results.html'}")
+    print(f"All files: {path}")
 
 
 if __name__ == "__main__":

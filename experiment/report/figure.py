@@ -1,148 +1,293 @@
-"""The figure: what masking costs against K, a paper's column wide, for the page and for papers."""
+"""The figure: what masking costs against what it removes, in a paper's column, and panel by panel for the page.
+
+A line is a ranking over K; what chance does (matched, random, a control direction) is dashed. A ranking has a colour
+and a marker of its own, filled for TopK and hollow for BottomK, so that it reads in grey, too.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from typing import TYPE_CHECKING, Any
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiment.records.entries import Entry
-from experiment.report import cells, tables
+from experiment.report import blocks
+from experiment.report.blocks import Line, Setting
+from experiment.report.estimates import MASKS
+from experiment.report.metrics import ANSWER, EM, MASKED, REMOVED, Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from pandas import DataFrame, Series
+    from matplotlib.lines import Line2D
 
-PANELS = {"em": "EM (%)", "f1": "F1 (%)", "answer_log_prob_drop": "answer's log prob.,\ndrop (nats per token)"}
-MARKERS = "os^Dv*"  # of the figure: a marker for each line
+# For colour-blind readers: Okabe & Ito 2008, but for yellow, which is too light on white. What chance does is grey.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#000000", "#CC79A7", "#56B4E9")
+GREYS = ("#777777", "#999999", "#5F5F5F", "#AAAAAA")
+MARKERS = "osD^vPX"
+CHANCE_MARKERS = "<>ph"
+Y_LABELS = {"em": "points of EM lost", "answer_log_prob": "answer's log probability:\nnats per token lost"}
+X_LABELS = {"removed": "removed, % of the norm", "mean_k": "latents masked per question"}
 # Keys are Any: Matplotlib's own type spells out all its settings.
 STYLE: dict[Any, Any] = {
     "font.size": 7,
     "legend.frameon": False,
     "lines.linewidth": 1,
     "lines.markersize": 4,
-    "errorbar.capsize": 2,
+    "errorbar.capsize": 1.5,
 }
-# TrueType, for publishers refuse Matplotlib's Type 3 fonts; a salt in place of the random ids of an SVG.
-STYLE |= {"pdf.fonttype": 42, "svg.hashsalt": "results"}
-UNDATED = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}  # metadata without the time of drawing
+# TrueType, for publishers refuse Matplotlib's Type 3 fonts. In an SVG texts as texts, and a salt for random ids.
+STYLE |= {"pdf.fonttype": 42, "svg.hashsalt": "results", "svg.fonttype": "none"}
+UNDATED = {"png": {}, "pdf": {"CreationDate": None}}  # metadata without the time of drawing
+INK = "#000000"
+PAPER = "#ffffff"
+PANEL_HEIGHT = 1.6  # inches
+LEGEND_ROW_HEIGHT = 0.13
+MARGIN = 0.4
 WIDTH = 3.3  # inches: a paper's column
-APART = 0.07  # of the distance between two K: one line's intervals would hide another's
-LONGEST_IN_TWO_COLUMNS = 22  # characters of a label, for two of them to stand side by side in the legend
+WIDE = 6.9  # its text's width, for more than two settings beside each other
+PAGE_STYLE = STYLE | {"font.size": 9, "lines.linewidth": 1.4, "lines.markersize": 6}
+PAGE_PANEL = (4.4, 3.1)  # inches
 
 
-def draw(entries: list[Entry]) -> dict[str, bytes]:
-    """`make_figure`'s figure as {"png": bytes, "pdf": ..., "svg": ...}: for the same entries the same bytes. Empty
-    where nothing was masked."""
+@dataclass(frozen=True)
+class Point:
+    """below, above: how far its interval reaches from its mean.  name: its metric and journal."""
+
+    place: float
+    mean: float
+    below: float
+    above: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """Of a line."""
+
+    color: str
+    marker: str
+    is_dashed: bool
+
+    @property
+    def style(self) -> Literal["-", "--"]:
+        return "--" if self.is_dashed else "-"
+
+    def marked(self, mask: str) -> dict[str, Any]:
+        """Its marker: filled for TopK, hollow for BottomK."""
+        return {
+            "marker": self.marker,
+            "color": self.color,
+            "markerfacecolor": PAPER if mask == MASKS["bottomk"] else self.color,
+        }
+
+
+def draw(entries: Sequence[Entry]) -> dict[str, bytes]:
+    """`make_figure`'s figure as {"png": bytes, "pdf": bytes}: for the same entries the same bytes. Empty where nothing
+    was masked."""
     import matplotlib
 
-    table = tables.build_table(entries)
-    if (table.masked == "none").all():
+    settings = list_settings(entries)
+    if not settings:
         return {}
     files = {}
     with matplotlib.rc_context(STYLE):
-        figure = make_figure(table)
+        figure = make_figure(settings)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # it is laid out: not once more for each format
         for ending, metadata in UNDATED.items():
             file = io.BytesIO()
-            figure.savefig(file, format=ending, dpi=300, metadata=metadata, transparent=ending == "svg")
+            figure.savefig(file, format=ending, dpi=300, metadata=metadata)
             files[ending] = file.getvalue()
     return files
 
 
-def make_figure(table: DataFrame) -> Figure:
-    """EM and F1 against K with their intervals, and the drop in the answer's log probability where there is one.
+def draw_panels(entries: Sequence[Entry]) -> dict[str, list[tuple[str, str]]]:
+    """The figure's panels for the page, by setting: (what it shows, SVG)."""
+    import matplotlib
 
-    As wide as a paper's column, of at most six lines, the paper's settings and TopK first; dotted: the unmasked level,
-    and that of K = 0. table: of masked rounds at least one.
-    """
+    settings = list_settings(entries)
+    looks = choose_looks(settings)
+    panels = {}
+    with matplotlib.rc_context(PAGE_STYLE):
+        for setting in settings:
+            drawn = []
+            for metric in list_metrics([setting]):
+                drawn.append((metric.label, draw_svg(setting, metric, looks)))
+            panels[setting.title] = drawn
+    return panels
+
+
+def draw_svg(setting: Setting, metric: Metric, looks: dict[str, Look]) -> str:
+    """A panel by itself. A point's id is its name."""
     from matplotlib.figure import Figure
 
-    masked = table[table.masked != "none"]
-    masked = masked.assign(line=_name_lines(masked))
-    lines = sorted(masked.line.unique(), key=_order_line)
-    drawn = lines[: len(MARKERS)]
-    shown = masked[masked.line.isin(drawn)]
-    is_level = (table.masked == "none") & (table.questions == "kept")
-    levels = table[is_level & table.population.isin(shown.population)]
-    places = _place_ks(shown)
-    metrics = [metric for metric in PANELS if shown[metric].notna().any()]
-    figure = Figure(figsize=(WIDTH, 1 + 1.5 * len(metrics)), layout="constrained")
-    panels = figure.subplots(len(metrics), 1, sharex=True)
-    panels[1].sharey(panels[0])
-    for panel, metric in zip(panels, metrics):
-        for number, line in enumerate(drawn):
-            rows = shown[shown.line == line]
-            from_the_middle = number - (len(drawn) - 1) / 2
-            _draw_line(panel, rows, metric, places + APART * from_the_middle, number)
-        _draw_levels(panel, levels[metric])
-        panel.set_ylabel(PANELS[metric])
-    _label_ks(panels[-1], places)
-    _draw_legend(figure, panels[0], len(lines) - len(drawn))
+    figure = Figure(figsize=PAGE_PANEL, layout="constrained")
+    panel = figure.subplots()
+    draw_panel(panel, setting, metric, looks)
+    panel.set_ylabel(Y_LABELS[metric.name])
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+    svg = file.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def list_settings(entries: Sequence[Entry]) -> list[Setting]:
+    """Those in which something was masked, and what was lost is known; not masks that leave a list alone."""
+    settings = []
+    for setting in blocks.split_settings(entries):
+        if list_metrics([setting]) and not setting.keep_only:
+            settings.append(setting)
+    return settings
+
+
+def list_lines(settings: Sequence[Setting]) -> list[Line]:
+    lines: list[Line] = []
+    for setting in settings:
+        lines += setting.lines
+    return lines
+
+
+def list_metrics(settings: Sequence[Setting]) -> list[Metric]:
+    """EM and the answer's log probability, where there are drops of them."""
+    there = []
+    for metric in (EM, ANSWER):
+        if any(setting.has(metric) for setting in settings):
+            there.append(metric)
+    return there
+
+
+def choose_looks(settings: Sequence[Setting]) -> dict[str, Look]:
+    """{name of a line: its look}. A control has its ranking's, dashed."""
+    lines = list_lines(settings)
+    colors = itertools.cycle(COLORS)
+    markers = itertools.cycle(MARKERS)
+    greys = itertools.cycle(GREYS)
+    chance_markers = itertools.cycle(CHANCE_MARKERS)
+    looks: dict[str, Look] = {}
+    for line in lines:
+        if line.ranking in looks:
+            continue
+        if line.ranking in blocks.CHANCE:
+            looks[line.ranking] = Look(next(greys), next(chance_markers), True)
+        else:
+            looks[line.ranking] = Look(next(colors), next(markers), False)
+    for line in lines:
+        if line.control is not None:
+            looks[line.name] = dataclasses.replace(looks[line.ranking], is_dashed=True)
+    return looks
+
+
+def make_figure(settings: Sequence[Setting]) -> Figure:
+    """A row of panels per metric, a column per setting, as wide as a paper's column, or as its text where there are
+    more than two."""
+    from matplotlib.figure import Figure
+
+    shown = list_metrics(settings)
+    looks = choose_looks(settings)
+    handles = make_handles(settings, looks)
+    rows_of_legend = math.ceil(len(handles) / 2) + 1
+    width = WIDTH if len(settings) <= 2 else WIDE
+    height = PANEL_HEIGHT * len(shown) + LEGEND_ROW_HEIGHT * rows_of_legend + MARGIN
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(len(shown), len(settings), sharey="row", squeeze=False)
+    for row, metric in zip(panels, shown):
+        for panel, setting in zip(row, settings):
+            draw_panel(panel, setting, metric, looks)
+            if metric is not shown[-1]:
+                panel.set_xlabel("")
+        row[0].set_ylabel(Y_LABELS[metric.name])
+    if len(settings) > 1:
+        for panel, setting in zip(panels[0], settings):
+            title = setting.title.replace(", ", "\n")
+            panel.set_title(title, fontsize=6)
+    labels: dict[str, None] = {}
+    for setting in settings:
+        labels.update(dict.fromkeys(setting.ks.values()))
+    title = f"along a line: K = {', '.join(labels)}"
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, title=title)
     return figure
 
 
-def _name_lines(masked: DataFrame) -> list[str]:
-    """For each row, the name of the line that it is a point of: ranking, mask and the settings that differ."""
-    columns = [masked.ranking, masked.masked, *cells.write_settings(masked).values()]
-    return [" ".join(texts) for texts in zip(*columns)]
+def draw_panel(panel: Axes, setting: Setting, metric: Metric, looks: dict[str, Look]) -> None:
+    """The lines of one metric of a setting, over what masks remove; where an SAE does not let that be known, over how
+    many latents they mask."""
+    x = REMOVED if setting.has(REMOVED) else MASKED
+    panel.axhline(0, color=INK, linewidth=0.5)
+    for line in setting.lines:
+        draw_line(panel, line, metric, x, looks[line.name])
+    panel.set_xlabel(X_LABELS[x.name])
+    panel.spines[["top", "right"]].set_visible(False)
 
 
-def _order_line(line: str) -> tuple[int, bool]:
-    return line.count(" "), "BottomK" in line
-
-
-def _place_ks(shown: DataFrame) -> Series:
-    """{K: its place on the axis}. K that mask the same latents in every line share a place, as 10 and 50% do where the
-    lists end before 10."""
-    order = shown.groupby("k", sort=False).mean_k.min().sort_values(kind="stable").index
-    of_k = shown.pivot_table(index="k", columns="line", values=["mean_k", "em", "f1"]).loc[order]
-    return of_k.groupby(list(of_k), dropna=False, sort=False).ngroup()
-
-
-def _draw_line(panel: Axes, rows: DataFrame, metric: str, places: Series, number: int) -> None:
-    """A line with its intervals, a marker of its own, TopK solid, BottomK dashed and hollow: no need of colour."""
-    rows = rows.assign(x=rows.k.map(places)).drop_duplicates("x").dropna(subset=metric)
-    label = rows.line.iloc[0]
-    is_solid = "TopK" in label
-    grey = str(0.12 * number)
-    means = rows[metric]
+def draw_line(panel: Axes, line: Line, metric: Metric, x: Metric, look: Look) -> None:
+    """A line with its intervals, and each of its points by itself, so that the page can point at it."""
+    points = find_points(line, metric, x)
+    if not points:
+        return
+    places = [point.place for point in points]
+    means = [point.mean for point in points]
+    below = [point.below for point in points]
+    above = [point.above for point in points]
     panel.errorbar(
-        rows.x,
+        places,
         means,
-        [means - rows[f"{metric}_low"], rows[f"{metric}_high"] - means],
-        color=grey,
-        marker=MARKERS[number],
-        markerfacecolor=grey if is_solid else "white",
-        label=label,
-        linestyle="-" if is_solid else "--",
+        [below, above],
+        color=look.color,
+        linestyle=look.style,
+        elinewidth=0.7,
+        label=f"{line.name} {line.mask}",
     )
+    for point in points:
+        panel.plot([point.place], [point.mean], linestyle="", gid=point.name, **look.marked(line.mask))
 
 
-def _draw_levels(panel: Axes, levels: Series) -> None:
-    """The unmasked levels, of each folder one, dotted."""
-    for number, level in enumerate(levels.dropna().unique()):
-        label = "" if number else "unmasked"
-        panel.axhline(level, color="0", linestyle=":", linewidth=0.9, label=label)
+def find_points(line: Line, metric: Metric, x: Metric) -> list[Point]:
+    """From left to right."""
+    points = []
+    for k, entry in line.by_k.items():
+        place = x.read(entry)
+        lost = metric.read(entry)
+        if place is None or lost is None:
+            continue
+        low = lost.value if lost.low is None else lost.low
+        high = lost.value if lost.high is None else lost.high
+        point = Point(
+            place=place.value,
+            mean=lost.value,
+            below=max(0.0, lost.value - low),
+            above=max(0.0, high - lost.value),
+            name=f"{metric.name}:{entry.journal or k}",
+        )
+        points.append(point)
+    return sorted(points, key=lambda point: point.place)
 
 
-def _label_ks(panel: Axes, places: Series) -> None:
-    count = places.max() + 1
-    labels = [" = ".join(places.index[places == place]) for place in range(count)]
-    panel.set_xticks(range(count), labels)
-    panel.set_xlim(-0.5, count - 0.5)
-    panel.set_xlabel("K, latents masked per question")
+def make_handles(settings: Sequence[Setting], looks: dict[str, Look]) -> list[Line2D]:
+    """The legend's: a line for each ranking and for each control, then a marker for each mask."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for name, look in list_legend(settings, looks).items():
+        marker = look.marker or None
+        handles.append(Line2D([], [], label=name, linestyle=look.style, color=look.color, marker=marker))
+    plain = Look(INK, "o", False)
+    masks = dict.fromkeys(line.mask for line in list_lines(settings))
+    for mask in masks:
+        handles.append(Line2D([], [], label=mask, linestyle="", **plain.marked(mask)))
+    return handles
 
 
-def _draw_legend(figure: Figure, panel: Axes, left_out: int) -> None:
-    """Below the panels. left_out: how many lines are not drawn."""
-    handles, labels = panel.get_legend_handles_labels()
-    longest = max(map(len, labels))
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        title=f"{left_out} more lines: see results.csv" if left_out else None,
-        ncols=2 if longest <= LONGEST_IN_TWO_COLUMNS else 1,
-    )
+def list_legend(settings: Sequence[Setting], looks: dict[str, Look]) -> dict[str, Look]:
+    """{name: look} of the rankings, and of controls, which have their rankings' colours and markers, without any."""
+    rankings = {}
+    controls = {}
+    for line in list_lines(settings):
+        rankings[line.ranking] = looks[line.ranking]
+        if line.control is not None:
+            controls[f"the same in a random {line.control}"] = Look(GREYS[0], "", True)
+    return rankings | controls

@@ -15,14 +15,7 @@ from experiment.records.entries import Entry, MaskedEntry, UnmaskedEntry
 from experiment.records.journal import Journal, name_masked
 from experiment.records.lists import find_latents_to_mask
 from experiment.records.others import take_from_others
-from experiment.records.provenance import (
-    ALL,
-    depends_on,
-    differences,
-    digest_numbers,
-    digest_ranked,
-    same_answer,
-)
+from experiment.records.provenance import ALL, depends_on, differences, digest_numbers, digest_ranked, same_answer
 from experiment.records.schema import KeptRecord, Provenance, RankedQuestion, Record
 from experiment.report import relations, tables
 from experiment.report.comparisons import Scores
@@ -43,6 +36,7 @@ class Folder:
     kept: ids of the questions that round 1 kept; without it, of those that were masked.
     masked: (entry, {id: record}) of each masked round, in the table's order.
     ranked: of the files of activations of masked rounds.
+    unmasked: round 1's whole journals, by ranking.
     """
 
     path: Path
@@ -52,6 +46,7 @@ class Folder:
     kept: list[str]
     masked: list[tuple[MaskedEntry, Journal]]
     ranked: Ranked
+    unmasked: Journals
 
     @property
     def provenance(self) -> Provenance:
@@ -96,6 +91,7 @@ def read_folder(path: Path, entries: list[Entry] | None = None, known: list[Ques
         kept=_list_kept(round_1, masked),
         masked=masked,
         ranked=lists,
+        unmasked=unmasked,
     )
 
 

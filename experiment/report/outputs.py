@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiment.records import files
 from experiment.records.entries import Entry
-from experiment.report import cells, figure, page, tables
+from experiment.report import figure, latex, page, tables
 from experiment.report.folders import Folder
 
 
-def write_report(path: Path, folders: list[Folder], entries: list[Entry]) -> None:
-    """Writes results.csv, .tex, .html and, where something was masked, .png and .pdf to the folder `path`.
+def write_report(path: Path, folders: Sequence[Folder], entries: Sequence[Entry], shown: Sequence[Entry]) -> None:
+    """Writes results.csv, .tex, where something was masked .png and .pdf, and of a single folder .html to `path`.
 
-    folders: those that the page shows.  entries: of all of them.
+    entries: of all folders, for results.csv.  shown: those of them that are in tables and figure.
     """
-    table = tables.build_table(entries)
-    contents = figure.draw(entries)
-    svg = contents.pop("svg", b"").decode()
-    contents["csv"] = cells.to_csv(table).encode()
-    contents["tex"] = cells.to_latex(table).encode()
+    contents = figure.draw(shown)
+    contents["csv"] = tables.to_csv(entries).encode()
+    contents["tex"] = latex.to_latex(shown).encode()
     for ending, content in contents.items():
         with files.write_whole(path / f"results.{ending}", "wb") as file:
             file.write(content)
-    with files.write_whole(path / "results.html") as file:
-        page.write_page(file, folders, entries, svg)
+    if len(folders) == 1:
+        with files.write_whole(path / "results.html") as file:
+            page.write_page(file, folders[0], shown)

@@ -1,5 +1,4 @@
-"""ONE table of all that a folder holds, a pandas DataFrame; figure and page are made of it, and in `cells` what people
-read of it.
+"""ONE table of all results, a pandas DataFrame, for results.csv; in which order results stand.
 
 Knows nothing of models. pandas and matplotlib are imported where they are used: only the end of a round needs them.
 """
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.records.entries import Entry, Figures, MaskedEntry, UnmaskedEntry
+from experiment.records.entries import Agreement, Entry, Figures, MaskedEntry, UnmaskedEntry
 from experiment.records.provenance import KNOWN_LATER, SETTINGS, depends_on
 from experiment.records.schema import Provenance
 from experiment.report.estimates import DROP_ONLY, MASKS, METRICS
@@ -35,6 +34,8 @@ DROPS = [f"{metric}_drop{bound}" for metric in METRICS for bound in BOUNDS]
 COUNTS = ["fewer_than_k", "missed_target", "n", "left_out"]
 NUMBERS = ["mean_k", "fewer_than_k", "removed", "missed_target", "n", "left_out"]
 NUMBERS += [*LEVELS, *DROPS, "paper_em", "paper_f1"]
+COMPARED = ("faithfulness", "completeness", "faithfulness_auc", "completeness_auc")  # estimates of a MaskedEntry
+AGREED = ("spearman", "share", "found")  # of an Agreement
 PAPER = Path(__file__).with_name("paper.json")
 
 
@@ -43,11 +44,12 @@ def build_table(entries: Sequence[Entry]) -> DataFrame:
 
     Rows: the questions unmasked (all asked, then kept), one for each population, which its hash tells apart, for two
     can have equal n; then one for each ranking, mask and K, and a single one of K = 0, which is the same for all of
-    them. Settings in which the entries differ are columns, the first ones.
+    them; then one for each ranking whose scores stand beside single effects. Settings in which the entries differ are
+    columns, the first ones; what only some results have (COMPARED, AGREED) is a column where there is any.
     """
     import pandas
 
-    entries = _name_alike(entries)
+    entries = name_alike(entries)
     unmasked = [entry for entry in entries if isinstance(entry, UnmaskedEntry)]
     masked = sort_masked(entries)
     rows = []
@@ -60,16 +62,25 @@ def build_table(entries: Sequence[Entry]) -> DataFrame:
         if of_mask.clean is not None:
             rows.append(_make_row(of_mask, of_mask.clean, "kept", of_mask.population))
     # Round 1 did not ask all there is: the paper's figures do not stand beside these.
-    partial = {entry.population for entry in unmasked if not _asks_all(entry.provenance)}
+    partial = {entry.population for entry in unmasked if not asks_all(entry.provenance)}
     for of_mask in sorted(masked, key=lambda entry: not entry.masks_nothing):
         row = _make_masked_row(of_mask)
         if of_mask.population not in partial:
             row |= dict(zip(("paper_em", "paper_f1"), find_published(of_mask) or ()))
         rows.append(row)
+    rows += _make_agreement_rows(unmasked)
     texts = find_differing(entries) + TEXTS
-    types = dict.fromkeys(NUMBERS, "float") | dict.fromkeys(COUNTS, "Int64")
-    table = pandas.DataFrame(rows, columns=texts + NUMBERS).astype(types)
+    numbers = list(NUMBERS)
+    for row in rows:
+        numbers += [name for name in row if name not in numbers and name not in texts and name not in COLUMNS]
+    types = dict.fromkeys(numbers, "float") | dict.fromkeys(COUNTS, "Int64")
+    table = pandas.DataFrame(rows, columns=texts + numbers).astype(types)
     return table.drop_duplicates(texts, ignore_index=True)
+
+
+def to_csv(entries: Sequence[Entry]) -> str:
+    """All columns of `build_table`, in full precision."""
+    return build_table(entries).to_csv(index=False, lineterminator="\n")
 
 
 def _make_row(entry: Entry, figures: Figures, questions: str, population: str) -> dict[str, Any]:
@@ -85,7 +96,7 @@ def _make_row(entry: Entry, figures: Figures, questions: str, population: str) -
         n=figures.n,
     )
     for name in COLUMNS:
-        row[name] = _write_setting(getattr(entry.provenance, name))
+        row[name] = write_setting(getattr(entry.provenance, name))
     return row | _list_numbers(figures, "")
 
 
@@ -94,6 +105,9 @@ def _make_masked_row(entry: MaskedEntry) -> dict[str, Any]:
     row = _make_row(entry, entry, "kept", entry.population)
     if entry.drop is not None:
         row |= _list_numbers(entry.drop, "_drop")
+    for control, excess in (entry.excess or {}).items():
+        row |= _list_numbers(excess, f"_beyond_{control}")
+    row |= _list_estimates(entry, COMPARED)
     for name in ("k", "mean_k", "fewer_than_k", "removed", "missed_target"):
         row[name] = getattr(entry, name)
     row["left_out"] = len(entry.left_out)
@@ -102,6 +116,31 @@ def _make_masked_row(entry: MaskedEntry) -> dict[str, Any]:
         row["masked"] = name_mask(entry)
         row["ablation"] = entry.provenance.ablation
     return row
+
+
+def _make_agreement_rows(entries: Iterable[UnmaskedEntry]) -> list[dict[str, Any]]:
+    """A row for each ranking whose scores stand beside single effects."""
+    rows = []
+    for entry in entries:
+        agreement = entry.agreement
+        if agreement is None:
+            continue
+        row = _make_row(entry, entry, "kept", entry.population)
+        row |= {"ranking": entry.provenance.ranking, "k": agreement.k}
+        rows.append(row | _list_estimates(agreement, AGREED))
+    return rows
+
+
+def _list_estimates(of: MaskedEntry | Agreement, names: Iterable[str]) -> dict[str, float]:
+    """{column: mean, low or high} of the estimates that are there."""
+    numbers = {}
+    for name in names:
+        estimate = getattr(of, name)
+        if estimate is None:
+            continue
+        for bound, value in zip(BOUNDS, (estimate.mean, estimate.low, estimate.high)):
+            numbers[f"{name}{bound}"] = value
+    return numbers
 
 
 def _list_numbers(figures: Figures, suffix: str) -> dict[str, float]:
@@ -117,15 +156,15 @@ def _list_numbers(figures: Figures, suffix: str) -> dict[str, float]:
     return numbers
 
 
-def _write_setting(value: object) -> str:
+def write_setting(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _asks_all(made: Provenance) -> bool:
+def asks_all(made: Provenance) -> bool:
     return made.limit is None and made.sample is None
 
 
-def _name_alike(entries: Iterable[Entry]) -> list[Entry]:
+def name_alike(entries: Iterable[Entry]) -> list[Entry]:
     """The entries, with models, SAEs and data sets that are the same named alike, as the first entry names them."""
     names_of: dict[tuple, dict[str, str | None]] = {}
     named = []
@@ -147,7 +186,7 @@ def find_differing(entries: Sequence[Entry]) -> list[str]:
     """Those of COLUMNS in which the entries differ: none in one folder, but for what was selected."""
     differing = []
     for name in COLUMNS:
-        values = {_write_setting(getattr(entry.provenance, name)) for entry in entries}
+        values = {write_setting(getattr(entry.provenance, name)) for entry in entries}
         if name in KNOWN_LATER:
             values.discard("")
         if len(values) > 1:
@@ -160,12 +199,12 @@ def sort_masked(entries: Sequence[Entry]) -> list[MaskedEntry]:
 
     Of K that mask equally many, numbers stand before percentages.
     """
-    alike = _name_alike(entries)
+    alike = name_alike(entries)
     differing = find_differing(alike)
     folders: list[list[str]] = []  # the settings of each
     masked = []  # (what they are sorted by, entry)
     for entry, named in zip(entries, alike):
-        settings = [_write_setting(getattr(named.provenance, name)) for name in differing]
+        settings = [write_setting(getattr(named.provenance, name)) for name in differing]
         if settings not in folders:
             folders.append(settings)
         if isinstance(entry, MaskedEntry):

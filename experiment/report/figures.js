@@ -1,0 +1,89 @@
+// The histogram above the questions, and the figure, whose marks can be pointed at. Follows page.js, in the same module.
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The histogram of drops
+
+function niceStep(range) {
+  const rough = Math.max(range, 0.001) / BARS;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  return [1, 2, 5, 10].map((times) => times * power).find((step) => step >= rough);
+}
+
+function countBars(drops) {
+  const step = niceStep(Math.max(...drops) - Math.min(...drops));
+  const first = Math.floor(Math.min(...drops) / step);
+  const counts = new Array(Math.floor(Math.max(...drops) / step) - first + 1).fill(0);
+  for (const drop of drops) counts[Math.floor(drop / step) - first] += 1;
+  const tidy = (bound) => Number((bound * step).toPrecision(6));
+  return counts.map((count, place) => ({ count, low: tidy(first + place), high: tidy(first + place + 1) }));
+}
+
+function renderHistogram(questions, number) {
+  const drops = questions.map((question) => dropOf(question, number)).filter((drop) => drop !== null);
+  const box = find("histogram");
+  box.hidden = !drops.length;
+  if (!drops.length) return box.replaceChildren();
+  const bars = countBars(drops);
+  const most = Math.max(...bars.map((bar) => bar.count));
+  box.setAttribute("aria-label", "Questions by what the answer's log probability lost, nats per token");
+  const buttons = bars.map(({ count, low, high }) => {
+    const name = `${low}:${high}`;
+    const label = `${count} questions lost ${low} to ${high}`;
+    const button = element("button", { type: "button", title: label, "aria-label": label, disabled: !count });
+    button.setAttribute("aria-pressed", state.bar === name);
+    // Heights go by the root: most questions lose next to nothing, and the few that do are looked for.
+    button.style.setProperty("--height", `${100 * Math.sqrt(count / most)}%`);
+    button.addEventListener("click", () => go({ bar: state.bar === name ? "" : name, page: "0" }));
+    return button;
+  });
+  const scale = [bars[0].low, "drop of the answer's log probability, nats per token", bars[bars.length - 1].high];
+  const axis = element("p", { className: "axis" }, ...scale.map((text) => element("span", { textContent: text })));
+  box.replaceChildren(element("div", { className: "bars" }, ...buttons), axis);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The figure: a mark says what it is, and shows its questions
+
+function describePoint(mask, metric) {
+  const removed = mask.removed === null ? "" : `, ${mask.removed.toFixed(1)}% of the norm removed`;
+  return `${mask.ranking} ${mask.mask}, K = ${mask.k} (${mask.latents.toFixed(1)} latents per question${removed}): ${mask.drop[metric]}`;
+}
+
+function bindPoint(point, mask, metric) {
+  const mark = point.querySelector("use");
+  const target = document.createElementNS("http://www.w3.org/2000/svg", "circle");
+  for (const [name, value] of Object.entries({ cx: mark.getAttribute("x"), cy: mark.getAttribute("y"), r: 8 })) {
+    target.setAttribute(name, value);
+  }
+  target.classList.add("target");
+  mark.parentElement.append(target);
+  const text = describePoint(mask, metric);
+  for (const [name, value] of Object.entries({ tabindex: 0, role: "button", "aria-label": text, class: "point" })) {
+    point.setAttribute(name, value);
+  }
+  const show = () => showTip(point, text);
+  const open = () => {
+    filter({ ranking: mask.ranking, mask: mask.mask, k: mask.k, show: "changed", question: "" });
+    find("questions-head").scrollIntoView();
+  };
+  for (const name of ["mouseenter", "focus"]) point.addEventListener(name, show);
+  for (const name of ["mouseleave", "blur"]) point.addEventListener(name, () => (find("tip").hidden = true));
+  point.addEventListener("click", open);
+  point.addEventListener("keydown", (event) => event.key === "Enter" && open());
+}
+
+function showTip(point, text) {
+  const tip = find("tip");
+  const box = point.getBoundingClientRect();
+  tip.textContent = text;
+  tip.hidden = false;
+  tip.style.left = `${Math.max(8, Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8))}px`;
+  tip.style.top = `${box.bottom + 6}px`;
+}
+
+for (const mask of data.masks) {
+  for (const metric of Object.keys(mask.drop)) {
+    const point = find(`${metric}:${mask.journal}`);
+    if (point) bindPoint(point, mask, metric);
+  }
+}

@@ -1,0 +1,157 @@
+"""results.png and .pdf, and the page's panels, through Matplotlib's own objects; made-up entries."""
+
+import re
+
+import matplotlib.colors
+import pytest
+from made_entries import LAYERS, comparison, masked, parse, several, unmasked, with_controls
+
+from experiment.report import figure
+
+
+def make_figure(entries):
+    return figure.make_figure(figure.list_settings(parse(entries)))
+
+
+def draw(entries):
+    return figure.draw(parse(entries))
+
+
+def drawn(panel):
+    """{label: (x, y, low, high) of its points} of a panel's lines with intervals."""
+    found = {}
+    for container in panel.containers:
+        line, _, (bars,) = container
+        low, high = zip(*(segment[:, 1] for segment in bars.get_segments()))
+        found[container.get_label()] = [*map(list, (line.get_xdata(), line.get_ydata(), low, high))]
+    return found
+
+
+def marks(panel):
+    """{id: its Line2D} of the points that the page can point at."""
+    return {line.get_gid(): line for line in panel.lines if line.get_gid()}
+
+
+def legend(drawing):
+    return [text.get_text() for text in drawing.legends[0].get_texts()]
+
+
+def test_what_was_lost_over_what_was_removed():
+    removed = {"1": 3.7, "10": 21.4, "50%": 16.1}
+    entries = [unmasked()]
+    for ranking in ("baseline", "matched"):
+        for side in ("topk", "bottomk"):
+            for k, percent in removed.items():
+                value = 99.5 - (percent if side == "topk" else 0)
+                entry = masked(ranking, side, k, value, removed=percent, journal=f"{ranking}_{side}_{k}.jsonl")
+                entries.append(entry)
+    entries[1]["drop"]["intervals"]["em"] = [3.0, 5.5]
+    drawing = make_figure(entries)
+    assert drawing.get_size_inches()[0] == 3.3 and len(drawing.axes) == 2
+    em, answer = drawing.axes
+    assert em.get_ylabel() == "points of EM lost" and "nats per token lost" in answer.get_ylabel()
+    assert (em.get_xlabel(), answer.get_xlabel()) == ("", "removed, % of the norm")
+    x, y, low, high = drawn(em)["baseline TopK"]
+    assert x == [3.7, 16.1, 21.4] and y == pytest.approx([3.7, 16.1, 21.4])
+    assert low == pytest.approx([3.0, 14.85, 20.15]) and high == pytest.approx([5.5, 17.35, 22.65])
+    assert drawn(em).keys() == {f"{r} {m}" for r in ("baseline", "matched") for m in ("TopK", "BottomK")}
+    assert drawn(answer)["matched BottomK"][1] == [0.1234] * 3
+    assert drawn(answer)["baseline TopK"][2] == pytest.approx([0.1034] * 3)
+    assert marks(em).keys() == {f"em:{entry['journal']}" for entry in entries[1:]}
+    assert marks(answer)["answer_log_prob:baseline_topk_10.jsonl"].get_xdata() == [21.4]
+    assert legend(drawing) == ["baseline", "matched", "TopK", "BottomK"]
+    assert drawing.legends[0].get_title().get_text() == "along a line: K = 1, 50% (6.5), 10"
+
+
+def test_nothing_is_dropped_and_each_line_has_a_look_of_its_own():
+    drawing = make_figure(with_controls(comparison()))
+    lines = {container.get_label(): container[0] for container in drawing.axes[0].containers}
+    assert len(lines) == 7 * 2 * 2  # rankings, masks, and their controls
+    looks = set()
+    for label, line in lines.items():
+        is_chance = "direction" in label or label.split()[0] in ("matched", "random")
+        assert line.get_linestyle() == ("--" if is_chance else "-"), label
+        if "direction" not in label:
+            looks.add(line.get_color())
+    assert len(looks) == 7
+    shapes = {handle.get_marker() for handle in drawing.legends[0].legend_handles[:7]}
+    assert len(shapes) == 7  # so that it reads in grey
+    assert legend(drawing)[7:] == ["the same in a random direction", "TopK", "BottomK"]
+    for name, mark in marks(drawing.axes[0]).items():
+        is_hollow = matplotlib.colors.to_hex(mark.get_markerfacecolor()) == "#ffffff"
+        assert is_hollow == ("bottomk" in name), name
+
+
+def test_colours_are_of_a_palette_for_colour_blind_readers():
+    okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"}
+    assert set(figure.COLORS) < okabe_ito and len(set(figure.COLORS)) == 7
+    for grey in figure.GREYS:
+        red, green, blue = matplotlib.colors.to_rgb(grey)
+        assert red == green == blue
+
+
+def test_error_terms_stand_side_by_side():
+    entries = comparison(rankings=2, settings=({}, {"error_term": "keep"}))
+    drawing = make_figure(entries)
+    assert drawing.get_size_inches()[0] == 3.3 and len(drawing.axes) == 4
+    titles = [panel.get_title() for panel in drawing.axes[:2]]
+    assert [title.splitlines()[0] for title in titles] == ["error term dropped", "error term kept"]
+    assert drawing.axes[0].get_ylim() == drawing.axes[1].get_ylim()
+    for panel, place in zip(drawing.axes[:2], (0, 1)):
+        expected = [
+            e["drop"]["em"] for e in entries[2:] if e["run"].get("error_term", "drop") == ("drop", "keep")[place]
+        ]
+        shown = [value for _, y, _, _ in drawn(panel).values() for value in y]
+        nothing = [e["drop"]["em"] for e in entries[2:] if e["k"] == "0"]
+        assert set(shown) == set(expected) - set(nothing)
+
+
+def test_folders_stand_side_by_side():
+    drawing = make_figure(several())
+    assert len(drawing.axes) == 4
+    assert [panel.get_title().splitlines()[0] for panel in drawing.axes[:2]] == [
+        run["sae_id"].split("/")[0] for run in LAYERS
+    ]
+    assert make_figure(comparison(rankings=1, settings=[{"dtype": name} for name in "abc"])).get_size_inches()[0] == 6.9
+
+
+def test_where_it_is_not_known_what_was_removed_the_number_of_latents_is_shown():
+    drawing = make_figure([masked("baseline", "topk", k, 80.0) for k in ("1", "10")])
+    assert drawing.axes[1].get_xlabel() == "latents masked per question"
+    assert drawn(drawing.axes[0])["baseline TopK"][0] == [1.0, 10.0]
+
+
+def test_without_intervals_or_reference():
+    entry = masked("baseline", "topk", "1", 80.0)
+    entry["drop"]["intervals"] = dict.fromkeys(entry["drop"]["intervals"])
+    drawing = make_figure([entry])
+    assert drawn(drawing.axes[0])["baseline TopK"][1:] == [[19.5], [19.5], [19.5]]
+    drawing.draw_without_rendering()
+    assert draw([masked("baseline", "topk", "1", 80.0) | {"clean": None, "drop": None}]) == {}
+
+
+def test_nothing_masked_is_nothing_drawn():
+    nothing = [masked(r, m, "0", 99.5, mean_k=0.0) for r in ("baseline", "gradsae") for m in ("topk", "bottomk")]
+    assert draw(nothing) == {} == draw([unmasked()]) and figure.draw_panels(parse(nothing)) == {}
+
+
+def test_files():
+    """The same bytes for the same entries, whenever they are drawn, a column wide."""
+    files = draw(comparison(rankings=2))
+    assert files == draw(comparison(rankings=2)) and files.keys() == {"png", "pdf"}
+    assert files["png"].startswith(b"\x89PNG") and files["pdf"].startswith(b"%PDF")
+    assert not any(date in files["pdf"] for date in (b"CreationDate", b"Date</"))
+    assert int.from_bytes(files["png"][16:20], "big") == 990  # 3.3 inches at 300 dots per inch
+    assert b"/Type3" not in files["pdf"]  # publishers refuse such fonts
+
+
+def test_panels_of_the_page():
+    panels = figure.draw_panels(parse(comparison(rankings=2)))
+    assert panels == figure.draw_panels(parse(comparison(rankings=2)))
+    (drawn,) = panels.values()
+    assert [*panels] == ["error term dropped, masked latents set to zero"]
+    assert [title for title, _ in drawn] == ["EM drop, points", "answer drop, nats per token"]
+    for (_, svg), metric in zip(drawn, ("em", "answer_log_prob")):
+        assert svg.startswith("<svg") and "<dc:date>" not in svg
+        points = re.findall(rf'<g id="{metric}:([^"]*)">', svg)
+        assert len(points) == 2 * 2 * 4 and "predictions_gradsae_bottomk_50%.jsonl" in points
