@@ -4,12 +4,14 @@
     python baseline.py                                       # gemma-2-9b-it, on a CUDA GPU
     python baseline.py --ranking baseline gradsae random     # the same answers, their latents ranked in three ways
 
-Every question is answered with the residual stream at one layer replaced by an SAE's reconstruction. For each question
-answered right, the latents of highest and lowest mean activation go to activations_baseline.json, 100 of each at least.
-How many of them rounds 2 and 3 mask, their --k says: a number, or a share of the latents active at the last position
-that is ranked (half of them, as in the paper).
+Every question is answered with the residual stream at one layer replaced by an SAE's reconstruction. Those answered
+right (F1 >= 0.9) are kept. What is ranked is the prompt with the answer up to its last [: the latents of highest and
+lowest mean activation over these positions go to activations_baseline.json, 100 of each at least, where there are so
+many. How many of them rounds 2 and 3 mask, their --k says: a number, or a share of the latents active at the last of
+these positions (half of them, as in the paper).
 
-A round works off a group of batches at a time. Killed, the same command goes on behind the last group.
+A round works off a group of batches at a time, and every finished group is on disk before the next begins. Killed, it
+has lost the group under way; the same command goes on with that one.
 """
 
 import sys
@@ -55,7 +57,7 @@ def main() -> None:
                 if own_rankings.is_own(ranking):
                     own_rankings.load(ranking)  # one that cannot be imported fails before weights are loaded
             model, sizes = common.load_for(experiment, journals)
-            # 4. Answer, score, keep, rank: a group of batches at a time
+            # 4. Answer, score, keep, rank: a group of batches at a time, of those that fall to this process
             share = rounds.plan_work(experiment, sizes, experiment.asked, journals)
             say_cost_of_effects(experiment, model, sizes, share)
             with rounds.Bar(experiment, "Round 1", share, journals) as bar:
@@ -98,6 +100,7 @@ def answer_and_rank(
 
     Answers are greedy, with the SAE spliced in and nothing masked.
     """
+    chosen = experiment.options
     tokenizer = experiment.tokenizer
     group = Group(
         prompts=[experiment.prompt_ids(question) for question in work.questions],
@@ -105,24 +108,24 @@ def answer_and_rank(
         batches=work.batches,
     )
     # Proposed to the model, which takes it or not: it saves steps and changes no answer.
-    beginning = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
-    limits = Limits(experiment.options.max_new_tokens, sizes.pool)
-    if ranked_lists.EFFECT in work.keys:  # it takes most of the time: the bar moves with its questions
-        answers, read = generate.answer(model, group, limits, beginning)
+    opening = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
+    limits = Limits(chosen.max_new_tokens, sizes.pool)
+    if ranked_lists.EFFECT in work.keys:  # to rank takes most of the time then: the bar moves with that, not here
+        answers, read = generate.answer(model, group, limits, opening)
     else:
-        answers, read = generate.answer(model, group, limits, beginning, bar.move)
+        answers, read = generate.answer(model, group, limits, opening, bar.move)
     records = []
     for question, answer in zip(work.questions, answers):
         records.append(common.make_record(tokenizer, question, answer))
     by_ranking = {ranking: list(records) for ranking in work.keys}
-    options = experiment.options
-    settings = ranked_lists.Settings(options.seed, sizes.batch, options.effects, options.draws)
+    settings = ranked_lists.Settings(chosen.seed, sizes.batch, chosen.effects, chosen.draws)
 
     def rank(part: list[int]) -> None:
+        """Puts latents into the records of a batch's right answers, or of a part's that memory is enough for."""
         sequences = find_sequences(experiment, group, answers, records, read, part)
         if not sequences.rows:
             return
-        ranked = ranked_lists.rank_all(model, work.keys, sequences, settings, options.ranking, bar.move)
+        ranked = ranked_lists.rank_all(model, work.keys, sequences, settings, chosen.ranking, bar.move)
         for ranking, lists in ranked.items():
             for number, row in enumerate(sequences.rows):
                 latents = {
@@ -146,9 +149,11 @@ def find_sequences(
     read: SequenceActivations,
     batch: list[int],
 ) -> Sequences:
-    """What is ranked of a batch: of each answer that is right, prompt and answer before the last token with a [ in it.
+    """The right answers of a batch with their prompts, and the place in each where what is ranked of it ends.
 
-    The last, as in the paper; the parser of answers takes the first. `Sequences.ranked` cuts there.
+    That is before the last token with a [ in it, as in the paper (the parser of answers takes the first [); an answer
+    without any is not ranked, and so not kept. `Sequences.ranked` cuts there.
+    read: what the SAE read in the whole group.  batch: numbers of the group's questions.
     """
     tokenizer = experiment.tokenizer
     rows = []

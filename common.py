@@ -209,9 +209,9 @@ def load(options: Options, tokenizer: PreTrainedTokenizerBase) -> SplicedModel:
 def prepare(options: Options) -> Experiment:
     """The Experiment that these options ask for: libraries, tokenizer, template and questions."""
     on_cpu = options.device == "cpu"
-    longest_wait = datetime.timedelta(days=30)  # it may take hours
+    longest_wait = datetime.timedelta(days=30)  # one process may wait hours for another
     state = PartialState(cpu=on_cpu, timeout=longest_wait)
-    device = options.device_map or options.device
+    device = options.device_map or options.device  # as files record it: without this process's number
     if state.num_processes > 1 and device == "cuda":
         options = dataclasses.replace(options, device=f"cuda:{state.local_process_index}")
     hub.prepare_libraries(options)
@@ -235,7 +235,8 @@ def load_for(
 ) -> tuple[SplicedModel, Sizes]:
     """The model with its SAE, and how many tokens are run at once.
 
-    What only these say goes into the journals' runs, and is held against them.
+    What only model and SAE say goes into the journals' runs, and is held against them.
+    ranked: by ranking, the files whose latents are masked; None in round 1.
     """
     options = experiment.options
     model = load(options, experiment.tokenizer)
@@ -260,14 +261,16 @@ def load_for(
 def masked_round(options: Options, side: Side) -> None:
     """Rounds 2 and 3: the kept questions again, each with its own TopK (`side`: topk) or BottomK (bottomk) masked.
 
-    K, of --k, is a number, or a share of the latents active at the last position that round 1 ranked.
+    K, of --k, is a number, or a share of the latents active at the last position that round 1 ranked. A control
+    (--control direction) takes away as much as such a mask, in a direction drawn at random; what is drawn, that or a
+    ranking's lists, is drawn --draws times. Each of these masks has a journal. Killed, a round goes on as round 1 does.
     """
     # 1. The latents that round 1 ranked, and the questions they are of
     experiment = prepare(options)
     stored_means = activations.read_stored_means(experiment) if options.ablation == "mean" else None
     ranked = activations.read_all_ranked(experiment, side)
     asked = activations.find_asked(experiment, ranked)
-    # The masks: of each ranking, K, control and draw
+    # The masks, one for each ranking, K, control and draw: the lists that it takes its latents from
     lists = masked.find_lists(experiment, ranked, stored_means)
     with rounds.open_output_folder(experiment) as entries:
         # 2. What an earlier run left: a journal for each mask
@@ -276,10 +279,12 @@ def masked_round(options: Options, side: Side) -> None:
             # 3. The model, with the SAE's reconstruction in its residual stream
             model, sizes = load_for(experiment, journals, ranked)
             means = means_of_latents.load(experiment, stored_means, model) if stored_means else None
-            # 4. Answer with the latents masked, a group of batches at a time, and score
+            # 4. Answer with the latents masked, a group of batches at a time, and score. The unmasked answers are
+            # proposed to the masked model as drafts: that saves steps and changes no answer.
             drafts = activations.find_drafts(asked, ranked)
             share = rounds.plan_work(experiment, sizes, asked, journals, drafts)
-            label = f"{estimates.MASKS[side]} {'kept alone' if options.keep_only else 'masked'}"
+            fate = "kept alone" if options.keep_only else "masked"
+            label = f"{estimates.MASKS[side]} {fate}"
             with rounds.Bar(experiment, label, share, journals) as bar:
                 for work in share:
                     if work.is_done:
@@ -311,15 +316,15 @@ def mask_and_answer(
 ) -> dict[MaskName, list[Answer]]:
     """{mask: the answers} to the questions of a group of batches, each with its own latents masked.
 
-    Masks that are the same for all questions, as those of K = 0 are, are run once.
+    Masks that are the same for all these questions, as those of K = 0 are, are run once.
     """
     masks: list[Ablation] = []
-    mask_of = {}
+    numbers = {}
     for name in work.keys:
         mask = masked.make_ablation(name, lists[name], work.questions, experiment.options)
         if mask not in masks:
             masks.append(mask)
-        mask_of[name] = masks.index(mask)
+        numbers[name] = masks.index(mask)
     group = Group(
         prompts=[experiment.prompt_ids(question) for question in work.questions],
         contexts=[question.context for question in work.questions],
@@ -329,4 +334,4 @@ def mask_and_answer(
     )
     limits = Limits(experiment.options.max_new_tokens, sizes.pool)
     answers = generate.answer_masked(model, group, limits, means, bar.move)
-    return {key: answers[number] for key, number in mask_of.items()}
+    return {name: answers[number] for name, number in numbers.items()}

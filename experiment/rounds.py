@@ -1,4 +1,4 @@
-"""What all rounds begin and end with: questions, the folder, batches shared among processes, results."""
+"""What all rounds begin with: questions, the folder, batches shared among processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from experiment.records.journal import Journal, read_provenance
 from experiment.records.provenance import ALL, SELECTION, differences, digest_local
 from experiment.records.schema import Provenance
 
-Key = TypeVar("Key")  # of a round's journals: a ranking in round 1, a ranking and a K in rounds 2 and 3
+Key = TypeVar("Key")  # of a round's journals: a ranking in round 1, a MaskName in rounds 2 and 3
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 # The options that a provenance has as they are.
 RECORDED = (

@@ -19,9 +19,9 @@ from experiment.intervention.sparse import ENTRIES
 class Ablation:
     """What one mask ablates: lists with an item per question.
 
-    latents: the ids of those that are masked.  keep_only: all others are masked instead.  directions: a seed; what is
-    taken away is then a vector of the same size in a direction drawn from it (`turn`). None: what the masked latents
-    write.
+    latents: the ids of those that are masked.  keep_only: all others are masked instead.  directions: seeds; what is
+    taken away is then a vector of the same size in a direction drawn from the question's seed (`turn`). None: what the
+    masked latents write.
     """
 
     latents: list[list[int]]

@@ -65,8 +65,8 @@ def find_candidates(
         written = of_sequence[active] * norms[active]
         order = []
         for latent, amount in zip(active.tolist(), written.tolist()):
-            is_below = latent not in tops[number]
-            order.append((is_below, -amount, latent))
+            comes_later = latent not in tops[number]
+            order.append((comes_later, -amount, latent))
         order.sort()
         chosen = [latent for _, _, latent in order[:most]]
         left_out = len(order) - len(chosen)
@@ -143,7 +143,7 @@ def _measure_sequence(
     sequence = sequences.tokens_until(number, sequences.answered[number])
     layout = Layout([sequence], model.pad_id, model.device)
     below = model.forward_below(layout)
-    effects: list[float] = []
+    effects: list[float] = []  # in the order of the latents: halves of a part are run one after the other
 
     def run(some: list[int]) -> None:
         # In every pass a row with nothing masked: in half precision the last digits hang on how many rows there are.
@@ -176,7 +176,7 @@ def _score_answer(
     for row in range(count):
         for position, token in targets.items():
             rows.append(row)
-            columns.append(position - 1)  # which says it
+            columns.append(position - 1)  # the logits there say it
             tokens.append(token)
     outputs = (torch.tensor(rows), torch.tensor(columns))
     mask = model.splice.mask(ablation)

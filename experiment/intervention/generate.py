@@ -83,7 +83,7 @@ def answer(
         for batch in group.batches:
             halve_on_oom(run, batch, pool.make_room)
         pool.decode()
-    numbers = {id(row): number for number, row in enumerate(rows)}
+    numbers = {id(row): number for number, row in enumerate(rows)}  # by id: a Row has no hash
     for step_rows, latents in pool.encoded:
         of_step = [numbers[id(row)] for row in step_rows]
         parts.append(ReadInPass.of_step(of_step, latents))
@@ -107,16 +107,16 @@ def answer_masked(
     means: what masked latents are set to; None: zero.  on_ended, errors: as of `answer`.
     """
     pool = Pool(model, limits, on_ended)
-    rows: list[dict[int, Row]] = [{} for _ in group.masks]  # by question
+    rows_of: list[dict[int, Row]] = [{} for _ in group.masks]  # of each mask, by question
 
     def run(batch: list[int]) -> None:
-        # All masks, unless memory ran out behind some of them: these are not run again.
+        # All masks; where memory ran out and this is a half, or the same batch again, those that are not through yet.
         left = []
-        for number, of_mask in enumerate(rows):
-            if batch[0] not in of_mask:
+        for number, rows in enumerate(rows_of):
+            if batch[0] not in rows:
                 left.append(number)
         for number, of_batch in _run_masked(model, group, batch, left, means, pool):
-            rows[number].update(zip(batch, of_batch))
+            rows_of[number].update(zip(batch, of_batch))
 
     with model.ready():
         for batch in group.batches:
@@ -124,8 +124,8 @@ def answer_masked(
         pool.decode()
     questions = range(len(group.prompts))
     answers = []
-    for of_mask in rows:
-        in_order = [of_mask[question].answer() for question in questions]
+    for rows in rows_of:
+        in_order = [rows[question].answer() for question in questions]
         answers.append(in_order)
     return answers
 
@@ -231,7 +231,8 @@ def keep_agreed(
 ) -> Int[Tensor, "row pos"]:
     """Keeps of each row's proposal what the model says itself; rows that have not ended go to the pool.
 
-    logits: at `find_outputs`.  Returns the attention without what proposals have behind their first difference.
+    logits: at `find_outputs`, the rows' one after the other.
+    Returns the attention without what proposals have behind their first difference.
     """
     said = pick_tokens(logits)
     targets = []

@@ -1,4 +1,7 @@
-"""Rows that go on wait for one another, and are decoded together. Knows nothing of proposals."""
+"""Rows that go on wait for one another, and are decoded together. Knows nothing of proposals.
+
+A row goes on if its answer has not ended with the wide pass over its prompt and proposal (`generate`).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,7 +120,7 @@ class Pool:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        pieces.clear()
+        pieces.clear()  # what the failed try has not taken of their caches: all is read again
         release_memory()
         self.capacity //= 2
         say_split(len(rows), IN_POOL)
@@ -138,13 +141,13 @@ class Pool:
         going = self._find_going(some)
         if not going:
             return
+        left = [some[number] for number in going]
         if mask is not None:
             index = torch.tensor(numbers)
             mask = mask.take(index[going])
-        some = [some[number] for number in going]
-        piece = self._read_again(some, mask)
+        piece = self._read_again(left, mask)
         room = self.limits.max_new_tokens
-        self._decode_greedily(some, begin_steps(self.model, [piece], mask, room))
+        self._decode_greedily(left, begin_steps(self.model, [piece], mask, room))
 
     def _read_again(self, rows: list[Row], mask: Mask | None) -> Waiting:
         """The rows with a cache again, from one pass over their prompts and what they have said."""
@@ -158,7 +161,7 @@ class Pool:
     def _decode_greedily(self, rows: list[Row], steps: Steps) -> None:
         """Greedy steps until all rows have ended. Those that have ended leave once they are half of what is there.
 
-        steps: nobody else's, so that what it holds is free once some rows have left.
+        steps: the caller keeps no name for it, so that what it holds is free once some rows have left.
         """
         while True:
             going = self._find_going(rows)
@@ -170,7 +173,7 @@ class Pool:
             last_tokens = [row.tokens[-1] for row in rows]
             logits = steps.run(last_tokens)
             tokens = pick_tokens(logits)
-            log_probs = [0.0] * len(rows)
+            log_probs = [0.0] * len(rows)  # enough for drafts, whose rows keep none of a step's
             if not all(row.is_draft for row in rows):
                 chosen = torch.tensor(tokens, device=logits.device)
                 log_probs = pick_log_probs(logits, chosen).tolist()

@@ -34,7 +34,9 @@ class Splice:
     place keeps its own value less what the masked latents wrote.  bypass: ids of tokens at which it does not stand.
     bias: what is added to `acts @ W_dec`; None where decoding is more than that.  chunk: how many positions are encoded
     whole at once.  writes_rows: whether what a latent writes is its activation times its row of W_dec, at every
-    position alike.
+    position alike; so it is wherever there is a bias, and for some SAEs without.
+
+    "Whole", below: every latent of a position is encoded and decoded, not the active ones alone.
     """
 
     def __init__(self, sae: "SAE", error_term: str = "drop", bypass: Sequence[int] = ()):
@@ -66,7 +68,7 @@ class Splice:
         return self.sae.cfg.normalize_activations not in ("none", "expected_average_only_in")
 
     def _find_bias(self) -> Float[Tensor, "d_in"] | None:
-        """What is added to `acts @ W_dec`; None where decoding is not that."""
+        """What is added to `acts @ W_dec`; None where decoding is not that: tried with some 50 latents active."""
         if self._normalises() or self._puts_heads_together():
             return None
         decoder = self.sae.W_dec
@@ -125,7 +127,7 @@ class Splice:
             dtype=torch.long,
             device=self.device,
         )
-        ids = [counts[:0]]
+        ids = [counts[:0]]  # empty, of the dtype to come, as the values: the SAE may stand nowhere
         values = [self.sae.W_dec[:0, 0]]
         for chunk in positions.split(self.chunk):
             acts = self._encode_whole(residual, chunk)
@@ -181,7 +183,10 @@ class Splice:
         rows: Int[Tensor, "row"],
         mask: Mask | None,
     ) -> Float[Tensor, "row *d_in"]:
-        """`reconstruct` of what the SAE reads at these few positions, without a look at which latents are active."""
+        """`reconstruct` of what the SAE reads at these few positions, without a look at which latents are active.
+
+        So nothing waits for the device, and it can be recorded (`steps`).
+        """
         if mask is None and self.keeps_error:
             return residual
         out = self._reconstruct_whole(residual, rows, mask)

@@ -110,8 +110,8 @@ class Steps:
         room = width - attention.shape[1]
         self.visible = _append_ones(attention, room)  # what is not filled yet, the cache itself keeps from sight
         self.count = 0
-        self._encoded: list[SparseActivations] = []  # in the last step, if that was run as it is
-        self._residual: Tensor | None = None  # [row, *d_in], what the SAE was given, if it was replayed
+        self._encoded: list[SparseActivations] = []  # in the last step, where that was run as it is
+        self._residual: Tensor | None = None  # [row, *d_in], what the SAE was given in it, where it was replayed
         self._replay: Step | None = None
 
     def run(self, tokens: list[int]) -> Float[Tensor, "row vocab"]:
@@ -121,7 +121,8 @@ class Steps:
         """
         ids = torch.tensor(tokens)
         self.ids.copy_(ids.unsqueeze(1))
-        # The first step is run as it is: it readies what a recording must not, and some rows need no second one.
+        # The first step is run as it is: it sets up what may not be set up under a recording, and where all rows end
+        # with it none is needed.
         if self.count == 1 and self.model.can_record:
             self._try_to_record()
         self.count += 1
