@@ -70,8 +70,7 @@ class Passes:
 
     def count(self, module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Counts one more pass: a hook before a Transformers model."""
-        cache = named["past_key_values"]
-        goes_on = cache is not None and cache.get_seq_length() > 0
+        goes_on = named["attention_mask"].shape[1] > named["input_ids"].shape[1]
         if goes_on and named["input_ids"].shape[1] == 1:
             self.steps += 1
         else:
@@ -131,14 +130,20 @@ def count_passes(lm: torch.nn.Module) -> Iterator[Passes]:
 
 
 def look_inside(function: Callable[[], Any], device: str, model: SplicedModel) -> tuple[Passes, float]:
-    """Forward passes, and seconds in the SAE, in a run by itself: waiting for the device at every step costs time."""
+    """Forward passes, and seconds in the SAE, in a run by itself: waiting for the device at every step costs time.
+
+    Steps are not recorded there: of what is replayed nothing can be counted.
+    """
     watch = Stopwatch(device)
     splice = model.splice
+    can_record = model.can_record
+    model.can_record = False
     for name in ("encode", "reconstruct"):
         setattr(splice, name, functools.partial(watch.call, getattr(splice, name)))
     with count_passes(model.lm) as passes:
         function()
     del splice.encode, splice.reconstruct
+    model.can_record = can_record
     return passes, watch.seconds
 
 

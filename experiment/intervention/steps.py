@@ -6,6 +6,7 @@ the same tensors, whatever they hold by then. For that nothing changes its shape
 step: the cache has room for all steps from the start, and notes on the device how much of it is filled.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -75,8 +76,17 @@ def record(step: Step) -> Step:
     cannot be recorded, such as to wait for the device.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step()
+    stream = torch.cuda.current_stream()
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            logits = step()
+    except RuntimeError:
+        # What failed stays open in PyTorch: on the recording's own stream, and no memory is given back from then on.
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        raise
 
     def replay() -> Float[Tensor, "row vocab"]:
         graph.replay()
