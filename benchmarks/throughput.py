@@ -70,7 +70,8 @@ class Passes:
 
     def count(self, module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Counts one more pass: a hook before a Transformers model."""
-        goes_on = named["attention_mask"].shape[1] > named["input_ids"].shape[1]
+        cache = named["past_key_values"]
+        goes_on = cache is not None and cache.get_seq_length() > 0
         if goes_on and named["input_ids"].shape[1] == 1:
             self.steps += 1
         else:
