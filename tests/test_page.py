@@ -1,5 +1,6 @@
 """results.html in a real browser, and `python -m experiment.report`; on demo rounds of three rankings."""
 
+import collections
 import csv
 import dataclasses
 import io
@@ -499,6 +500,113 @@ def test_as_many_latents_as_the_rounds_masked(folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The latents
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What rounds 1 and 2 leave where latents were also masked one by one."""
+    path, patch = tmp_path_factory.mktemp("measured"), pytest.MonkeyPatch()
+    given = ["--demo", "--limit", 12, "--output-dir", path, "--ranking", "baseline", "effect"]
+    for name, more in (("baseline", []), ("baseline_after_false", ["--k", "3", "10", "--control", "direction"])):
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, [*given, *more])])
+        assert guard(__import__(name).main) == 0
+    patch.undo()
+    return path
+
+
+def read_latents(browser):
+    """Heads, and {latent: texts} of the rows of the latents that are shown, in their order."""
+    heads, *rows = browser.run(
+        "[...document.querySelector('#latents').rows].map((r) => [...r.cells].map((c) => c.textContent))"
+    )
+    return heads, {int(row[0]): row[1:] for row in rows}
+
+
+def read_all_latents(browser):
+    """Rows as of read_latents, of all pages."""
+    rows = read_latents(browser)[1]
+    while browser.run("!document.getElementById('page-Next')?.disabled && !document.getElementById('pager').hidden"):
+        browser.run("document.getElementById('page-Next').click()")
+        rows |= read_latents(browser)[1]
+    return rows
+
+
+def test_a_row_a_latent(browser, measured, demo_questions):
+    """In how many lists it is, its means over the questions that it was measured in, and where it costs most."""
+    browser.open(measured / "results.html", READY)
+    browser.run("document.getElementById('tab-latents').click()")
+    _, by_activation = files.read_activations(measured / "activations_baseline.json")
+    _, by_effect = files.read_activations(measured / "activations_effect.json")
+    activations, effects = {}, {}  # {latent: {question id: figure}}
+    for question in by_activation:
+        for latent, score in zip(question.measured, question.scores, strict=True):
+            activations.setdefault(latent, {})[question.id] = score
+    for question in by_effect:
+        for latent, effect in zip(question.measured, question.effects, strict=True):
+            effects.setdefault(latent, {})[question.id] = effect
+    words = {question.id: question.question for question in demo_questions}
+    for ranking, ranked in (("baseline", by_activation), ("effect", by_effect)):
+        choose(browser, ranking=ranking)
+        heads, shown = read_latents(browser)
+        assert heads == [
+            "Latent",
+            f"Questions with it in {ranking} TopK, K = 10",
+            "Mean activation",
+            "Mean effect alone, nats per token",
+            "Questions in which it matters most, by effect alone",
+        ]
+        often = collections.Counter(latent for question in ranked for latent in question.topk[:10])
+        rows = read_all_latents(browser)
+        assert {latent: int(row[0]) for latent, row in rows.items()} == often
+        assert [int(row[0]) for row in shown.values()] == sorted(often.values(), reverse=True)[:25]
+        assert texts(browser, "#count") == [f"{len(often)} of {len(often)} latents in {ranking} TopK, K = 10"]
+        for latent, (_, activation, effect, _) in rows.items():
+            for text, of_latent in ((activation, activations.get(latent)), (effect, effects.get(latent))):
+                mean = sum(of_latent.values()) / len(of_latent)
+                assert float(text) == pytest.approx(mean, rel=0.01, abs=1e-6), latent
+    browser.run("document.getElementById('sort-alone').click()")
+    highest = max(often, key=lambda latent: sum(effects[latent].values()) / len(effects[latent]))
+    _, shown = read_latents(browser)
+    assert next(iter(shown)) == highest and texts(browser, "#latents th[aria-sort=descending]")[0].startswith(
+        "Mean eff"
+    )
+    costly = sorted(effects[highest], key=effects[highest].get, reverse=True)[:3]
+    assert shown[highest][3] == "".join(words[name] for name in costly)
+    search(browser, str(highest))
+    assert set(read_all_latents(browser)) == {latent for latent in often if str(highest) in str(latent)}
+    # A link opens its question, and Back shows the latents again.
+    browser.run("document.querySelector('#latents td a').click()")
+    wait(browser, "document.querySelector('.detail')")
+    assert texts(browser, ".detail .link") == [costly[0]]
+    assert browser.run("document.querySelector('#latents').offsetParent") is None
+    browser.run("history.back()")
+    wait(browser, "document.querySelector('#latents').offsetParent")
+    assert next(iter(read_latents(browser)[1])) == highest
+    choose(browser, ranking="effect, direction")  # a control has no latents of its own
+    assert texts(browser, "#count")[0].endswith("latents in effect TopK, K = 10")
+    assert problems(browser)[0] == []
+
+
+def test_latents_without_scores_or_effects(opened, folder, demo_questions):
+    """No column of figures that nobody measured; a latent matters most where it stands first in the list."""
+    opened.run("document.getElementById('tab-latents').click()")
+    heads, shown = read_latents(opened)
+    k = heads[1].rpartition(" ")[2]
+    assert heads == [
+        "Latent",
+        f"Questions with it in baseline TopK, K = {k}",
+        "Questions in which it matters most, by place in baseline TopK",
+    ]
+    _, ranked = files.read_activations(folder / "activations_baseline.json")
+    latent, row = next(iter(shown.items()))
+    places = {question.id: question.topk.index(latent) for question in ranked if latent in question.topk}
+    first = sorted(places, key=places.get)[:3]
+    words = {question.id: question.question for question in demo_questions}
+    assert row[1] == "".join(words[name] for name in first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Whatever is in it, wherever it is read
 
 
@@ -535,6 +643,10 @@ def test_html_is_shown_as_text(browser, folder, demo_questions, tmp_path, monkey
     search(browser, "onerror='window.hit=1'></td>")
     assert count(browser) == len(kept)
     assert browser.run("document.querySelector('.latents a').href").startswith("https://www.neuronpedia.org/x/")
+    browser.run("document.getElementById('tab-latents').click()")
+    link = browser.run("document.querySelector('#latents th a').href")
+    assert link == f"https://www.neuronpedia.org/x/{next(iter(read_latents(browser)[1]))}"
+    assert texts(browser, "#latents td a")[0] == f"{HOSTILE}?"
     assert "wrongly placed BOS" in texts(browser, "#caveat")[0]
     assert browser.run("window.hit") is None and problems(browser) == ([], [(tmp_path / "results.html").as_uri()])
 
