@@ -1,5 +1,6 @@
 """results.html in a real browser, and `python -m experiment.report`; on demo rounds of three rankings."""
 
+import base64
 import collections
 import csv
 import dataclasses
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import resources
 
 import pytest
 from browser import CHROMIUM, Browser
@@ -667,6 +669,77 @@ def test_light_and_dark_narrow_and_wide(browser, folder, dark, width):
     ground = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 380) == dark
     assert len(browser.screenshot()) > 10_000
+
+
+def test_by_keyboard_alone(browser, folder):
+    """From the top to an opened question and a latent's question, and a mark of the figure."""
+    browser.open(folder / "results.html", READY)
+    focused = "document.activeElement.id"
+
+    def tab(*ids):
+        for expected in ids:
+            browser.press("Tab", 9)
+            assert browser.run(focused) == expected
+
+    tab("skip")
+    assert browser.run("document.activeElement.getBoundingClientRect().left") >= 0  # it shows while it has the focus
+    browser.press("Enter", 13)
+    assert browser.run(focused) == "questions-head"
+    tab("tab-questions", "tab-latents")
+    browser.press("Enter", 13)
+    assert browser.run(focused) == "tab-latents" and "tab=latents" in address(browser)
+    tab("ranking", "mask", "search")
+    browser.press("Tab", 9)  # the table, which can be scrolled
+    tab("sort-latent", "sort-often")
+    assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.press("Enter", 13)
+    assert browser.run("document.activeElement.parentElement.ariaSort") == "ascending"
+    browser.press("Tab", 9)
+    browser.press("Enter", 13)  # a link to a question
+    wait(browser, "document.querySelector('.detail')")
+    opened = browser.run("document.querySelector('.detail .link').textContent")
+    assert browser.run(focused) == f"open-{opened}"
+    browser.run("document.getElementById('em:predictions_gradsae_true_k1.jsonl').focus()")
+    browser.press(" ", 32)
+    assert all(text in address(browser) for text in ("ranking=gradsae", "mask=BottomK", "k=1", "show=changed"))
+    assert problems(browser)[0] == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_screen_readers_and_weak_eyes(browser, measured, dark):
+    """axe-core, an independent checker, finds nothing that is more than minor: names, roles, headings, contrast."""
+    checker = (resources.files("axe_core_python") / "axe.min.js").read_text()
+    for fragment in ("tab=latents", "k=10"):
+        browser.open(
+            measured / "results.html", "document.querySelector('tbody button, #latents td')", dark, fragment=fragment
+        )
+        browser.run("document.querySelectorAll('details').forEach((part) => { part.open = true })")
+        if fragment == "k=10":
+            browser.run(f"{READY}.click()")
+        browser.run(f"{checker}; null")
+        found = browser.run("axe.run({resultTypes: ['violations']}).then((result) => result.violations)")
+        assert [(one["id"], one["nodes"]) for one in found if one["impact"] != "minor"] == []
+        assert browser.run("axe.run({resultTypes: ['passes']}).then((result) => result.passes.length)") > 15
+
+
+def test_printed(browser, folder):
+    """Dark ink on light paper, whatever the screen's scheme is; nothing to press, nothing cut off."""
+    browser.open(folder / "results.html", READY, dark=True, width=700)
+    browser.run(f"{READY}.click()")
+    scheme = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.send("Emulation.setEmulatedMedia", media="print", features=scheme)
+    for selector in ("body", ".detail", "#questions td", ".sign", ".matrix button", "figure svg text", ".finding"):
+        what = "fill" if "svg" in selector else "color"
+        ink = browser.run(f"getComputedStyle(document.querySelector('{selector}')).{what}")
+        assert sum(map(int, re.findall(r"\d+", ink)[:3])) < 300, (selector, ink)
+    for selector in ("#skip", "#tabs", "#controls", "#histogram", "#copy", ".copy", "#pager"):
+        assert browser.run(f"document.querySelector('{selector}').offsetParent") is None, selector
+    for selector in (".finding", "figure svg", ".block td", ".detail .context", ".matrix td", "#count"):
+        assert browser.run(f"document.querySelector('{selector}').getClientRects().length") > 0, selector
+    assert browser.run("getComputedStyle(document.querySelector('.wide')).overflowX") == "visible"
+    pdf = base64.b64decode(browser.send("Page.printToPDF")["data"])
+    browser.send("Emulation.setEmulatedMedia", media="")
+    assert pdf.startswith(b"%PDF") and len(pdf) > 20_000
 
 
 def test_as_many_questions_as_squad_keeps(browser, folder, tmp_path):

@@ -69,7 +69,11 @@ function bindPoint(point, mask, metric) {
   for (const name of ["mouseenter", "focus"]) point.addEventListener(name, show);
   for (const name of ["mouseleave", "blur"]) point.addEventListener(name, () => (find("tip").hidden = true));
   point.addEventListener("click", open);
-  point.addEventListener("keydown", (event) => event.key === "Enter" && open());
+  point.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    open();
+  });
 }
 
 function showTip(point, text) {

@@ -321,7 +321,10 @@ function openLinked() {
   if (place < 0) return;
   state.page = String(Math.floor(place / PER_PAGE));
   render();
-  find(`open-${state.question}`).scrollIntoView({ block: "nearest" });
+  const button = find(`open-${state.question}`);
+  const focused = document.activeElement;
+  if (focused === document.body || !focused.checkVisibility()) button.focus({ preventScroll: true });
+  button.scrollIntoView({ block: "nearest" });
   document.querySelector(".detail").scrollIntoView({ block: "nearest" });
 }
 
@@ -335,6 +338,7 @@ fillSelect(
 );
 for (const tab of ["questions", "latents"]) find(`tab-${tab}`).addEventListener("click", () => openTab(tab));
 find("tabs").hidden = !data.latents.length;
+find("skip").addEventListener("click", () => find("questions-head").focus());
 find("search").addEventListener("input", () => filter({ search: find("search").value }, true));
 find("controls").addEventListener("submit", (event) => event.preventDefault());
 find("copy").addEventListener("click", () => copyCsv(shown, find("copy")));
