@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -19,13 +20,14 @@ from conftest import ROOT, read_journal, run_script
 from experiment import guard
 from experiment.questions import Question
 from experiment.records import files
-from experiment.records.schema import RankedQuestion, Record
+from experiment.records.schema import KeptRecord, RankedQuestion, Record
 from experiment.report import __main__ as report
 from experiment.report import figure, folders, page, page_data, terminal
 
 RANKINGS = ("baseline", "gradsae", "matched")
 KS = ("0", "1", "10", "50%")
 MASKS = {"topk": "TopK", "bottomk": "BottomK"}
+PAINTED = "new Promise((done) => requestAnimationFrame(() => setTimeout(done)))"
 READY = "document.querySelector('#questions tbody button')"
 HOSTILE = "<img src=x onerror='window.hit=1'></td></script><script>window.hit=1</script> &lt;b&gt; & \"'"
 
@@ -743,7 +745,10 @@ def test_printed(browser, folder):
 
 
 def test_as_many_questions_as_squad_keeps(browser, folder, tmp_path):
-    """5,745 kept of 10,570 questions on 2,067 contexts, 18 masks: 40 MB at most, and a search in half a second."""
+    """5,745 kept of 10,570 questions on 2,067 contexts, 18 masks: 40 MB at most, painted in 2 seconds, searched in half.
+
+    On 2 cores where nothing else runs; a loaded machine is given twice as long.
+    """
     found = folders.read_folder(folder)
     words = [f"{word}{number}" for number in range(1000) for word in ("under", "the", "of", "Broncos")]
     contexts = [" ".join(words[(7 * n + i * i) % 4000] for i in range(110)) for n in range(2067)]
@@ -758,26 +763,46 @@ def test_as_many_questions_as_squad_keeps(browser, folder, tmp_path):
     for number, name in enumerate(kept):
         fields = {"answer": f"not {name}", "text": f"Result = [[ not {name} ]]", "f1": 0.0}
         wrong[name] = answers[name].with_fields(**fields, log_probs=[-0.1, -0.2 - number / 1000])
-    lists = {side: list(range(100_000, 100_100)) for side in ("topk", "bottomk")}
-    latents = RankedQuestion(id="any", answer="Oslo", active=[0] * 103, inside=[1], log_probs=[-0.1, -0.2], **lists)
-    ranked = {f"activations_{name}.json": dict.fromkeys(kept, latents) for name in RANKINGS}
+    latents, alone = {}, {}
+    for number, name in enumerate(kept):  # 100 of the 16,384 latents, as K = 50% masks; scores and effects of 206
+        first = number * 7 % 16_000
+        lists = {side: list(range(first, first + 100)) for side in ("topk", "bottomk")}
+        measured = {"measured": list(range(first, first + 206)), "scores": [1 / 7 + n / 1000 for n in range(206)]}
+        fields = {"active": [0] * 103, "inside": [1], "log_probs": [-0.1, -0.2], **lists, **measured}
+        latents[name] = RankedQuestion(id=name, answer="Oslo", **fields)
+        effects = [math.sin(n) / 100 for n in range(206)]
+        alone[name] = KeptRecord(**{"id": name, **answer, **fields}, effects=effects)
+    ranked = {f"activations_{name}.json": latents for name in RANKINGS}
     right = {name: answers[name] for name in kept}
     masked = [(entry, wrong if entry.masked == "topk" else right) for entry, _ in found.masked]
     big = dataclasses.replace(
-        found, questions={q.id: q for q in asked}, answers=answers, kept=kept, masked=masked, ranked=ranked
+        found,
+        questions={q.id: q for q in asked},
+        answers=answers,
+        kept=kept,
+        masked=masked,
+        ranked=ranked,
+        unmasked={"effect": alone},
     )
     with open(tmp_path / "results.html", "w", encoding="utf-8") as file:
         page.write_page(file, big, found.entries)
     assert (tmp_path / "results.html").stat().st_size < 40e6
     browser.open(tmp_path / "results.html", READY)
+    (paint,) = browser.run("performance.getEntriesByName('first-contentful-paint').map((entry) => entry.startTime)")
+    assert paint < 4000
     assert count(browser) == 5745 and column(browser, 5)[0] == "5.744"
     choose(browser, show="all")
     for text, number in (("what broncos17", None), ("What 3000 is", 1), ("", 10570)):
         before = browser.run("performance.now()")
         search(browser, text)
-        browser.run("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
-        assert browser.run("performance.now()") - before < 1000  # half a second where nothing else runs
+        browser.run(PAINTED)
+        assert browser.run("performance.now()") - before < 1000
         assert number is None or count(browser) == number
+    before = browser.run("performance.now()")
+    browser.run("document.getElementById('tab-latents').click()")
+    browser.run(PAINTED)
+    assert browser.run("performance.now()") - before < 1000 and count(browser) > 10_000
+    browser.run("document.getElementById('tab-questions').click()")
     choose(browser, show="changed")
     assert count(browser) == 5745 and browser.run("document.querySelectorAll('#questions tr').length") < 30
     assert problems(browser)[0] == []
