@@ -742,6 +742,7 @@ def test_printed(browser, folder):
     for selector in (".finding", "figure svg", ".block td", ".detail .context", ".matrix td", "#count"):
         assert browser.run(f"document.querySelector('{selector}').getClientRects().length") > 0, selector
     assert browser.run("getComputedStyle(document.querySelector('.wide')).overflowX") == "visible"
+    assert browser.run("document.documentElement.scrollWidth") <= 700
     pdf = base64.b64decode(browser.send("Page.printToPDF")["data"])
     browser.send("Emulation.setEmulatedMedia", media="")
     assert pdf.startswith(b"%PDF") and len(pdf) > 20_000
