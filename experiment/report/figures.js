@@ -1,4 +1,4 @@
-// The histogram above the questions, and the figure, whose marks can be pointed at. Follows page.js, in the same module.
+// The histogram above the questions, and the figure, whose marks can be pointed at. Precedes page.js, in the same module.
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The histogram of drops
@@ -63,13 +63,17 @@ function bindPoint(point, mask, metric) {
   }
   const show = () => showTip(point, text);
   const open = () => {
-    filter({ ranking: mask.ranking, mask: mask.mask, k: mask.k, show: "changed", question: "" });
+    filter({ ranking: mask.ranking, mask: mask.mask, k: mask.k, tab: "questions", show: "changed", question: "" });
     find("questions-head").scrollIntoView();
   };
   for (const name of ["mouseenter", "focus"]) point.addEventListener(name, show);
   for (const name of ["mouseleave", "blur"]) point.addEventListener(name, () => (find("tip").hidden = true));
   point.addEventListener("click", open);
-  point.addEventListener("keydown", (event) => event.key === "Enter" && open());
+  point.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    open();
+  });
 }
 
 function showTip(point, text) {
@@ -81,9 +85,11 @@ function showTip(point, text) {
   tip.style.top = `${box.bottom + 6}px`;
 }
 
-for (const mask of data.masks) {
-  for (const metric of Object.keys(mask.drop)) {
-    const point = find(`${metric}:${mask.journal}`);
-    if (point) bindPoint(point, mask, metric);
+function bindFigure() {
+  for (const mask of data.masks) {
+    for (const metric of Object.keys(mask.drop)) {
+      const point = find(`${metric}:${mask.journal}`);
+      if (point) bindPoint(point, mask, metric);
+    }
   }
 }

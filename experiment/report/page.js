@@ -1,4 +1,4 @@
-// The questions. All that is shown is in the address: state -> render, and every control goes to another state.
+// The questions, and what all parts share. All that is shown is in the address: state -> render, and every control goes to another state.
 // Texts of models and data sets reach the page as text nodes, never as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const find = (id) => document.getElementById(id);
@@ -25,10 +25,11 @@ const DEFAULTS = {
   ranking: usual?.ranking ?? "",
   mask: usual?.mask ?? "",
   k: usual?.k ?? "",
+  tab: "questions", // or "latents"
   show: "kept",
   search: "",
   bar: "", // of the histogram, "low:high"
-  sort: usual ? "drop" : "",
+  sort: usual ? "drop" : "", // a column's name; of a tab that has none such, its first
   up: "", // "yes": smallest first
   page: "0",
   question: "",
@@ -148,11 +149,14 @@ const ORDERS = {
 
 function sorted(questions, number) {
   if (!Object.hasOwn(ORDERS, state.sort)) return questions;
-  const order = ORDERS[state.sort];
+  return inOrder(questions, (question) => ORDERS[state.sort](question, number));
+}
+
+function inOrder(rows, order) {
   const direction = state.up ? 1 : -1;
-  const keyed = questions.map((question) => [order(question, number), question]);
+  const keyed = rows.map((of) => [order(of), of]);
   keyed.sort(([a], [b]) => (a === b ? 0 : a < b ? -direction : direction));
-  return keyed.map(([, question]) => question);
+  return keyed.map(([, of]) => of);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -169,21 +173,22 @@ const COLUMNS = [
 
 const narrow = matchMedia("(max-width: 640px)"); // page.css leaves out the optional columns there
 
-function renderHead() {
-  const heads = COLUMNS.map(({ name, title, optional }) => {
+// chosen: the name of the column that the rows are sorted by.
+function renderHead(table, columns, chosen) {
+  const heads = columns.map(({ name, title, optional }) => {
     const head = element("th", { scope: "col", className: optional ? "optional" : "" });
     if (!name) head.append(title);
-    else head.append(sortButton(name, title));
-    if (name === state.sort) head.setAttribute("aria-sort", state.up ? "ascending" : "descending");
+    else head.append(sortButton(name, title, chosen));
+    if (name && name === chosen) head.setAttribute("aria-sort", state.up ? "ascending" : "descending");
     return head;
   });
-  find("questions").tHead.replaceChildren(element("tr", {}, ...heads));
+  table.tHead.replaceChildren(element("tr", {}, ...heads));
 }
 
-function sortButton(name, title) {
+function sortButton(name, title, chosen) {
   const button = element("button", { type: "button", id: `sort-${name}`, textContent: title });
   button.addEventListener("click", () => {
-    const isAgain = state.sort === name;
+    const isAgain = chosen === name;
     go({ sort: name, up: isAgain && !state.up ? "yes" : "", page: "0" });
   });
   return button;
@@ -250,174 +255,12 @@ function renderPager(count) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// An opened question
-
-function markTruths(text, truths) {
-  const longestFirst = truths.filter(Boolean).sort((a, b) => b.length - a.length);
-  if (!longestFirst.length) return [text];
-  const pattern = longestFirst.map((truth) => truth.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|");
-  const whole = new RegExp(`(?<![\\p{L}\\p{N}])(?:${pattern})(?![\\p{L}\\p{N}])`, "gu");
-  const parts = [];
-  let end = 0;
-  for (const match of text.matchAll(whole)) {
-    parts.push(text.slice(end, match.index), element("mark", { textContent: match[0] }));
-    end = match.index + match[0].length;
-  }
-  return [...parts, text.slice(end)];
-}
-
-function detail(question, number) {
-  const box = element("div", { className: "detail" });
-  const link = element("a", { className: "link", href: `#${encodeURIComponent(question.id)}` }, question.id);
-  const copy = element("button", { type: "button", className: "copy", textContent: "Copy row as CSV" });
-  copy.addEventListener("click", () => copyCsv([question], copy));
-  box.append(element("p", { className: "tools" }, link, " ", copy));
-  if (question.context !== null) {
-    const context = data.contexts[question.context];
-    box.append(element("p", { className: "context" }, ...markTruths(context, question.truths)));
-  }
-  const truths = question.truths.flatMap((truth, place) => [place ? " / " : "", element("mark", {}, truth)]);
-  box.append(element("p", {}, "Ground truth: ", ...truths));
-  if (question.unmasked) box.append(answerLine("Unmasked: ", question.unmasked));
-  if (question.masked && data.masks.length) {
-    const inCell = element("div", { className: "cell", role: "status" });
-    box.append(matrix(question, number, inCell), inCell);
-    renderCell(inCell, question, data.masks[chosenCell]?.mask === data.masks[number].mask ? chosenCell : number);
-  }
-  return box;
-}
-
-function answerLine(name, found) {
-  return element("p", { className: "answer" }, name, ...showAnswer(found), " ", element("code", {}, found[TEXT]));
-}
-
-// Rankings down, K across, of the chosen mask.
-function matrix(question, number, inCell) {
-  const mask = data.masks[number].mask;
-  const numbers = [...data.masks.keys()].filter((other) => data.masks[other].mask === mask);
-  const rankings = distinct(numbers.map((other) => data.masks[other].ranking));
-  const ks = distinct(numbers.map((other) => data.masks[other].k));
-  const heads = ["", ...ks.map((k) => `K = ${k}`)].map((text) => element("th", { scope: "col" }, text));
-  const rows = rankings.map((ranking) => {
-    const cells = ks.map((k) => {
-      const at = numbers.find((other) => data.masks[other].ranking === ranking && data.masks[other].k === k);
-      return element("td", {}, at === undefined ? null : matrixCell(question, at, inCell));
-    });
-    return element("tr", {}, element("th", { scope: "row" }, ranking), ...cells);
-  });
-  const caption = element("caption", {}, "Masked: ", ...maskButtons(mask));
-  const table = element("table", { className: "matrix" }, caption, element("thead", {}, element("tr", {}, ...heads)));
-  table.append(element("tbody", {}, ...rows));
-  return element("div", { className: "wide" }, table);
-}
-
-function maskButtons(chosen) {
-  return distinct(data.masks.map((mask) => mask.mask)).map((name) => {
-    const button = element("button", { type: "button", textContent: name, "aria-pressed": name === chosen });
-    button.addEventListener("click", () => filter({ mask: name }));
-    return button;
-  });
-}
-
-function matrixCell(question, number, inCell) {
-  const found = answerOf(question, number);
-  if (!found) return null;
-  const button = element("button", { type: "button", className: judge(found) }, ...showAnswer(found));
-  button.classList.toggle("same", !isChanged(question, number));
-  button.dataset.mask = number;
-  button.addEventListener("click", () => renderCell(inCell, question, number));
-  return button;
-}
-
-// What is under the matrix: the cell's text and figures, and its latents.
-function renderCell(box, question, number) {
-  chosenCell = number;
-  const mask = data.masks[number];
-  const found = answerOf(question, number);
-  const drop = dropOf(question, number);
-  const facts = [`${mask.ranking}, ${mask.mask}, K = ${mask.k}`];
-  if (found) facts.push(`EM ${100 * found[EM]}, F1 ${(100 * found[F1]).toFixed(0)}`);
-  if (drop !== null) facts.push(`the unmasked answer lost ${showDrop(drop)} nats per token`);
-  const parts = [element("h3", {}, facts.join("; "))];
-  if (found) parts.push(answerLine("", found));
-  if (mask.list !== null) parts.push(latentTable(question, number));
-  box.replaceChildren(...parts);
-  for (const button of box.parentElement.querySelectorAll("[data-mask]")) {
-    button.setAttribute("aria-pressed", button.dataset.mask === String(number));
-  }
-}
-
-function latentTable(question, number) {
-  const { list, mask } = data.masks[number];
-  const count = question.counts[number];
-  const ids = question.latents[list].slice(0, count);
-  const { often, k } = data.lists[list];
-  const scores = question.scores?.[list] ?? [];
-  const effects = question.effects ?? {};
-  const columns = [
-    ["", (_, place) => place + 1],
-    ["latent", (id) => latentLink(id)],
-    ["score", (_, place) => scores[place] ?? ""],
-    [`questions that mask it at K = ${k}`, (id) => often[id] ?? 1],
-    ["effect alone", (id) => effects[id] ?? ""],
-  ].filter(([title, show]) => ids.some((id, place) => title === "" || show(id, place) !== ""));
-  const heads = columns.map(([title]) => element("th", { scope: "col" }, title));
-  const rows = ids.map((id, place) => {
-    return element("tr", {}, ...columns.map(([, show]) => element("td", {}, show(id, place))));
-  });
-  const shown = ids.length < count ? `${ids.length} of ${count}` : `${count}`;
-  const what = mask.startsWith("all but") ? "latents kept" : "latents masked";
-  const table = element("table", { className: "latents" }, element("thead", {}, element("tr", {}, ...heads)));
-  table.append(element("tbody", {}, ...rows));
-  const summary = element("summary", {}, `${shown} ${what}`);
-  return element("details", { open: true }, summary, element("div", { className: "wide" }, table));
-}
-
-function latentLink(id) {
-  if (!data.neuronpedia) return String(id);
-  const href = data.neuronpedia + id;
-  return element("a", { href, textContent: id, target: "_blank", rel: "noreferrer" });
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// CSV
-
-function toCsv(questions) {
-  const number = chosenMask();
-  const mask = data.masks[number];
-  const name = mask ? `${mask.ranking} ${mask.mask} K = ${mask.k}` : "masked";
-  const rows = [["id", "question", "ground truth", "unmasked", name, "drop", "changed", "masks"]];
-  for (const question of questions) {
-    const masked = answerOf(question, number);
-    rows.push([
-      question.id,
-      question.question,
-      question.truths.join(" / "),
-      question.unmasked?.[ANSWER] ?? "",
-      masked?.[ANSWER] ?? "",
-      dropOf(question, number) ?? "",
-      countChanged(question),
-      countAsked(question),
-    ]);
-  }
-  const quote = (value) => `"${String(value).replaceAll('"', '""')}"`;
-  return rows.map((values) => values.map(quote).join(",")).join("\n") + "\n";
-}
-
-async function copyCsv(questions, button) {
-  const before = button.textContent;
-  await navigator.clipboard.writeText(toCsv(questions));
-  button.textContent = "Copied";
-  setTimeout(() => (button.textContent = before), 1500);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // All together
 
 function fillSelect(id, values, names = values) {
   const options = values.map((value, place) => element("option", { value, textContent: names[place] }));
   find(id).replaceChildren(...options);
-  find(id).parentElement.hidden = values.length < 2;
+  find(id).parentElement.classList.toggle("single", values.length < 2);
   find(id).addEventListener("change", () => filter({ [id]: find(id).value }));
 }
 
@@ -432,16 +275,36 @@ let shown = [];
 function render() {
   const focused = document.activeElement?.id;
   const number = chosenMask();
+  renderControls(number);
+  renderTabs();
+  if (isOfLatents()) renderLatents(number);
+  else renderQuestions(number);
+  if (focused) find(focused)?.focus({ preventScroll: true });
+}
+
+function renderQuestions(number) {
   const [, fits] = Object.hasOwn(SHOWN, state.show) ? SHOWN[state.show] : SHOWN.all;
   const found = searched(data.questions.filter((question) => fits(question, number)), state.search);
   shown = sorted(found.filter((question) => inBar(question, number)), number);
-  renderControls(number);
   renderHistogram(found, number);
   find("count").textContent = `${shown.length} of ${data.questions.length} questions`;
-  renderHead();
+  renderHead(find("questions"), COLUMNS, state.sort);
   renderRows(shown, number);
   renderPager(shown.length);
-  if (focused) find(focused)?.focus({ preventScroll: true });
+}
+
+// Which of the two tables is there, with its controls.
+function renderTabs() {
+  for (const tab of ["questions", "latents"]) {
+    const isChosen = isOfLatents() === (tab === "latents");
+    find(`tab-${tab}`).setAttribute("aria-pressed", isChosen);
+    for (const part of document.querySelectorAll(`[data-tab=${tab}]`)) part.hidden = !isChosen;
+  }
+}
+
+function openTab(tab) {
+  const { sort, up, search } = DEFAULTS;
+  filter({ tab, sort, up, search, question: "" });
 }
 
 // A question that the address names is shown, whatever filters hide it.
@@ -458,7 +321,10 @@ function openLinked() {
   if (place < 0) return;
   state.page = String(Math.floor(place / PER_PAGE));
   render();
-  find(`open-${state.question}`).scrollIntoView({ block: "nearest" });
+  const button = find(`open-${state.question}`);
+  const focused = document.activeElement;
+  if (focused === document.body || !focused.checkVisibility()) button.focus({ preventScroll: true });
+  button.scrollIntoView({ block: "nearest" });
   document.querySelector(".detail").scrollIntoView({ block: "nearest" });
 }
 
@@ -470,9 +336,13 @@ fillSelect(
   Object.keys(SHOWN),
   Object.values(SHOWN).map(([words]) => words),
 );
+for (const tab of ["questions", "latents"]) find(`tab-${tab}`).addEventListener("click", () => openTab(tab));
+find("tabs").hidden = !data.latents.length;
+find("skip").addEventListener("click", () => find("questions-head").focus());
 find("search").addEventListener("input", () => filter({ search: find("search").value }, true));
 find("controls").addEventListener("submit", (event) => event.preventDefault());
 find("copy").addEventListener("click", () => copyCsv(shown, find("copy")));
 addEventListener("popstate", openLinked);
 narrow.addEventListener("change", render);
 openLinked();
+bindFigure();

@@ -20,8 +20,10 @@ from experiment.report.metrics import Cell
 RIGHT_F1 = 0.9  # from which on an answer counts as right, as in round 1
 LONGEST_ANSWER = 200  # characters
 MOST_LATENTS = 40  # of a list that are shown
+MOST_QUESTIONS = 3  # in which a latent matters most
 
 ShownAnswer = tuple[str, str, int, float, int]  # answer, text, em, f1, named
+ByQuestion = Mapping[str, Mapping[int, float]]  # {question id: {latent: a figure}}
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ def collect(folder: Folder) -> dict[str, Any]:
 
     contexts: texts.  neuronpedia: the beginning of the latents' addresses, or null.
     masks: {journal, ranking, mask, k, list, drop: {metric: text}, removed} of the masked rounds but K = 0.
-    lists: {name, k, often} of latents; often: {latent: number of questions whose list holds it} where that is not 1.
+    lists: {name, k, often} of latents; often: {latent: number of questions whose list holds it}.
+    latents: [latent, mean activation or null, mean effect alone or null, numbers of the questions in which it matters
+    most] of each that is in a list.  matters: by what that is told, "effect alone" or "place in NAME".
     questions: {id, context (number or null), question, truths, unmasked: an answer or null}, and of kept ones masked:
     an answer, 0 (as unmasked) or null (not asked), drops: of the answer's log probability or null, and counts: latents
     masked, for each mask; latents, and where they are known scores, for each list; effects: {latent: alone}.
@@ -65,6 +69,8 @@ def collect(folder: Folder) -> dict[str, Any]:
             described |= describe_masks(folder, masks, question_id)
             described |= describe_latents(folder, masks, lists, question_id, effects.get(question_id, {}))
         questions.append(described)
+    weights, matters = weigh_latents(effects, lists)
+    numbers = {described["id"]: number for number, described in enumerate(questions)}
     provenance = folder.provenance
     release = bundled(provenance.sae_release or "")
     return {
@@ -73,6 +79,8 @@ def collect(folder: Folder) -> dict[str, Any]:
         "neuronpedia": catalogue.neuronpedia_page(release, provenance.sae_id or "", ""),
         "masks": [describe_mask(mask) for mask in masks],
         "lists": [describe_list(of_list) for of_list in lists],
+        "latents": describe_all_latents(folder, lists, effects, find_foremost(weights, numbers)),
+        "matters": matters,
         "questions": questions,
     }
 
@@ -136,8 +144,76 @@ def describe_list(of_list: LatentList) -> dict[str, Any]:
     often: collections.Counter[int] = collections.Counter()
     for latents in of_list.of_question.values():
         often.update(latents)
-    repeated = {latent: count for latent, count in often.items() if count > 1}
-    return {"name": of_list.name, "k": of_list.k, "often": repeated}
+    return {"name": of_list.name, "k": of_list.k, "often": dict(sorted(often.items()))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All latents
+
+
+def describe_all_latents(
+    folder: Folder, lists: Sequence[LatentList], effects: ByQuestion, foremost: Mapping[int, list[int]]
+) -> list[tuple[int, float | None, float | None, list[int]]]:
+    """(latent, mean activation, mean effect alone, questions in which it matters most) of those in any list.
+
+    A mean is over the questions in which the figure was measured; None where it was in none.
+    """
+    listed: set[int] = set()
+    for of_list in lists:
+        for latents in of_list.of_question.values():
+            listed.update(latents)
+    activations = average(find_activations(folder))
+    alone = average(effects)
+    return [(n, activations.get(n), alone.get(n), foremost.get(n, [])) for n in sorted(listed)]
+
+
+def find_activations(folder: Folder) -> ByQuestion:
+    """Mean activations, which are the baseline's scores, where its file of activations has them."""
+    for entry, _ in folder.masked:
+        if entry.provenance.ranking == "baseline":
+            of_file = folder.ranked.get(entry.latents or "", {})
+            return {question_id: find_scores(ranked) for question_id, ranked in of_file.items()}
+    return {}
+
+
+def average(figures: ByQuestion) -> dict[int, float]:
+    """{latent: mean over the questions that have a figure of it}"""
+    totals: dict[int, float] = {}
+    counts: collections.Counter[int] = collections.Counter()
+    for of_question in figures.values():
+        for latent, figure in of_question.items():
+            totals[latent] = totals.get(latent, 0.0) + figure
+            counts[latent] += 1
+    return {latent: round_figure(total / counts[latent]) for latent, total in totals.items()}
+
+
+def weigh_latents(effects: ByQuestion, lists: Sequence[LatentList]) -> tuple[ByQuestion, str]:
+    """How much latents matter in each question, and by what that is told: their effects, else places in a list."""
+    if effects:
+        return effects, "effect alone"
+    if not lists:
+        return {}, ""
+    first = lists[0]
+    weights = {}
+    for question_id, latents in first.of_question.items():
+        weights[question_id] = {latent: 1 / (1 + place) for place, latent in enumerate(latents)}
+    return weights, f"place in {first.name}"
+
+
+def find_foremost(weights: ByQuestion, numbers: Mapping[str, int]) -> dict[int, list[int]]:
+    """{latent: the numbers of the questions in which it matters most}, the first one most; none where it costs nothing.
+
+    numbers: of questions, by id.
+    """
+    foremost: dict[int, list[tuple[float, int]]] = {}
+    for question_id, of_question in weights.items():
+        for latent, weight in of_question.items():
+            if weight > 0 and question_id in numbers:
+                found = foremost.setdefault(latent, [])
+                found.append((-weight, numbers[question_id]))
+                found.sort()
+                del found[MOST_QUESTIONS:]
+    return {latent: [number for _, number in found] for latent, found in foremost.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from experiment.masks import OTHERS
 from experiment.records.entries import Entry, Excess, MaskedEntry
 from experiment.report.estimates import MASKS
 
 FLOOR = 5  # percent: with an EM below it hardly an answer is left that a mask could cost
 MANY = 5  # times K: a matched mask of more latents than this is of another kind
+OTHER_QUESTIONS = {"other": "another question on the same context", "other-context": "a question on another context"}
 CONTROLS = ("direction", "matched")  # the fairer one first
 
 
@@ -88,11 +88,11 @@ def _name_latents(entry: MaskedEntry) -> str:
     ranking = entry.provenance.ranking
     is_one = entry.mean_k == 1
     count = "the one latent" if is_one else f"the {entry.mean_k:.1f} latents"
-    if ranking == "baseline" or ranking in OTHERS:
+    if ranking == "baseline":
         fire = "fires" if is_one else "fire"
-        where = " in another question" if ranking in OTHERS else ""
-        return f"{count} that {fire} {'most' if entry.masked == 'topk' else 'least'}{where}"
-    return f"{count} that {ranking} ranks {'highest' if entry.masked == 'topk' else 'lowest'}"
+        return f"{count} that {fire} {'most' if entry.masked == 'topk' else 'least'}"
+    who = OTHER_QUESTIONS.get(ranking or "", ranking)
+    return f"{count} that {who} ranks {'highest' if entry.masked == 'topk' else 'lowest'}"
 
 
 def _name_control(name: str, entry: MaskedEntry, control: MaskedEntry) -> str:
