@@ -263,7 +263,7 @@ def test_what_was_found_comes_first(folder, monkeypatch, capsys):
     mask, control = find_entry(folder, "baseline", "50%"), find_entry(folder, "baseline", "50%", "direction")
     low, high = mask["drop"]["intervals"]["em"]
     cost = f"costs {mask['drop']['em']:.1f} points of EM [{low:.1f}, {high:.1f}]"
-    table = out.index("\nranking")
+    table = out.index("\nTopK: ")
     told = " ".join(out[:table].split())
     assert told.startswith(f"Masking the {mask['mean_k']:.1f} latents that fire most {cost}; the same in a ")
     excess = mask["excess"]["direction"]
