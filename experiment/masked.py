@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from experiment import say
 from experiment.intervention.ablations import Ablation
-from experiment.masks import DRAWN, ROUND_NAMES, Side
+from experiment.masks import DRAWN, ROUND_NAMES, Side, count_masked
 from experiment.options import Options
 from experiment.questions import Question, hash_population
 from experiment.records import lists
@@ -220,6 +220,7 @@ class Masks(TypedDict):
     """Fields of a MaskedEntry that say what was masked; None for what is not known."""
 
     mean_k: float
+    asked_k: float
     fewer_than_k: int
     removed: float | None
     missed_target: int | None
@@ -234,12 +235,14 @@ def measure_masks(drawn: list[RankedFile], provenance: Provenance, asked: list[Q
     for file in drawn:
         ranked += [file.questions[question.id] for question in asked]
     counts = []
+    asked_for = []
     removed: list[float] = []  # of the questions for which it is known
     fewer = 0
     missed = 0
     for question in ranked:
         latents, is_enough = lists.find_latents_to_mask(question, side, k)
         counts.append(len(latents))
+        asked_for.append(count_masked(k, len(question.active)))
         share = lists.find_removed(question, side, len(latents))
         if share is not None:
             removed.append(share)
@@ -248,6 +251,7 @@ def measure_masks(drawn: list[RankedFile], provenance: Provenance, asked: list[Q
     is_known = len(removed) == len(ranked) and not provenance.keep_only
     return {
         "mean_k": sum(counts) / len(counts),
+        "asked_k": sum(asked_for) / len(asked_for),
         "fewer_than_k": round(fewer / len(drawn)),
         "removed": 100 * sum(removed) / len(removed) if is_known else None,
         "missed_target": round(missed / len(drawn)) if is_matched(ranked, side) else None,

@@ -100,6 +100,18 @@ def test_matched_masks_that_miss_are_marked():
     assert "*" not in to_text(entries[1:])
 
 
+def test_matched_masks_of_many_latents_are_marked():
+    """More than five times K."""
+    entries = [
+        masked("matched", "topk", "1", 99.0, mean_k=5.1, asked_k=1.0, missed_target=0, removed=3.5),
+        masked("matched", "topk", "10", 99.0, mean_k=50.0, asked_k=10.0, missed_target=0, removed=4.5),
+        masked("baseline", "topk", "1", 99.0, mean_k=1.0, asked_k=1.0, removed=3.4),
+    ]
+    text = to_text(entries)
+    assert re.search(r"matched +3\.5\+ +4\.5\b", text) and "\n+: matched takes more than 5 times" in text
+    assert "+" not in to_text(entries[1:])
+
+
 def test_lists_that_are_too_short_are_marked():
     text = to_text([masked("baseline", "topk", "10", 80.0, removed=20.8, fewer_than_k=3)])
     assert "20.8<" in text and "\n<: fewer latents" in text

@@ -8,6 +8,7 @@ from experiment.records.entries import Figures
 from experiment.report import metrics
 from experiment.report.blocks import Line, Setting
 from experiment.report.metrics import Cell, Metric
+from experiment.report.sentences import MANY
 
 DIGITS = {metrics.POINTS: 1, metrics.PERCENT: 1, metrics.COUNT: 1, metrics.NATS: 3, metrics.SHARE: 2}
 LONGEST_NAME = 24  # of a ranking
@@ -17,6 +18,7 @@ UNITS = "Drops: points of EM and named, nats per token of answer and format."
 INTERVALS = "[ ]: 95% interval over contexts."
 MARKS = {
     metrics.MISSED: "over half off its match for over a tenth of the questions.",
+    metrics.CROWD: f"matched takes more than {MANY} times as many latents as K says.",
     metrics.FEWER: "fewer latents than K are in the file for some questions.",
 }
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from experiment.records.entries import Estimate, Figures, MaskedEntry
+from experiment.report.sentences import MANY
 
 MISSED_SHARE = 0.1  # of the questions: from there on a matched mask is marked
 MISSED = "*"  # marks what a matched mask costs, and removes, where it is not matched to the baseline's
+CROWD = "+"  # marks the same where a matched mask takes more than MANY times as many latents as K says
 FEWER = "<"  # marks the same where a file of activations holds fewer latents than K asks for
 MARKED = ("em", "removed")  # the figures that carry these marks
 CONTROL_WORDS = {"own": "own latents"}  # where a control's name does not say what it is
@@ -101,6 +103,8 @@ def find_mark(entry: MaskedEntry, name: str) -> str:
     missed = entry.missed_target or 0
     if missed > MISSED_SHARE * entry.n:
         return MISSED
+    if entry.missed_target is not None and entry.asked_k is not None and entry.mean_k > MANY * entry.asked_k:
+        return CROWD
     return FEWER if entry.fewer_than_k else ""
 
 
