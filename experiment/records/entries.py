@@ -151,10 +151,10 @@ class UnmaskedEntry(Entry):
 class MaskedEntry(Entry):
     """Of a masked round. clean: the unmasked answers to the same questions; drop: unmasked minus masked, paired.
 
-    latents: the name of the file of activations.  mean_k: latents masked per question.  asked_k: how many K says, which a
-    matched mask may exceed.  fewer_than_k: questions whose lists are shorter than K.  removed: percent of the residual
-    stream's norm.  missed_target: questions for which a matched mask removes more or less than the baseline's by over
-    half of it.  missing: of the file, those that the data set lacks.
+    latents: the name of the file of activations.  mean_k: latents masked per question.  asked_k: how many K says,
+    which a matched mask may exceed.  fewer_than_k: questions whose lists are shorter than K.  removed: percent of the
+    residual stream's norm.  missed_target: questions for which a matched mask removes more or less than the
+    baseline's by over half of it.  missing: of the file, those that the data set lacks.
 
     control: what the same hole was made of instead of these latents.  draws: figures are means over so many within each
     question first.  keep_only: everything but these latents is masked.  excess: over a control, by its name ("own": the
