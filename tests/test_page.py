@@ -210,6 +210,13 @@ def test_the_tables_are_results_json(opened, folder):
     assert len(shared) == len(RANKINGS) and shared[0].startswith("1 baseline")
 
 
+def test_the_words_of_its_rankings_are_explained(opened, folder):
+    words = {text.split(":")[0] for text in texts(opened, "#words li")}
+    rankings = {entry["run"]["ranking"] for entry in masked_entries(folder)}
+    assert rankings <= words and "faithfulness" not in words
+    assert {"kept", "EM", "TopK, BottomK"} <= words
+
+
 def test_a_mark_of_the_figure_says_what_it_is_and_shows_its_questions(opened, folder):
     entries = masked_entries(folder)
     assert opened.run("document.querySelectorAll('.point').length") == 2 * len(entries)
@@ -309,7 +316,7 @@ def test_the_histogram_filters(opened, folder):
     bars = opened.run("[...document.querySelectorAll('.bars button')].map((bar) => bar.title)")
     counted = 0
     for place, bar in enumerate(bars):
-        number, low, high = re.fullmatch(r"(\d+) questions lost (\S+) to (\S+)", bar).groups()
+        number, low, high = re.fullmatch(r"(\d+) questions? lost (\S+) to (\S+)", bar).groups()
         inside = sum(float(low) <= drop < float(high) for drop in drops)
         assert int(number) == inside, bar
         counted += inside
@@ -482,7 +489,7 @@ def test_scores_and_effects_where_they_are_known(browser, folder, tmp_path):
     head, *rows = browser.run(
         "[...document.querySelector('.latents').rows].map((r) => [...r.cells].map((c) => c.textContent))"
     )
-    assert head == ["", "latent", "score", "questions that mask it at K = 10", "effect alone"]
+    assert head == ["", "latent", "score", "questions that mask it at K = 10", "effect alone, nats per token"]
     for row, latent in zip(rows, of_file[first].topk[:10], strict=True):
         assert row[1:3] == [str(latent), f"{float(f'{latent / 7:.3g}'):g}"]
         assert float(row[4]) == pytest.approx(-latent / 900, rel=0.01)

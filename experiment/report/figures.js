@@ -28,7 +28,7 @@ function renderHistogram(questions, number) {
   box.setAttribute("aria-label", "Questions by what the answer's log probability lost, nats per token");
   const buttons = bars.map(({ count, low, high }) => {
     const name = `${low}:${high}`;
-    const label = `${count} questions lost ${low} to ${high}`;
+    const label = `${count} question${count === 1 ? "" : "s"} lost ${low} to ${high}`;
     const button = element("button", { type: "button", title: label, "aria-label": label, disabled: !count });
     button.setAttribute("aria-pressed", state.bar === name);
     // Heights go by the root: most questions lose next to nothing, and the few that do are looked for.

@@ -167,16 +167,16 @@ const COLUMNS = [
   { title: "Ground truth", optional: true },
   { title: "Unmasked", optional: true },
   { title: "Masked" },
-  { name: "drop", title: "Drop" },
-  { name: "changed", title: "Changed", optional: true },
+  { name: "drop", title: "Drop", hint: "what the answer lost in log probability, nats per token" },
+  { name: "changed", title: "Changed", hint: "masks that change the answer, of all", optional: true },
 ];
 
 const narrow = matchMedia("(max-width: 640px)"); // page.css leaves out the optional columns there
 
 // chosen: the name of the column that the rows are sorted by.
 function renderHead(table, columns, chosen) {
-  const heads = columns.map(({ name, title, optional }) => {
-    const head = element("th", { scope: "col", className: optional ? "optional" : "" });
+  const heads = columns.map(({ name, title, hint = "", optional }) => {
+    const head = element("th", { scope: "col", className: optional ? "optional" : "", title: hint });
     if (!name) head.append(title);
     else head.append(sortButton(name, title, chosen));
     if (name && name === chosen) head.setAttribute("aria-sort", state.up ? "ascending" : "descending");

@@ -13,7 +13,7 @@ from typing import IO
 import jinja2
 
 from experiment.records.entries import Entry, UnmaskedEntry
-from experiment.report import blocks, cells, figure, metrics, page_data, sentences, statistics
+from experiment.report import blocks, cells, figure, metrics, page_data, page_words, sentences, statistics
 from experiment.report.blocks import Setting
 from experiment.report.folders import Folder
 from experiment.report.metrics import Metric
@@ -85,6 +85,7 @@ def write_page(file: IO[str], folder: Folder, entries: Sequence[Entry]) -> None:
         legend=list_legend(entries),
         settings=[(cells.write_levels(setting), list_tables(setting)) for setting in settings],
         notes=[DROP, cells.INTERVALS, *(f"{mark}: {note}" for mark, note in cells.MARKS.items())],
+        words=page_words.list_words(entries),
         rankings=list(zip(*rankings.values())),
         ranking_notes=statistics.list_notes(rankings),
         facts=list_facts(folder),

@@ -107,7 +107,7 @@ function latentTable(question, number) {
     ["latent", (id) => latentLink(id)],
     ["score", (_, place) => scores[place] ?? ""],
     [`questions that mask it at K = ${k}`, (id) => often[id]],
-    ["effect alone", (id) => effects[id] ?? ""],
+    ["effect alone, nats per token", (id) => effects[id] ?? ""],
   ].filter(([title, show]) => ids.some((id, place) => title === "" || show(id, place) !== ""));
   const heads = columns.map(([title]) => element("th", { scope: "col" }, title));
   const rows = ids.map((id, place) => {
