@@ -7,8 +7,7 @@ folder; --keep-only has a Setting of its own. A Line is a row of it: one ranking
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from experiment import UserError
@@ -21,7 +20,8 @@ from experiment.report.metrics import Metric
 CHANCE = ("matched", "random", "other", "other-context")  # rankings that know nothing of what a latent does
 DRAWN = ("matched", "random")  # rankings that have nothing to be beyond chance
 ALL_BUT = "all but TopK"  # the mask of --keep-only
-SELECTION = ("limit", "sample")  # say less than which questions these gave, by which Settings are told apart anyhow
+QUESTIONS = "questions"  # names a Setting after its set of questions
+WITH_NEIGHBOURS = "with another one on their context"  # those that other has latents for
 PLAIN = ("model", "sae_release", "sae_id", "hook_name", "dataset")  # settings whose values say what they are
 PUBLISHED = ("em", "f1")  # what the paper gives
 ERROR_TERMS = {"drop": "error term dropped", "keep": "error term kept"}
@@ -106,6 +106,18 @@ class Setting:
         return entries
 
     @property
+    def population(self) -> str:
+        """The hash of its questions' ids."""
+        entries: list[Entry] = [*self.entries, *self.unmasked]
+        return entries[0].population
+
+    @property
+    def is_of_neighbours(self) -> bool:
+        """Whether all that was masked are latents of another question on the same context."""
+        rankings = {line.ranking for line in self.lines}
+        return rankings == {"other"}
+
+    @property
     def controls(self) -> list[str]:
         """What there is an excess over, the fairest first."""
         found: set[str] = set()
@@ -147,7 +159,7 @@ def split_settings(entries: Sequence[Entry]) -> list[Setting]:
     shown: list[Entry] = list(list_unmasked(entries))
     shown += tables.sort_masked(entries)
     groups: dict[tuple, list[Entry]] = {}
-    for names, entry in zip(tell_settings(shown), shown):
+    for names, entry in zip(tables.tell_settings(shown), shown):
         key = (names, entry.provenance.error_term, entry.population)
         group = groups.setdefault(key, [])
         group.append(entry)
@@ -207,14 +219,20 @@ def _find_clean(group: Sequence[Entry]) -> Figures | None:
 
 
 def _name_populations(settings: Sequence[Setting]) -> list[Setting]:
-    """The Settings; those that nothing else tells apart are named after their set of questions."""
+    """The Settings; those that nothing else tells apart are named after their set of questions, in words for those that
+    only other was run on."""
+    settings = _name_alike(settings, lambda setting: WITH_NEIGHBOURS if setting.is_of_neighbours else "")
+    return _name_alike(settings, lambda setting: setting.population[:6])
+
+
+def _name_alike(settings: Sequence[Setting], name: Callable[[Setting], str]) -> list[Setting]:
+    """The Settings; those whose titles are the same with a name of their questions, where `name` has one."""
     titles = [setting.title for setting in settings]
     named = []
     for setting, title in zip(settings, titles):
-        if titles.count(title) > 1:
-            entries: list[Entry] = [*setting.entries, *setting.unmasked]
-            questions = {"questions": entries[0].population[:6]}
-            setting = dataclasses.replace(setting, names=setting.names | questions)
+        questions = name(setting)
+        if questions and titles.count(title) > 1:
+            setting = dataclasses.replace(setting, names=setting.names | {QUESTIONS: questions})
         named.append(setting)
     return named
 
@@ -240,11 +258,15 @@ def label_ks(entries: Sequence[MaskedEntry]) -> dict[str, str]:
     """{K: its label}, by how many latents they mask, which a percentage says. Of those that mask equally many, numbers
     stand before percentages."""
     counts: dict[str, float] = {}
-    for entry in sorted(entries, key=lambda entry: entry.provenance.ranking in CHANCE):
+    knowing_first = sorted(entries, key=lambda entry: entry.provenance.ranking in CHANCE)
+    for entry in knowing_first:
         counts.setdefault(entry.k, entry.mean_k)
+    fewest_first = sorted(counts, key=lambda k: order_k(k, counts[k]))
     labels = {}
-    for k in sorted(counts, key=lambda k: order_k(k, counts[k])):
-        labels[k] = f"{k} ({counts[k]:.1f})" if k.endswith("%") else k
+    for k in fewest_first:
+        labels[k] = k
+        if k.endswith("%"):
+            labels[k] += f" ({counts[k]:.1f})"
     return labels
 
 
@@ -300,45 +322,3 @@ def _refuse_unknown(option: str, wanted: Iterable[str], known: Iterable[str]) ->
         named = " ".join(unknown)
         held = ", ".join(there) or "none"
         raise UserError(f"{option} {named}: not in these results, which have {held}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings in which folders differ
-
-
-def tell_settings(entries: Sequence[Entry]) -> list[tuple[tuple[str, str], ...]]:
-    """For each entry, ((setting, text), ...) of the settings in which they differ, but for those that say no more than
-    earlier ones."""
-    alike = tables.name_alike(entries)
-    told: list[tuple[tuple[str, str], ...]] = [()] * len(alike)
-    for name in tables.find_differing(alike):
-        if name in SELECTION:
-            continue
-        texts = []
-        for entry in alike:
-            value = getattr(entry.provenance, name)
-            texts.append(tables.write_setting(value))
-        longer = []
-        for earlier, text in zip(told, shorten_names(texts)):
-            longer.append((*earlier, (name, text)))
-        if len(set(longer)) > len(set(told)):
-            told = longer
-    return told
-
-
-def shorten_names(names: list[str]) -> list[str]:
-    """Of paths that differ in some of their parts (layer_9/width_131k, layer_20/width_131k), these parts; of digests
-    the beginning."""
-    if all(re.fullmatch("[0-9a-f]{64}|", name) for name in names):
-        return [name[:8] for name in names]
-    paths = [name.split("/") for name in names]
-    lengths = {len(path) for path in paths}
-    if len(lengths) > 1:
-        return names
-    differing = []
-    for parts in zip(*paths):
-        if len(set(parts)) > 1:
-            differing.append(parts)
-    if not differing:
-        return names
-    return ["/".join(parts) for parts in zip(*differing)]

@@ -217,9 +217,11 @@ def estimate_each(columns: Mapping[Key, PerQuestion], contexts: Contexts) -> dic
     ids: dict[str, None] = {}
     for column in columns.values():
         ids.update(dict.fromkeys(column))
-    rows = [[column.get(question_id, np.nan) for column in columns.values()] for question_id in ids]
-    values = np.array(rows, dtype=float).reshape(len(ids), len(columns))
-    intervals = estimates.bootstrap(values, [contexts[question_id] for question_id in ids])
+    values = np.full((len(ids), len(columns)), np.nan)
+    for number, column in enumerate(columns.values()):
+        values[:, number] = [column.get(question_id, np.nan) for question_id in ids]
+    of_contexts = [contexts[question_id] for question_id in ids]
+    intervals = estimates.bootstrap(values, of_contexts)
     found = {}
     for number, key in enumerate(columns):
         found[key] = _make_estimate(values[:, number], intervals[:, number])

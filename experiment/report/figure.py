@@ -1,7 +1,8 @@
-"""The figure: what masking costs against what it removes, in a paper's column, and panel by panel for the page.
+"""The figure: what masking costs against what it removes, in a paper's column.
 
-A line is a ranking over K; what chance does (matched, random, a control direction) is dashed. A ranking has a colour
-and a marker of its own, filled for TopK and hollow for BottomK, so that it reads in grey, too.
+A line is a ranking over K; what chance does (matched, random) is dashed, and a ranking's control direction dashed, thin
+and without intervals. A ranking has a colour and a marker of its own, filled for TopK and smaller and hollow for
+BottomK, so that it reads in grey, too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,10 +50,12 @@ PAPER = "#ffffff"
 PANEL_HEIGHT = 1.6  # inches
 LEGEND_ROW_HEIGHT = 0.13
 MARGIN = 0.4
+THIN = 0.6  # of a line's width and of a marker's size: a control's
+SMALL = 0.8  # of a marker's size: BottomK's
+FAINT = 0.6  # a control's opacity
+TITLE_WIDTH = 62  # characters of the legend's title
 WIDTH = 3.3  # inches: a paper's column
 WIDE = 6.9  # its text's width, for more than two settings beside each other
-PAGE_STYLE = STYLE | {"font.size": 9, "lines.linewidth": 1.4, "lines.markersize": 6}
-PAGE_PANEL = (4.4, 3.1)  # inches
 
 
 @dataclass(frozen=True)
@@ -72,17 +76,30 @@ class Look:
     color: str
     marker: str
     is_dashed: bool
+    is_control: bool = False
 
     @property
     def style(self) -> Literal["-", "--"]:
         return "--" if self.is_dashed else "-"
 
-    def marked(self, mask: str) -> dict[str, Any]:
-        """Its marker: filled for TopK, hollow for BottomK."""
+    @property
+    def opacity(self) -> float:
+        return FAINT if self.is_control else 1.0
+
+    def scale(self, size: float) -> float:
+        """A width or a size, smaller for a control."""
+        return THIN * size if self.is_control else size
+
+    def marked(self, mask: str, size: float) -> dict[str, Any]:
+        """Its marker: filled for TopK, smaller and hollow for BottomK."""
+        is_hollow = mask == MASKS["bottomk"]
         return {
             "marker": self.marker,
             "color": self.color,
-            "markerfacecolor": PAPER if mask == MASKS["bottomk"] else self.color,
+            "alpha": self.opacity,
+            "markersize": self.scale(SMALL * size if is_hollow else size),
+            "markeredgewidth": 0.7 if is_hollow else 0,
+            "markerfacecolor": PAPER if is_hollow else self.color,
         }
 
 
@@ -96,7 +113,7 @@ def draw(entries: Sequence[Entry]) -> dict[str, bytes]:
         return {}
     files = {}
     with matplotlib.rc_context(STYLE):
-        figure = make_figure(settings)
+        figure = make_figure(settings, tell_left_out(entries))
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # it is laid out: not once more for each format
         for ending, metadata in UNDATED.items():
@@ -106,43 +123,55 @@ def draw(entries: Sequence[Entry]) -> dict[str, bytes]:
     return files
 
 
-def draw_panels(entries: Sequence[Entry]) -> dict[str, list[tuple[str, str]]]:
-    """The figure's panels for the page, by setting: (what it shows, SVG)."""
-    import matplotlib
-
-    settings = list_settings(entries)
-    looks = choose_looks(settings)
-    panels = {}
-    with matplotlib.rc_context(PAGE_STYLE):
-        for setting in settings:
-            drawn = []
-            for metric in list_metrics([setting]):
-                drawn.append((metric.label, draw_svg(setting, metric, looks)))
-            panels[setting.title] = drawn
-    return panels
-
-
-def draw_svg(setting: Setting, metric: Metric, looks: dict[str, Look]) -> str:
-    """A panel by itself. A point's id is its name."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=PAGE_PANEL, layout="constrained")
-    panel = figure.subplots()
-    draw_panel(panel, setting, metric, looks)
-    panel.set_ylabel(Y_LABELS[metric.name])
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-    svg = file.getvalue()
-    return svg[svg.index("<svg") :]
+# ---------------------------------------------------------------------------------------------------------------------
+# What is drawn
 
 
 def list_settings(entries: Sequence[Entry]) -> list[Setting]:
-    """Those in which something was masked, and what was lost is known; not masks that leave a list alone."""
+    """Those in which something was masked, and what was lost is known; not masks that leave a list alone.
+
+    Where it is known what a folder's masks remove, without those of which it is not: they have no place on that axis.
+    """
+    shown = []
+    for setting, is_measured in _list_masked(entries):
+        lines = setting.lines
+        if is_measured:
+            lines = [line for line in lines if line.has(REMOVED)]
+        if lines:
+            shown.append(dataclasses.replace(setting, lines=lines))
+    return shown
+
+
+def tell_left_out(entries: Sequence[Entry]) -> str:
+    """Which lines, or which of their K, are not in the figure, and why; empty where all are."""
+    names: dict[str, None] = {}
+    for setting, is_measured in _list_masked(entries):
+        for line in setting.lines:
+            unknown = [k for k, entry in line.by_k.items() if REMOVED.read(entry) is None]
+            if not is_measured or not unknown:
+                continue
+            is_whole = len(unknown) == len(line.by_k)
+            name = line.name if is_whole else f"{line.name} at K = {', '.join(unknown)}"
+            names[name] = None
+    if not names:
+        return ""
+    return f"Not in the figure: {', '.join(names)}. What they remove is not measured; see the table."
+
+
+def _list_masked(entries: Sequence[Entry]) -> list[tuple[Setting, bool]]:
+    """The settings of `list_settings` with all their lines, and whether it is known of any mask of their folder what it
+    removes."""
     settings = []
     for setting in blocks.split_settings(entries):
         if list_metrics([setting]) and not setting.keep_only:
             settings.append(setting)
-    return settings
+    measured = {_tell_folder(setting) for setting in settings if setting.has(REMOVED)}
+    return [(setting, _tell_folder(setting) in measured) for setting in settings]
+
+
+def _tell_folder(setting: Setting) -> tuple[tuple[str, str], ...]:
+    """What tells a setting's folder from others: all its names but that of a set of questions."""
+    return tuple((name, text) for name, text in setting.names.items() if name != blocks.QUESTIONS)
 
 
 def list_lines(settings: Sequence[Setting]) -> list[Line]:
@@ -178,19 +207,24 @@ def choose_looks(settings: Sequence[Setting]) -> dict[str, Look]:
             looks[line.ranking] = Look(next(colors), next(markers), False)
     for line in lines:
         if line.control is not None:
-            looks[line.name] = dataclasses.replace(looks[line.ranking], is_dashed=True)
+            looks[line.name] = dataclasses.replace(looks[line.ranking], is_dashed=True, is_control=True)
     return looks
 
 
-def make_figure(settings: Sequence[Setting]) -> Figure:
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def make_figure(settings: Sequence[Setting], left_out: str = "") -> Figure:
     """A row of panels per metric, a column per setting, as wide as a paper's column, or as its text where there are
-    more than two."""
+    more than two. left_out: what is said of lines that are not in it."""
     from matplotlib.figure import Figure
 
     shown = list_metrics(settings)
     looks = choose_looks(settings)
     handles = make_handles(settings, looks)
-    rows_of_legend = math.ceil(len(handles) / 2) + 1
+    title = tell_along(settings, left_out)
+    rows_of_legend = math.ceil(len(handles) / 2) + title.count("\n") + 1
     width = WIDTH if len(settings) <= 2 else WIDE
     height = PANEL_HEIGHT * len(shown) + LEGEND_ROW_HEIGHT * rows_of_legend + MARGIN
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -203,14 +237,19 @@ def make_figure(settings: Sequence[Setting]) -> Figure:
         row[0].set_ylabel(Y_LABELS[metric.name])
     if len(settings) > 1:
         for panel, setting in zip(panels[0], settings):
-            title = setting.title.replace(", ", "\n")
-            panel.set_title(title, fontsize=6)
+            of_column = setting.title.replace(", ", "\n")
+            panel.set_title(of_column, fontsize=6)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, title=title)
+    return figure
+
+
+def tell_along(settings: Sequence[Setting], left_out: str) -> str:
+    """The legend's title: which K stand along a line, and what is left out."""
     labels: dict[str, None] = {}
     for setting in settings:
         labels.update(dict.fromkeys(setting.ks.values()))
-    title = f"along a line: K = {', '.join(labels)}"
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, title=title)
-    return figure
+    along = f"along a line: K = {', '.join(labels)}"
+    return "\n".join([along, *textwrap.wrap(left_out, TITLE_WIDTH)])
 
 
 def draw_panel(panel: Axes, setting: Setting, metric: Metric, looks: dict[str, Look]) -> None:
@@ -225,7 +264,10 @@ def draw_panel(panel: Axes, setting: Setting, metric: Metric, looks: dict[str, L
 
 
 def draw_line(panel: Axes, line: Line, metric: Metric, x: Metric, look: Look) -> None:
-    """A line with its intervals, and each of its points by itself, so that the page can point at it."""
+    """A line with its intervals, which a control is drawn without, and each of its points by itself, so that the page can
+    point at it."""
+    from matplotlib import rcParams
+
     points = find_points(line, metric, x)
     if not points:
         return
@@ -233,17 +275,23 @@ def draw_line(panel: Axes, line: Line, metric: Metric, x: Metric, look: Look) ->
     means = [point.mean for point in points]
     below = [point.below for point in points]
     above = [point.above for point in points]
-    panel.errorbar(
+    of_line = f"line|{line.ranking}|{line.control or ''}|"
+    drawn = panel.errorbar(
         places,
         means,
-        [below, above],
+        None if look.is_control else [below, above],
         color=look.color,
+        alpha=look.opacity,
         linestyle=look.style,
-        elinewidth=0.7,
+        linewidth=look.scale(rcParams["lines.linewidth"]),
+        elinewidth=0.5,
         label=f"{line.name} {line.mask}",
     )
+    for artist in drawn.get_children():
+        artist.set_gid(of_line)
+    marked = look.marked(line.mask, rcParams["lines.markersize"])
     for point in points:
-        panel.plot([point.place], [point.mean], linestyle="", gid=point.name, **look.marked(line.mask))
+        panel.plot([point.place], [point.mean], linestyle="", gid=f"{of_line}{point.name}", **marked)
 
 
 def find_points(line: Line, metric: Metric, x: Metric) -> list[Point]:
@@ -269,16 +317,19 @@ def find_points(line: Line, metric: Metric, x: Metric) -> list[Point]:
 
 def make_handles(settings: Sequence[Setting], looks: dict[str, Look]) -> list[Line2D]:
     """The legend's: a line for each ranking and for each control, then a marker for each mask."""
+    from matplotlib import rcParams
     from matplotlib.lines import Line2D
 
     handles = []
     for name, look in list_legend(settings, looks).items():
         marker = look.marker or None
-        handles.append(Line2D([], [], label=name, linestyle=look.style, color=look.color, marker=marker))
+        width = look.scale(rcParams["lines.linewidth"])
+        handle = Line2D([], [], label=name, linestyle=look.style, linewidth=width, color=look.color, marker=marker)
+        handles.append(handle)
     plain = Look(INK, "o", False)
     masks = dict.fromkeys(line.mask for line in list_lines(settings))
     for mask in masks:
-        handles.append(Line2D([], [], label=mask, linestyle="", **plain.marked(mask)))
+        handles.append(Line2D([], [], label=mask, linestyle="", **plain.marked(mask, rcParams["lines.markersize"])))
     return handles
 
 
@@ -289,5 +340,5 @@ def list_legend(settings: Sequence[Setting], looks: dict[str, Look]) -> dict[str
     for line in list_lines(settings):
         rankings[line.ranking] = looks[line.ranking]
         if line.control is not None:
-            controls[f"the same in a random {line.control}"] = Look(GREYS[0], "", True)
+            controls[f"the same in a random {line.control}"] = Look(GREYS[0], "", True, is_control=True)
     return rankings | controls

@@ -6,6 +6,7 @@ Knows nothing of models. pandas and matplotlib are imported where they are used:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ NAMES = {
     "sae_release": ("sae_release", "sae_id"),
     "questions": ("dataset", "dataset_config", "split"),
 }
+SELECTION = ("limit", "sample")  # say less than which questions these gave, by which tables are told apart anyhow
 BOUNDS = ("", "_low", "_high")
 LEVELS = [f"{metric}{bound}" for metric in METRICS if metric not in DROP_ONLY for bound in BOUNDS]
 DROPS = [f"{metric}_drop{bound}" for metric in METRICS for bound in BOUNDS]
@@ -192,6 +194,44 @@ def find_differing(entries: Sequence[Entry]) -> list[str]:
         if len(values) > 1:
             differing.append(name)
     return differing
+
+
+def tell_settings(entries: Sequence[Entry]) -> list[tuple[tuple[str, str], ...]]:
+    """For each entry, ((setting, text), ...) of the settings in which they differ, but for those that say no more than
+    earlier ones."""
+    alike = name_alike(entries)
+    told: list[tuple[tuple[str, str], ...]] = [()] * len(alike)
+    for name in find_differing(alike):
+        if name in SELECTION:
+            continue
+        texts = []
+        for entry in alike:
+            value = getattr(entry.provenance, name)
+            texts.append(write_setting(value))
+        longer = []
+        for earlier, text in zip(told, shorten_names(texts)):
+            longer.append((*earlier, (name, text)))
+        if len(set(longer)) > len(set(told)):
+            told = longer
+    return told
+
+
+def shorten_names(names: list[str]) -> list[str]:
+    """Of paths that differ in some of their parts (layer_9/width_131k, layer_20/width_131k), these parts; of digests
+    the beginning."""
+    if all(re.fullmatch("[0-9a-f]{64}|", name) for name in names):
+        return [name[:8] for name in names]
+    paths = [name.split("/") for name in names]
+    lengths = {len(path) for path in paths}
+    if len(lengths) > 1:
+        return names
+    differing = []
+    for parts in zip(*paths):
+        if len(set(parts)) > 1:
+            differing.append(parts)
+    if not differing:
+        return names
+    return ["/".join(parts) for parts in zip(*differing)]
 
 
 def sort_masked(entries: Sequence[Entry]) -> list[MaskedEntry]:
