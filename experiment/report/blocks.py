@@ -106,10 +106,14 @@ class Setting:
         return entries
 
     @property
+    def told(self) -> list[Entry]:
+        """Its entries, unmasked ones first."""
+        return [*self.unmasked, *self.entries]
+
+    @property
     def population(self) -> str:
         """The hash of its questions' ids."""
-        entries: list[Entry] = [*self.entries, *self.unmasked]
-        return entries[0].population
+        return self.told[0].population
 
     @property
     def is_of_neighbours(self) -> bool:

@@ -16,10 +16,11 @@ PAPERS_EM = "the paper's EM"
 PAPER = "The paper: GradSAE, arXiv 2505.08080, EM in percent of its kept questions."
 UNITS = "Drops: points of EM and named, nats per token of answer and format."
 INTERVALS = "[ ]: 95% interval over contexts."
+NEIGHBOURS = "other masks the latents of another question on the same context: questions without one are left out."
 MARKS = {
-    metrics.MISSED: "over half off its match for over a tenth of the questions.",
+    metrics.MISSED: "not matched: over half more or less removed than by baseline, for over a tenth of the questions.",
     metrics.CROWD: f"matched takes more than {MANY} times as many latents as K says.",
-    metrics.FEWER: "fewer latents than K are in the file for some questions.",
+    metrics.FEWER: "for some questions the list is shorter than K.",
 }
 
 
@@ -74,6 +75,8 @@ def shorten(name: str) -> str:
 def write_levels(setting: Setting) -> list[str]:
     """What a table is of, how many questions, and their unmasked scores; what masking nothing changes."""
     lines = [f"{setting.title}; {tell_questions(setting)}."]
+    if setting.is_of_neighbours:
+        lines.append(NEIGHBOURS)
     levels = []
     if setting.clean is not None:
         levels.append(f"Unmasked EM / F1 / named, %: {write_scores(setting.clean)}")
@@ -115,6 +118,12 @@ def list_notes(cells: Sequence[str]) -> list[str]:
     notes = []
     if any("[" in text for text in cells):
         notes.append(INTERVALS)
+    return notes + list_marks(cells)
+
+
+def list_marks(cells: Sequence[str]) -> list[str]:
+    """What the marks in the cells mean, as far as they are there."""
+    notes = []
     for mark, note in MARKS.items():
         if any(text.endswith(mark) for text in cells):
             notes.append(f"{mark}: {note}")

@@ -85,7 +85,31 @@ function showTip(point, text) {
   tip.style.top = `${box.bottom + 6}px`;
 }
 
+// A ranking in the legend dims the lines of all others while it is pointed at, and for as long as it is pressed; the
+// controls' lines can be left out.
+function bindLegend() {
+  const buttons = [...document.querySelectorAll(".legend button")];
+  const isPressed = (button) => button.getAttribute("aria-pressed") === "true";
+  const dim = (pointed) => {
+    const chosen = buttons.filter((button) => button === pointed || isPressed(button));
+    const rankings = chosen.map((button) => button.dataset.line);
+    for (const drawn of document.querySelectorAll("[data-ranking]")) {
+      drawn.classList.toggle("dim", rankings.length > 0 && !rankings.includes(drawn.dataset.ranking));
+    }
+  };
+  for (const button of buttons) {
+    for (const name of ["mouseenter", "focus"]) button.addEventListener(name, () => dim(button));
+    for (const name of ["mouseleave", "blur"]) button.addEventListener(name, () => dim(null));
+    button.addEventListener("click", () => button.setAttribute("aria-pressed", !isPressed(button)));
+  }
+  const controls = document.querySelector(".legend .controls");
+  controls?.addEventListener("change", () => {
+    document.querySelector(".panels").parentElement.classList.toggle("uncontrolled", !controls.checked);
+  });
+}
+
 function bindFigure() {
+  bindLegend();
   for (const mask of data.masks) {
     for (const metric of Object.keys(mask.drop)) {
       const point = find(`${metric}:${mask.journal}`);

@@ -99,7 +99,7 @@ def write_metric(setting: Setting, metric: Metric) -> str:
 
 
 def collect_rows(setting: Setting, metric: Metric) -> Rows:
-    """The figures of each line that has any, and below them the paper's."""
+    """The figures of each line that has any, and below them the paper's and its control's."""
     rows = Rows()
     ks = setting.list_ks(metric, setting.lines)
     digits = cells.find_digits(metric)
@@ -109,7 +109,9 @@ def collect_rows(setting: Setting, metric: Metric) -> Rows:
             rows.masks[len(rows.names)] = mask
         paper = blocks.find_papers(setting, lines, metric.name)
         for line in lines:
-            rows.add(cells.shorten(line.name), cells.write_row(metric, line, ks, digits))
+            is_below = line.control is not None and any(own.name == line.ranking for own in lines)
+            name = f"  in a random {line.control}" if is_below else cells.shorten(line.name)
+            rows.add(name, cells.write_row(metric, line, ks, digits))
             if line.ranking in paper and line.control is None:
                 name = f"  the paper's {metrics.SHORT[metric.name]}"
                 rows.add(name, cells.write_published(paper[line.ranking], ks))
@@ -164,17 +166,23 @@ def write_part(rows: Rows, columns: Sequence[Column]) -> str:
 
 def tell_caption(setting: Setting, metric: Metric, texts: Sequence[str]) -> str:
     """What a table is of. texts: its cells."""
-    words = CAPTIONS.get(metric.name, metric.title)
+    sentences = [f"{tell_metric(metric)}; {setting.title}; {setting.entries[0].n} questions."]
+    clean = setting.clean.mean_of(metric.name) if setting.clean is not None and metric.source == "drop" else None
+    if clean is not None:
+        sentences.append(f"Unmasked: {clean:.1f}.")
+    if any("[" in text for text in texts):
+        sentences.append(IN_BRACKETS)
+    sentences += cells.list_marks(texts)
+    return " ".join(sentences)
+
+
+def tell_metric(metric: Metric) -> str:
+    """What its figures are."""
     if metric.source == "level":
-        words = f"{metric.title} of the masked answers, percent"
+        return f"{metric.title} of the masked answers, percent"
     if metric.source == "excess":
-        words = f"{metric.title}, {metric.unit}: what masking costs more than its control"
-    caption = f"{words}; {setting.title}; {setting.entries[0].n} questions."
-    clean = setting.clean
-    if clean is not None and metric.source == "drop" and clean.mean_of(metric.name) is not None:
-        caption += f" Unmasked: {clean.mean_of(metric.name):.1f}."
-    notes = [IN_BRACKETS if note == cells.INTERVALS else note for note in cells.list_notes(texts)]
-    return " ".join([caption, *notes])
+        return f"{metric.title}, {metric.unit}: what masking costs more than its control"
+    return CAPTIONS.get(metric.name, metric.title)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,11 +241,11 @@ def write_plain(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def write_float(caption: str, tabulars: Sequence[str]) -> str:
-    """A table with its caption; its parts stand below each other."""
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{escape(caption)}}}"]
+    """A table with its caption, as wide as the text, in two columns, too; its parts stand below each other."""
+    lines = [r"\begin{table*}", r"\centering", rf"\caption{{{escape(caption)}}}"]
     lines.append(rf"\scriptsize\setlength{{\tabcolsep}}{{{GAP}pt}}")
     lines.append("\n\\par\\medskip\n".join(tabulars))
-    lines.append("\\end{table}\n")
+    lines.append("\\end{table*}\n")
     return "\n".join(lines)
 
 

@@ -13,12 +13,18 @@ from typing import IO
 import jinja2
 
 from experiment.records.entries import Entry, UnmaskedEntry
-from experiment.report import blocks, cells, figure, metrics, page_data, page_words, sentences, statistics
-from experiment.report.blocks import Setting
+from experiment.report import blocks, cells, figure, metrics, page_data, page_words, panels, sentences, statistics
+from experiment.report.blocks import Line, Setting
 from experiment.report.folders import Folder
 from experiment.report.metrics import Metric
 
 FOREMOST = (metrics.EM, metrics.ANSWER)  # what the page's first tables are of; the others are one click away
+COMPARED = tuple(metric for metric in metrics.DROPS if metric.name in metrics.EXCESS)  # with controls
+DIFFERENCES = {
+    "direction": "difference",
+    "matched": "beyond matched",
+    "own": "beyond its own latents",
+}
 DROP = "Drop: unmasked minus masked, on the same questions."
 GLYPHS = {
     "": "",
@@ -54,20 +60,47 @@ FACTS = {
 
 
 @dataclass(frozen=True)
+class LegendEntry:
+    """Of a ranking's lines in the figure, or of those of all rankings' controls."""
+
+    name: str
+    color: str
+    glyph: str
+    is_dashed: bool
+    is_control: bool
+
+
+@dataclass(frozen=True)
 class Row:
-    """A row of a table: a mask's name, and (mean, interval) for each K."""
+    """A row of a table: a mask's name, and (mean, interval) for each K. is_below: of the ranking above it."""
 
     name: str
     cells: list[tuple[str, str]]
+    is_below: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """A block for the page: rows in groups, a group per mask."""
+    """A block for the page: rows in groups, a group per mask. notes: what its marks mean."""
 
     title: str
     heads: list[str]
     groups: dict[str, list[Row]]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A setting's tables: the foremost, and others, which are one click away. levels: what stands above them."""
+
+    levels: list[str]
+    foremost: list[Table]
+    others: list[Table]
+
+    @property
+    def title_of_others(self) -> str:
+        """What they hold."""
+        return ", ".join(table.title.partition(",")[0] for table in self.others)
 
 
 def write_page(file: IO[str], folder: Folder, entries: Sequence[Entry]) -> None:
@@ -81,10 +114,11 @@ def write_page(file: IO[str], folder: Folder, entries: Sequence[Entry]) -> None:
     stream = environment.get_template("page.html").stream(
         finding=sentences.tell_finding(entries),
         subject=name_subject(folder),
-        panels=figure.draw_panels(entries),
+        panels=panels.draw_panels(entries),
         legend=list_legend(entries),
-        settings=[(cells.write_levels(setting), list_tables(setting)) for setting in settings],
-        notes=[DROP, cells.INTERVALS, *(f"{mark}: {note}" for mark, note in cells.MARKS.items())],
+        left_out=figure.tell_left_out(entries),
+        parts=[make_part(setting) for setting in settings],
+        notes=f"{DROP} {cells.INTERVALS}",
         words=page_words.list_words(entries),
         rankings=list(zip(*rankings.values())),
         ranking_notes=statistics.list_notes(rankings),
@@ -100,44 +134,69 @@ def write_page(file: IO[str], folder: Folder, entries: Sequence[Entry]) -> None:
 # Figure and tables
 
 
-def list_legend(entries: Sequence[Entry]) -> list[tuple[str, str, str, bool]]:
-    """(name, colour, glyph, whether its line is dashed) of each line of the figure."""
+def list_legend(entries: Sequence[Entry]) -> list[LegendEntry]:
     settings = figure.list_settings(entries)
     legend = figure.list_legend(settings, figure.choose_looks(settings))
-    return [(name, look.color, GLYPHS[look.marker], look.is_dashed) for name, look in legend.items()]
-
-
-def list_tables(setting: Setting) -> list[tuple[bool, Table]]:
-    """A setting's tables, a metric each, and whether it is one of the foremost."""
     listed = []
-    for metric in setting.list_metrics():
-        foremost = metrics.RESTORED if setting.keep_only else FOREMOST
-        listed.append((metric in foremost, make_table(setting, metric)))
+    for name, look in legend.items():
+        listed.append(LegendEntry(name, look.color, GLYPHS[look.marker], look.is_dashed, look.is_control))
     return listed
 
 
+def make_part(setting: Setting) -> Part:
+    part = Part(cells.write_levels(setting), foremost=[], others=[])
+    foremost = metrics.RESTORED if setting.keep_only else FOREMOST
+    for metric in setting.list_metrics():
+        if metric.source == "excess":
+            continue  # stands in the table of its drop
+        tables = part.foremost if metric in foremost else part.others
+        tables.append(make_table(setting, metric))
+    return part
+
+
 def make_table(setting: Setting, metric: Metric) -> Table:
-    """A metric's figures, and below a ranking's the paper's."""
+    """A metric's figures; below a ranking's the paper's, its control's, and the differences."""
     ks = setting.list_ks(metric, setting.lines)
-    digits = cells.find_digits(metric)
     groups: dict[str, list[Row]] = {}
+    texts: list[str] = []
     for mask in setting.masks:
         lines = [line for line in setting.of(mask) if line.has(metric)]
-        paper = blocks.find_papers(setting, lines, metric.name)
         rows = []
-        for line in lines:
-            rows.append(make_row(line.name, cells.write_row(metric, line, ks, digits)))
-            if line.ranking in paper and line.control is None:
-                name = f"the paper's {metrics.SHORT[metric.name]}"
-                rows.append(make_row(name, cells.write_published(paper[line.ranking], ks)))
+        for ranking in dict.fromkeys(line.ranking for line in lines):
+            of_ranking = [line for line in lines if line.ranking == ranking]
+            rows += make_rows(setting, metric, of_ranking, ks)
         if rows:
-            groups[mask] = rows
-    return Table(metric.label, list(ks.values()), groups)
+            groups[mask] = [make_row(*row) for row in rows]
+        for _, written, _ in rows:
+            texts += written
+    return Table(metric.label, list(ks.values()), groups, cells.list_marks(texts))
 
 
-def make_row(name: str, texts: Sequence[str]) -> Row:
+def make_rows(
+    setting: Setting, metric: Metric, lines: Sequence[Line], ks: dict[str, str]
+) -> list[tuple[str, list[str], bool]]:
+    """(name, texts, whether it is below another one) of each row of a ranking. lines: its own, then its control's."""
+    digits = cells.find_digits(metric)
+    paper = blocks.find_papers(setting, lines, metric.name)
+    rows: list[tuple[str, list[str], bool]] = []
+    for line in lines:
+        is_below = line.control is not None and bool(rows)
+        name = f"in a random {line.control}" if is_below else line.name
+        rows.append((name, cells.write_row(metric, line, ks, digits), is_below))
+        if line.control is None and line.ranking in paper:
+            name = f"the paper's {metrics.SHORT[metric.name]}"
+            rows.append((name, cells.write_published(paper[line.ranking], ks), True))
+    for control in setting.controls:
+        beyond = metrics.make_excess(control, metric.name) if metric in COMPARED else None
+        for line in lines:
+            if beyond is not None and line.ranking not in blocks.DRAWN and line.has(beyond):
+                rows.append((DIFFERENCES[control], cells.write_row(beyond, line, ks, digits), True))
+    return rows
+
+
+def make_row(name: str, texts: Sequence[str], is_below: bool) -> Row:
     """texts: a cell for each K."""
-    return Row(name, [split_interval(text) for text in texts])
+    return Row(name, [split_interval(text) for text in texts], is_below)
 
 
 def split_interval(text: str) -> tuple[str, str]:

@@ -1,31 +1,38 @@
-"""What was found, in a sentence of plain words, from the figures in results.json. Knows nothing of models."""
+"""What was found, in a few sentences of plain words, from the figures in results.json. Knows nothing of models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from experiment.records.entries import Entry, Excess, MaskedEntry
+from experiment.records.entries import Agreement, Entry, Estimate, Excess, MaskedEntry, UnmaskedEntry
 from experiment.report.estimates import MASKS
 
 FLOOR = 5  # percent: with an EM below it hardly an answer is left that a mask could cost
 MANY = 5  # times K: a matched mask of more latents than this is of another kind
 OTHER_QUESTIONS = {"other": "another question on the same context", "other-context": "a question on another context"}
 CONTROLS = ("direction", "matched")  # the fairer one first
+EFFECT = "effect"  # the ranking by what masking each latent alone costs
 
 
 def tell_finding(entries: Iterable[Entry]) -> str:
-    """What masking the latents that fire most costs, what its control costs, and where another K would tell more.
+    """What masking the latents that fire most costs, what its control costs, how many of those that matter most are
+    among them, and where another K would tell more.
 
     entries: of one folder.  Of the baseline's TopK at K = 50% where that is there, else of what is nearest to it; empty
     where nothing was masked, or no unmasked answers are known.
     """
+    entries = list(entries)
     masked = [entry for entry in entries if isinstance(entry, MaskedEntry)]
     told = [entry for entry in masked if _is_of_latents(entry) and entry.drop is not None]
     if not told:
         return ""
     first = min(told, key=_order)
-    sentences = [_tell_cost(first, masked), *_tell_other_ks(first, told)]
-    return " ".join(sentences)
+    agreement = _find_agreement(first, entries)
+    sentences = [_tell_cost(first, masked)]
+    if agreement is not None:
+        sentences.append(_tell_agreement(first, agreement, told))
+    sentences.append(_tell_other_ks(first, told))
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def _is_of_latents(entry: MaskedEntry) -> bool:
@@ -55,6 +62,9 @@ def _tell_cost(entry: MaskedEntry, masked: Sequence[MaskedEntry]) -> str:
         excess = (entry.excess or {}).get(name)
         if control is not None and control.drop is not None and excess is not None:
             return cost + _tell_excess(_name_control(name, entry, control), control.drop.em, excess)
+    own = (entry.excess or {}).get("own")
+    if own is not None:
+        return f"{cost}; the difference from masking a question's own is {_write_excess(own)}."
     advice = "with --control direction the same command says how much of that the size of the hole alone costs"
     return f"{cost}. No control was run: {advice}."
 
@@ -65,7 +75,7 @@ def _tell_excess(name: str, cost: float | None, excess: Excess) -> str:
     name: the control's.  cost: in points of EM.
     """
     interval = excess.intervals.get("em")
-    difference = f"{excess.em:z.1f}{_write_interval(interval)}"
+    difference = _write_excess(excess)
     if interval is None or interval[0] > 0:
         return f"; {name} {cost:z.1f}; the difference is {difference}."
     how = "less than" if interval[1] < 0 else "no more than"
@@ -73,26 +83,99 @@ def _tell_excess(name: str, cost: float | None, excess: Excess) -> str:
 
 
 def _find_control(name: str, entry: MaskedEntry, masked: Iterable[MaskedEntry]) -> MaskedEntry | None:
-    """The entry of the control of this name."""
+    """The entry of the control of this name: of the same ranking, or a ranking of its own."""
+    ranking = entry.provenance.ranking
     for other in masked:
-        is_control = other.control == name and other.provenance.ranking == entry.provenance.ranking
-        is_ranking = other.control is None and not other.keep_only and other.provenance.ranking == name
-        is_alike = other.masked == entry.masked and other.k == entry.k
-        if is_alike and other.provenance.ablation == entry.provenance.ablation and (is_control or is_ranking):
+        if not _is_alike(other, entry) or other.keep_only:
+            continue
+        is_control = other.control == name and other.provenance.ranking == ranking
+        is_ranking = other.control is None and other.provenance.ranking == name
+        if is_control or is_ranking:
             return other
     return None
 
 
+def _is_alike(one: MaskedEntry, other: MaskedEntry) -> bool:
+    """Whether both are of the same mask and K, set to the same."""
+    is_same_mask = one.masked == other.masked and one.k == other.k
+    return is_same_mask and one.provenance.ablation == other.provenance.ablation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Do they matter?
+
+
+def _find_agreement(first: MaskedEntry, entries: Iterable[Entry]) -> Agreement | None:
+    """What is known of how many of the latents that matter most are in a TopK; None where nothing is, and of the ranking
+    by what matters itself."""
+    ranking = first.provenance.ranking
+    if first.masked != "topk" or ranking == EFFECT:
+        return None
+    for entry in entries:
+        if not isinstance(entry, UnmaskedEntry) or entry.provenance.ranking != ranking or entry.agreement is None:
+            continue
+        if entry.population == first.population and entry.agreement.found.mean is not None:
+            return entry.agreement
+    return None
+
+
+def _tell_agreement(first: MaskedEntry, agreement: Agreement, told: Iterable[MaskedEntry]) -> str:
+    """How many of the latents that matter most are among those of `first`, and what masking these costs."""
+    found = agreement.found
+    these = "them"
+    text = "Of as many latents that matter most"
+    if first.k != agreement.k:
+        these = "those that fire most" if first.provenance.ranking == "baseline" else "those that it ranks highest"
+        text = f"At K = {agreement.k}, of the latents that matter most"
+    text += f", measured one by one, {_write_estimate(found, '.0%')} are among {these}"
+    if agreement.spearman.mean is not None:
+        scores = "mean activation" if first.provenance.ranking == "baseline" else "its scores"
+        text += f" (rank correlation of {scores} and effect: {_write_estimate(agreement.spearman, 'z.2f')})"
+    if found.n != first.n:
+        text += f", on {found.n} of the {first.n} questions"
+    for entry in told:
+        is_alike = _is_alike(entry, first) and entry.population == first.population
+        if is_alike and entry.provenance.ranking == EFFECT and entry.drop is not None:
+            interval = _write_interval(entry.drop.intervals.get("em"))
+            text += f"; masking {_count(entry)} that {_agree(entry, 'matter')} most costs {entry.drop.em:z.1f}{interval}"
+    return f"{text}."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and figures
+
+
 def _name_latents(entry: MaskedEntry) -> str:
-    """ "the 6.2 latents that fire most" """
+    """ "the 6.2 latents that fire most (on average per question)" """
     ranking = entry.provenance.ranking
-    is_one = entry.mean_k == 1
-    count = "the one latent" if is_one else f"the {entry.mean_k:.1f} latents"
+    is_top = entry.masked == "topk"
+    latents = "latent" if entry.mean_k == 1 else "latents"
+    average = "" if _is_exact(entry) else " (on average per question)"
     if ranking == "baseline":
-        fire = "fires" if is_one else "fire"
-        return f"{count} that {fire} {'most' if entry.masked == 'topk' else 'least'}"
-    who = OTHER_QUESTIONS.get(ranking or "", ranking)
-    return f"{count} that {who} ranks {'highest' if entry.masked == 'topk' else 'lowest'}"
+        what = f"{_agree(entry, 'fire')} {'most' if is_top else 'least'}"
+    elif ranking == EFFECT:
+        what = f"{_agree(entry, 'matter')} {'most' if is_top else 'least'}, measured one by one"
+    else:
+        who = OTHER_QUESTIONS.get(ranking or "", ranking)
+        what = f"{who} ranks {'highest' if is_top else 'lowest'}"
+    return f"{_count(entry)} {latents} that {what}{average}"
+
+
+def _is_exact(entry: MaskedEntry) -> bool:
+    """Whether a K is the same number of latents for every question."""
+    return entry.k == f"{entry.mean_k:g}"
+
+
+def _count(entry: MaskedEntry) -> str:
+    """ "the 6.2", "the 10", "the one" """
+    if entry.mean_k == 1:
+        return "the one"
+    return f"the {entry.k}" if _is_exact(entry) else f"the {entry.mean_k:.1f}"
+
+
+def _agree(entry: MaskedEntry, verb: str) -> str:
+    """The verb for one latent, or for several."""
+    return f"{verb}s" if entry.mean_k == 1 else verb
 
 
 def _name_control(name: str, entry: MaskedEntry, control: MaskedEntry) -> str:
@@ -104,20 +187,33 @@ def _name_control(name: str, entry: MaskedEntry, control: MaskedEntry) -> str:
     return f"active latents drawn at random that take away as much ({count})"
 
 
-def _tell_other_ks(first: MaskedEntry, told: Iterable[MaskedEntry]) -> list[str]:
-    """Sentences on the K of `first`, where smaller or larger ones would tell more."""
-    at_floor = []
+def _tell_other_ks(first: MaskedEntry, told: Iterable[MaskedEntry]) -> str:
+    """A sentence on the K of `first`, where smaller or larger ones would tell more; an empty text elsewhere."""
+    at_floor: dict[str, None] = {}
     for entry in told:
-        is_alike = entry.masked == first.masked and entry.k == first.k
-        if is_alike and entry.em is not None and entry.em < FLOOR:
-            at_floor.append(str(entry.provenance.ranking))
-    names = ", ".join(dict.fromkeys(at_floor))
-    if names:
-        return [f"At K = {first.k} hardly an answer is left ({names}: EM under {FLOOR}%): smaller K tell more."]
+        is_same_mask = entry.masked == first.masked and entry.k == first.k
+        if is_same_mask and entry.em is not None and entry.em < FLOOR:
+            at_floor[str(entry.provenance.ranking)] = None
+    if at_floor:
+        names = ", ".join(at_floor)
+        return f"At K = {first.k} hardly an answer is left ({names}: EM under {FLOOR}%): smaller K tell more."
     interval = first.drop.intervals.get("em") if first.drop is not None else None
     if first.masked == "topk" and interval is not None and interval[0] <= 0:
-        return [f"At K = {first.k} {MASKS[first.masked]} moves next to nothing: larger K may tell more."]
-    return []
+        return f"At K = {first.k} {MASKS[first.masked]} moves next to nothing: larger K may tell more."
+    return ""
+
+
+def _write_excess(excess: Excess) -> str:
+    """In points of EM."""
+    return f"{excess.em:z.1f}{_write_interval(excess.intervals.get('em'))}"
+
+
+def _write_estimate(estimate: Estimate, form: str) -> str:
+    """Its mean and its interval. form: of each, as in an f-string."""
+    text = format(estimate.mean, form)
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} [{format(estimate.low, form)}, {format(estimate.high, form)}]"
 
 
 def _write_interval(interval: Sequence[float] | None) -> str:

@@ -35,7 +35,7 @@ def to_text(entries: Sequence[Entry]) -> str:
     parts = []
     for setting in blocks.split_settings(entries):
         head: Block = []
-        for line in [sentences.tell_finding(setting.entries), *cells.write_levels(setting)]:
+        for line in [sentences.tell_finding(setting.told), *cells.write_levels(setting)]:
             head += textwrap.wrap(line, WIDTH)
         parts.append(head)
         parts += write_blocks(setting)
