@@ -325,13 +325,13 @@ def test_sentence_of_a_difference():
     others = [entry("baseline", 50.0, 50.0, k="10", mean_k=10.0), entry("matched", 91.9, 8.1, mean_k=25.0)]
     others += [entry("baseline", 99.9, 0.1, masked="bottomk"), entry("baseline", 12.0, 88.0, keep_only=True)]
     assert tell_finding([*others, control, mask]) == (
-        "Masking the 6.2 latents that fire most costs 25.7 points of EM [23.7, 27.7]; the same in a random direction "
-        "3.4; the difference is 22.3 [18.1, 26.4]."
+        "Masking the 6.2 latents that fire most (on average per question) costs 25.7 points of EM [23.7, 27.7]; the "
+        "same in a random direction 3.4; the difference is 22.3 [18.1, 26.4]."
     )
     # Without one, the matched mask stands in; of more than five times as many latents that is said.
     assert tell_finding([*others, mask]) == (
-        "Masking the 6.2 latents that fire most costs 25.7 points of EM [23.7, 27.7]; active latents drawn at random "
-        "that take away as much (25.0 of them) 8.1; the difference is 17.6 [13.0, 21.0]."
+        "Masking the 6.2 latents that fire most (on average per question) costs 25.7 points of EM [23.7, 27.7]; active "
+        "latents drawn at random that take away as much (25.0 of them) 8.1; the difference is 17.6 [13.0, 21.0]."
     )
     assert "(31.1 of them, more than 5 times as many) 8.1" in tell_finding(
         [mask, entry("matched", 91.9, 8.1, mean_k=31.1)]
@@ -346,8 +346,8 @@ def test_sentence_where_there_is_no_difference():
     control = entry("baseline", 70.0, 24.9, control="direction")
     mask = entry("baseline", 74.3, 25.7, excess={"direction": (-1.0, 0.8, 2.6)})
     assert tell_finding([mask, control]) == (
-        "Masking the 6.2 latents that fire most costs 25.7 points of EM [23.7, 27.7], no more than the same in a "
-        "random direction: 24.9, a difference of 0.8 [-1.0, 2.6]."
+        "Masking the 6.2 latents that fire most (on average per question) costs 25.7 points of EM [23.7, 27.7], no "
+        "more than the same in a random direction: 24.9, a difference of 0.8 [-1.0, 2.6]."
     )
     mask = entry("baseline", 74.3, 25.7, excess={"direction": (-9.0, -4.0, -0.5)})
     assert "], less than the same in a random direction: 24.9, a difference of -4.0 [-9.0, -0.5]." in tell_finding(
@@ -356,6 +356,67 @@ def test_sentence_where_there_is_no_difference():
     # On a single context there is no interval that could say so.
     alone = mask.with_fields(excess={"direction": {"n": 1, "em": 0.8, "intervals": {"em": None}}})
     assert tell_finding([alone, control]).endswith("; the difference is 0.8.")
+
+
+def ranked(ranking, spearman=(0.12, 0.1, 0.14), found=(0.125, 0.1, 0.15), counted=5, **fields):
+    """Round 1's entry of a ranking. spearman, found: mean, low and high over so many questions."""
+    agreement = {}
+    for name, estimate in (("spearman", spearman), ("share", found), ("found", found)):
+        agreement[name] = {**dict(zip(("mean", "low", "high"), estimate)), "n": counted}
+    scores = {"n": 5, "em": 100.0, "f1": 100.0, "intervals": {"em": None, "f1": None}}
+    value = {"round": "baseline", "k": None, "run": {"ranking": ranking}, "population": "f00d", **scores}
+    return parse_entry(value | {"all": scores, "population_all": "all", "agreement": agreement, **fields})
+
+
+def test_sentence_says_whether_those_that_matter_are_among_those_that_fire():
+    mask, effect = entry("baseline", 74.3, 25.7), entry("effect", 9.7, 90.3)
+    entries = [ranked("gradsae", found=(0.9, 0.8, 1.0)), ranked("baseline"), mask, effect]
+    told = (
+        " Of as many latents that matter most, measured one by one, 12% [10%, 15%] are among them (rank correlation "
+        "0.12 [0.10, 0.14])"
+    )
+    costs = "; masking the 6.2 that matter most costs 90.3 [88.3, 92.3]."
+    assert tell_finding(entries).endswith(told + costs)
+    # What masking them costs is of the same questions, mask and setting, or is not said.
+    for other in (
+        effect.with_fields(population="beef"),
+        effect.with_fields(k="10"),
+        effect.with_fields(control="direction"),
+    ):
+        assert tell_finding([*entries[:3], other]).endswith(f"{told}.")
+    # Not where effects are not known, or of other questions; of BottomK nothing, and nothing of effect itself.
+    silent = [entries[:1], [ranked("baseline", agreement=None)], [ranked("baseline", population="beef")]]
+    silent.append([ranked("baseline", found=(None, None, None), counted=0)])
+    for unmasked in silent:
+        assert "matter" not in tell_finding([*unmasked, mask])
+    assert "among" not in tell_finding([ranked("baseline"), entry("baseline", 99.9, 0.1, masked="bottomk")])
+    found = tell_finding([ranked("effect", found=(1.0, 1.0, 1.0)), effect])
+    assert "among" not in found and found.startswith(
+        "Masking the 6.2 latents that matter most, measured one by one (on "
+    )
+
+
+def test_sentence_of_what_matters_stays_true():
+    mask = entry("baseline", 74.3, 25.7)
+    # Measured, or telling, on fewer questions; intervals that include zero; none at all.
+    found = tell_finding([ranked("baseline", spearman=(0.01, -0.2, 0.2), found=(0.0, 0.0, 0.1), counted=3), mask])
+    assert " 0% [0%, 10%] are among them (rank correlation 0.01 [-0.20, 0.20])" in found
+    assert found.endswith(", on 3 of the 5 questions.")
+    alone = tell_finding([ranked("baseline", spearman=(None, None, None), found=(0.5, None, None)), mask])
+    assert alone.endswith(" Of as many latents that matter most, measured one by one, 50% are among them.")
+    # Shares are of K = 50%: at another K that is said.
+    entries = [ranked("baseline"), ranked("gradsae")]
+    found = tell_finding(
+        [*entries, entry("baseline", 60.0, 40.0, k="10", mean_k=10.0), entry("effect", 5.0, 95.0, k="10", mean_k=10.0)]
+    )
+    assert found.startswith("Masking the 10 latents that fire most costs 40.0")
+    assert (
+        " At K = 50%, of the latents that matter most, measured one by one, 12% [10%, 15%] are among those that fire "
+        "most (rank" in found
+    )
+    assert found.endswith("; masking the 10 that matter most costs 95.0 [93.0, 97.0].")
+    found = tell_finding([*entries, entry("gradsae", 20.0, 80.0, k="10", mean_k=10.0)])
+    assert "are among those that it ranks highest (rank correlation 0.12 [0.10, 0.14])." in found
 
 
 def test_sentence_hints_at_other_ks():
@@ -373,14 +434,20 @@ def test_sentence_hints_at_other_ks():
 def test_what_the_sentence_is_about():
     """TopK first, the baseline first, K = 50% first; without it the largest K."""
     found = tell_finding([entry("gradsae", 20.0, 80.0), entry("baseline", 99.9, 0.1, masked="bottomk")])
-    assert found.startswith("Masking the 6.2 latents that gradsae ranks highest costs 80.0 points of EM [78.0, 82.0].")
+    average = "(on average per question)"
+    cost = "costs 80.0 points of EM [78.0, 82.0]."
+    assert found.startswith(f"Masking the 6.2 latents that gradsae ranks highest {average} {cost}")
     others = {"other": "another question on the same context", "other-context": "a question on another context"}
     for ranking, who in others.items():
         found = tell_finding([entry(ranking, 20.0, 80.0)])
-        assert found.startswith(f"Masking the 6.2 latents that {who} ranks highest costs 80.0 ")
+        assert found.startswith(f"Masking the 6.2 latents that {who} ranks highest {average} {cost}")
+        found = tell_finding([entry(ranking, 20.0, 80.0, excess={"own": (-3.4, 0.8, 5.0)})])
+        assert found.endswith("; the difference from masking a question's own is 0.8 [-3.4, 5.0].")
     found = tell_finding([entry("baseline", 99.9, 0.1, k="1", mean_k=1.0, masked="bottomk")])
     assert found.startswith("Masking the one latent that fires least costs 0.1 ")
     found = tell_finding([entry("baseline", 80.0, 20.0, k=k, mean_k=float(k)) for k in ("1", "10", "3")])
-    assert found.startswith("Masking the 10.0 latents that fire most costs 20.0")
+    assert found.startswith("Masking the 10 latents that fire most costs 20.0")
+    found = tell_finding([entry("baseline", 80.0, 20.0, k="10", mean_k=9.8)])
+    assert found.startswith(f"Masking the 9.8 latents that fire most {average} costs 20.0")
     assert tell_finding([entry("baseline", 100.0, 0.0, k="0", mean_k=0.0)]) == ""
     assert tell_finding([entry("baseline", 100.0, 0.0).with_fields(drop=None)]) == tell_finding([]) == ""

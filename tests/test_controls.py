@@ -265,7 +265,9 @@ def test_what_was_found_comes_first(folder, monkeypatch, capsys):
     cost = f"costs {mask['drop']['em']:.1f} points of EM [{low:.1f}, {high:.1f}]"
     table = out.index("\nTopK: ")
     told = " ".join(out[:table].split())
-    assert told.startswith(f"Masking the {mask['mean_k']:.1f} latents that fire most {cost}; the same in a ")
+    assert told.startswith(
+        f"Masking the {mask['mean_k']:.1f} latents that fire most (on average per question) {cost}; "
+    )
     excess = mask["excess"]["direction"]
     assert f"random direction {control['drop']['em']:.1f}; the difference is {excess['em']:.1f} [" in told
     assert max(len(line) for line in out[:table].splitlines()) <= 100

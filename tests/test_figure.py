@@ -6,7 +6,7 @@ import matplotlib.colors
 import pytest
 from made_entries import LAYERS, comparison, masked, parse, several, unmasked, with_controls
 
-from experiment.report import figure
+from experiment.report import figure, panels
 
 
 def make_figure(entries):
@@ -18,18 +18,23 @@ def draw(entries):
 
 
 def drawn(panel):
-    """{label: (x, y, low, high) of its points} of a panel's lines with intervals."""
+    """{label: (x, y, low, high) of its points} of a panel's lines; no low and high of those without intervals."""
     found = {}
     for container in panel.containers:
-        line, _, (bars,) = container
-        low, high = zip(*(segment[:, 1] for segment in bars.get_segments()))
-        found[container.get_label()] = [*map(list, (line.get_xdata(), line.get_ydata(), low, high))]
+        line, _, bars = container
+        bounds = zip(*(segment[:, 1] for segment in bars[0].get_segments())) if bars else ()
+        found[container.get_label()] = [*map(list, (line.get_xdata(), line.get_ydata(), *bounds))]
     return found
 
 
 def marks(panel):
-    """{id: its Line2D} of the points that the page can point at."""
-    return {line.get_gid(): line for line in panel.lines if line.get_gid()}
+    """{name: its Line2D} of the points that the page can point at."""
+    found = {}
+    for line in panel.lines:
+        name = (line.get_gid() or "").rpartition("|")[2]
+        if name:
+            found[name] = line
+    return found
 
 
 def legend(drawing):
@@ -77,6 +82,12 @@ def test_nothing_is_dropped_and_each_line_has_a_look_of_its_own():
     shapes = {handle.get_marker() for handle in drawing.legends[0].legend_handles[:7]}
     assert len(shapes) == 7  # so that it reads in grey
     assert legend(drawing)[7:] == ["the same in a random direction", "TopK", "BottomK"]
+    # A control is thinner, and has no intervals to add to the others'.
+    for label, points in drawn(drawing.axes[0]).items():
+        own = lines[label.replace(", direction", "")]
+        assert (len(points), lines[label].get_linewidth() / own.get_linewidth()) == (
+            (2, 0.6) if "direction" in label else (4, 1)
+        ), label
     for name, mark in marks(drawing.axes[0]).items():
         is_hollow = matplotlib.colors.to_hex(mark.get_markerfacecolor()) == "#ffffff"
         assert is_hollow == ("bottomk" in name), name
@@ -121,6 +132,39 @@ def test_where_it_is_not_known_what_was_removed_the_number_of_latents_is_shown()
     assert drawn(drawing.axes[0])["baseline TopK"][0] == [1.0, 10.0]
 
 
+def test_what_has_no_measured_place_is_named_and_makes_no_panel():
+    """other has questions of its own, and nobody knows what it removes."""
+    entries = comparison(rankings=2)
+    entries.append(masked("other-context", "topk", "50%", 70.0))
+    entries.append(masked("other", "topk", "50%", 71.0, n=121, population="beef" * 16))
+    entries.append(masked("gradsae", "topk", "30", 72.0))  # by an older version
+    drawing = figure.make_figure(figure.list_settings(parse(entries)), figure.tell_left_out(parse(entries)))
+    assert len(drawing.axes) == 2 and drawing.axes[1].get_xlabel() == "removed, % of the norm"
+    assert drawn(drawing.axes[0]).keys() == {f"{r} {m}" for r in ("baseline", "gradsae") for m in ("TopK", "BottomK")}
+    told = (
+        "Not in the figure: gradsae at K = 30, other-context, other. What they remove is not measured; see the table."
+    )
+    assert figure.tell_left_out(parse(entries)) == told
+    title = drawing.legends[0].get_title().get_text()
+    assert " ".join(title.splitlines()) == f"along a line: K = 1, 3, 50% (6.5), 10, 30 {told}"
+    assert legend(drawing) == ["baseline", "gradsae", "TopK", "BottomK"]
+    assert figure.tell_left_out(parse(comparison(rankings=2))) == ""
+
+
+def test_each_folder_has_the_axis_that_it_can_have():
+    """Of one it is known what its masks remove; of another, whose SAE normalizes as it runs, it is not."""
+    entries = several()
+    for entry in entries:
+        if "masked" in entry and entry["run"]["sae_id"] == LAYERS[0]["sae_id"]:
+            entry["removed"] = 20.8
+    drawing = make_figure(entries)
+    assert [panel.get_xlabel() for panel in drawing.axes[2:]] == [
+        "removed, % of the norm",
+        "latents masked per question",
+    ]
+    assert figure.tell_left_out(parse(entries)) == ""
+
+
 def test_without_intervals_or_reference():
     entry = masked("baseline", "topk", "1", 80.0)
     entry["drop"]["intervals"] = dict.fromkeys(entry["drop"]["intervals"])
@@ -132,7 +176,7 @@ def test_without_intervals_or_reference():
 
 def test_nothing_masked_is_nothing_drawn():
     nothing = [masked(r, m, "0", 99.5, mean_k=0.0) for r in ("baseline", "gradsae") for m in ("topk", "bottomk")]
-    assert draw(nothing) == {} == draw([unmasked()]) and figure.draw_panels(parse(nothing)) == {}
+    assert draw(nothing) == {} == draw([unmasked()]) and panels.draw_panels(parse(nothing)) == {}
 
 
 def test_files():
@@ -146,12 +190,17 @@ def test_files():
 
 
 def test_panels_of_the_page():
-    panels = figure.draw_panels(parse(comparison(rankings=2)))
-    assert panels == figure.draw_panels(parse(comparison(rankings=2)))
-    (drawn,) = panels.values()
-    assert [*panels] == ["error term dropped, masked latents set to zero"]
+    made = panels.draw_panels(parse(with_controls(comparison(rankings=2))))
+    assert made == panels.draw_panels(parse(with_controls(comparison(rankings=2))))
+    (drawn,) = made.values()
+    assert [*made] == ["error term dropped, masked latents set to zero"]
     assert [title for title, _ in drawn] == ["EM drop, points", "answer drop, nats per token"]
     for (_, svg), metric in zip(drawn, ("em", "answer_log_prob")):
         assert svg.startswith("<svg") and "<dc:date>" not in svg
-        points = re.findall(rf'<g id="{metric}:([^"]*)">', svg)
-        assert len(points) == 2 * 2 * 4 and "predictions_gradsae_bottomk_50%.jsonl" in points
+        points = re.findall(rf'<g data-ranking="(.*?)" data-control="" id="{metric}:([^"]*)">', svg)
+        assert len(points) == 2 * 2 * 4 and ("gradsae", "predictions_gradsae_bottomk_50%.jsonl") in points
+        controls = re.findall(rf'data-ranking="gradsae" data-control="direction" id="{metric}:', svg)
+        assert len(controls) == (2 * 4 if metric == "em" else 0)
+        # All that is drawn of a line: itself, its bars with their two ends, its points; of a control no bars.
+        assert svg.count('data-ranking="baseline" data-control=""') == 2 * (1 + 3 + 4)
+        assert svg.count('data-ranking="baseline" data-control="direction"') == (2 * (1 + 4) if metric == "em" else 0)

@@ -16,6 +16,7 @@ from importlib import resources
 import pytest
 from browser import CHROMIUM, Browser
 from conftest import ROOT, read_journal, run_script
+from made_entries import comparison, masked, parse, with_controls
 from PIL import Image
 
 from experiment import guard
@@ -172,7 +173,18 @@ def test_the_finding_comes_first(opened, folder):
 
 def test_the_tables_are_results_json(opened, folder):
     captions = texts(opened, ".block caption")
-    assert captions[:2] == ["EM drop, points", "answer drop, nats per token"]
+    assert captions == [
+        "EM drop, points",
+        "answer drop, nats per token",
+        "F1 drop, points",
+        "named drop, points",
+        "format drop, nats per token",
+        "removed, %",
+        "latents masked, per question",
+    ]
+    assert (
+        texts(opened, "details:has(.block) > summary")[0] == "F1 drop, named drop, format drop, removed, latents masked"
+    )
     read_tables = """[...document.querySelectorAll(".block:not(#rankings)")].map((table) => [...table.rows].map(
         (row) => [...row.cells].map((cell) => cell.textContent)))"""
     metrics = {"EM": "em", "F1": "f1", "named": "named", "answer": "answer_log_prob", "format": "format_log_prob"}
@@ -183,31 +195,147 @@ def test_the_tables_are_results_json(opened, folder):
         cells = {}
         for row in rows:
             if len(row) == 1:
-                mask = row[0]
+                mask = row[0].removesuffix(" masked")
                 continue
             for head, cell in zip(heads[1:], row[1:]):
                 cells[row[0], mask, head.split()[2]] = cell
         for entry in masked_entries(folder):
-            figures = entry["drop"]
-            if "beyond" in caption:
-                figures = entry.get("excess", {}).get("matched")
-            if figures is None:  # matched is the baseline's control alone
-                continue
-            if metric:
-                low, high = figures["intervals"][metric]
-                expected = f"{figures[metric]:z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
-            else:
-                expected = f"{entry['removed' if 'removed' in caption else 'mean_k']:.1f}"
-            cell = cells[entry["run"]["ranking"], MASKS[entry["masked"]], entry["k"]]
-            assert cell.removesuffix("*") == expected, (caption, entry["run"]["ranking"])
-            seen += 1
-    assert len(captions) == 5 + 4 + 2 and sum("beyond matched's" in caption for caption in captions) == 4
+            ranking, mask, k = entry["run"]["ranking"], MASKS[entry["masked"]], entry["k"]
+            shown = {ranking: entry["drop"]}
+            if ranking == "baseline" and metric not in (None, "format_log_prob"):
+                shown["beyond matched"] = entry["excess"]["matched"]
+            for name, figures in shown.items():
+                if metric:
+                    low, high = figures["intervals"][metric]
+                    expected = f"{figures[metric]:z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
+                else:
+                    expected = f"{entry['removed' if 'removed' in caption else 'mean_k']:.1f}"
+                assert cells[name, mask, k].removesuffix("*") == expected, (caption, ranking)
+                seen += 1
     assert seen == (7 * len(RANKINGS) + 4) * 2 * (len(KS) - 1)
     levels = texts(opened, ".level")
     (unmasked,) = [line for line in levels if line.startswith("Unmasked EM / F1 / named, %: 100.0/100.0/100.0")]
     assert unmasked.endswith("K = 0: EM drop 0.0.")
     shared = texts(opened, "#rankings tbody tr")
     assert len(shared) == len(RANKINGS) and shared[0].startswith("1 baseline")
+
+
+@pytest.fixture(scope="module")
+def controlled():
+    """Made-up entries of a whole comparison: five K, a control of each mask, other ones' latents."""
+    entries = with_controls(comparison(rankings=3, ks=("0", "1", "3", "10", "50%")))
+    for entry in entries:
+        entry["journal"] = f"{entry.get('journal')}{entry.get('control', '')}"
+    entries[3]["missed_target"] = 300
+    entries.append(masked("other", "topk", "50%", 71.0, n=121, population="beef" * 16))
+    return parse(entries)
+
+
+def write_controlled(folder, path, entries):
+    """A page of these entries, over the questions of a folder."""
+    with (path / "results.html").open("w") as file:
+        page.write_page(file, folders.read_folder(folder), entries)
+    return path / "results.html"
+
+
+def test_controls_stand_below_their_rankings(browser, folder, controlled, tmp_path):
+    browser.open(write_controlled(folder, tmp_path, controlled), READY, width=1600)
+    read_rows = """[...document.querySelectorAll(".block")[0].tBodies[0].rows].map(
+        (row) => [row.className, ...[...row.cells].slice(0, 2).map((cell) => cell.textContent)])"""
+    rows = browser.run(read_rows)
+    assert [(of, name) for of, name, *_ in rows[1:]] == [
+        ("", "baseline"),
+        ("below", "in a random direction"),
+        ("below", "difference"),
+        ("", "gradsae"),
+        ("below", "in a random direction"),
+        ("below", "difference"),
+        ("", "gradsae-answer"),
+        ("below", "in a random direction"),
+        ("below", "difference"),
+    ]
+    assert [cell for _, _, cell in rows[1:4]] == ["1.0 [-0.2, 2.2]", "1.0 [-0.2, 2.2]*", "0.0 [-2.0, 2.0]"]
+    color = "getComputedStyle(document.querySelector('.block tr{} td')).color"
+    assert browser.run(color.format(".below")) == browser.run(
+        "getComputedStyle(document.querySelector('.level')).color"
+    )
+    assert browser.run(color.format(":not(.below)")) == browser.run("getComputedStyle(document.body).color")
+    # What a mark means stands right below its table, and nowhere else.
+    notes = texts(browser, ".block ~ .notes")
+    told = "*: not matched: over half more or less removed than by baseline, for over a tenth of the questions."
+    assert notes == [told, told]
+    read_tables = "[...document.querySelectorAll('.block ~ .notes')].map((note) => note.parentElement.ariaLabel)"
+    assert browser.run(read_tables) == ["EM drop, points", "removed, %"]
+    # The table of other says why it has its own questions.
+    heads = texts(browser, "h3.setting")
+    assert heads[-1].startswith("questions with another one on their context,") and heads[-1].endswith(
+        "; 121 questions."
+    )
+    assert (
+        "other masks the latents of another question on the same context: questions without one are left out."
+        in texts(browser, ".level")
+    )
+    assert texts(browser, "#left-out") == ["Not in the figure: other. What they remove is not measured; see the table."]
+    summaries = [text for text in texts(browser, "summary") if "drop" in text]
+    assert summaries == [
+        "F1 drop, named drop, format drop, removed, latents masked",
+        "F1 drop, named drop, format drop, latents masked",
+    ]
+
+
+@pytest.mark.parametrize("width", [400, 1000, 1200, 1600])
+def test_tables_stand_side_by_side_where_both_fit(browser, folder, controlled, tmp_path, width):
+    browser.open(write_controlled(folder, tmp_path, controlled), READY, width=width)
+    read_boxes = """[...document.querySelectorAll(".blocks")[0].children].map(
+        (box) => [box.getBoundingClientRect().top, box.scrollWidth - box.clientWidth])"""
+    (top, beyond), (other_top, other_beyond) = browser.run(read_boxes)
+    assert (top == other_top) == (width == 1600)
+    assert (beyond == other_beyond == 0) == (width > 400)  # nothing to scroll to
+    # Where there is, the names stay.
+    left = "document.querySelector('.block tbody th[scope=row]').getBoundingClientRect().left"
+    before = browser.run(left)
+    browser.run("document.querySelector('.blocks .wide').scrollLeft = 150")
+    assert browser.run(left) == before
+
+
+def test_the_legend_shows_one_ranking_alone(browser, folder, controlled, tmp_path):
+    browser.open(write_controlled(folder, tmp_path, controlled), READY)
+    browser.send("Emulation.setFocusEmulationEnabled", enabled=True)
+
+    def lit():
+        """(ranking, control) of all that is drawn and not dimmed."""
+        drawn = "[...document.querySelectorAll('figure [data-ranking]')]"
+        is_lit = "(({opacity, display}) => opacity === '1' && display !== 'none')(getComputedStyle(line))"
+        shown = f"{drawn}.filter((line) => {is_lit})"
+        pairs = browser.run(f"{shown}.map((line) => [line.dataset.ranking, line.dataset.control])")
+        return {tuple(pair) for pair in pairs}
+
+    def both(*rankings):
+        return {(ranking, control) for ranking in rankings for control in ("", "direction")}
+
+    rankings = texts(browser, ".legend button")
+    names = [text.split()[-1] for text in rankings]
+    assert names == ["baseline", "gradsae", "gradsae-answer"] and lit() == both(*names)
+    button = "document.querySelector('.legend [data-line={}]')"
+    baseline, gradsae = button.format("baseline"), button.format("gradsae")
+    browser.run(f"{gradsae}.dispatchEvent(new Event('mouseenter'))")
+    assert lit() == both("gradsae")
+    browser.run(f"{gradsae}.dispatchEvent(new Event('mouseleave'))")
+    assert lit() == both(*names)
+    browser.run(f"{baseline}.focus()")
+    assert lit() == both("baseline")
+    browser.press("Enter", 13)
+    browser.run("document.activeElement.blur()")
+    assert lit() == both("baseline") and browser.run(f"{baseline}.ariaPressed") == "true"
+    # The controls' lines can be left out: of the one that is pressed, and of all.
+    switch = "document.querySelector('.legend input')"
+    browser.run(f"{switch}.click()")
+    assert lit() == {("baseline", "")}
+    browser.run(f"{baseline}.click()")
+    browser.run("document.activeElement.blur()")
+    assert lit() == {(name, "") for name in names} and browser.run(f"{baseline}.ariaPressed") == "false"
+    browser.run(f"{switch}.click()")
+    assert lit() == both(*names) and problems(browser)[0] == []
 
 
 def test_the_words_of_its_rankings_are_explained(opened, folder):

@@ -149,6 +149,21 @@ def test_settings_that_differ_between_folders_are_columns():
     assert tables.find_differing(parse([early, *several()[:3]])) == []
 
 
+def test_questions_that_only_another_questions_latents_are_of():
+    """Their table is named in words, and says why it has questions of its own; other sets go by their hash."""
+    entries = [*comparison(rankings=1), masked("other", "topk", "50%", 71.0, n=121, population="beef" * 16)]
+    first, second = blocks.split_settings(parse(entries))
+    assert first.names == {} and second.names == {"questions": "with another one on their context"}
+    text = to_text(entries)
+    assert "\nerror term dropped, masked latents set to zero; 595 questions kept of 651 asked." in text
+    assert (
+        "questions with another one on their context, error term dropped, masked latents set to zero; 121\n"
+        "questions.\n"
+        "other masks the latents of another question on the same context: questions without one are left out.\n"
+    ) in text
+    assert "another one" not in to_text(entries[:-1])
+
+
 def test_settings_that_say_more_are_shown():
     runs = [{"model": model, "d_sae": width} for model in ("a", "b") for width in (16, 131)]
     runs_as_texts = [{"model": run["model"], "d_sae": str(run["d_sae"])} for run in runs]

@@ -44,12 +44,14 @@ def tabulars_of(text):
 def test_it_compiles_without_an_overfull_box(entries, tmp_path):
     if shutil.which("pdflatex") is None:
         pytest.skip("there is no LaTeX (Debian: apt-get install texlive-latex-recommended)")
-    page = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}" + to_latex(entries) + "\\end{document}"
-    (tmp_path / "page.tex").write_text(page.replace("\\begin{table}", "\\begin{table}[p]"))
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "Overfull" not in done.stdout
+    tables = to_latex(entries).replace("\\begin{table*}", "\\begin{table*}[p]")
+    for columns in ("", "[twocolumn]"):
+        head = f"\\documentclass{columns}{{article}}\\usepackage{{booktabs}}\\begin{{document}}"
+        (tmp_path / "page.tex").write_text(f"{head}{tables}\\end{{document}}")
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:]
+        assert "Overfull" not in done.stdout
 
 
 @pytest.mark.parametrize("entries", CASES.values(), ids=CASES)
@@ -79,7 +81,7 @@ def test_the_numbers_are_the_entries():
     entries[2]["drop"]["format_log_prob"] = -0.25
     entries[2]["drop"]["intervals"]["format_log_prob"] = [-0.5, 0.125]
     text = to_latex(entries)
-    tables = re.findall(r"\\begin\{table\}.*?\\end\{table\}", text, re.DOTALL)
+    tables = re.findall(r"\\begin\{table\*\}.*?\\end\{table\*\}", text, re.DOTALL)
     captions = [re.search(r"\\caption\{(.*)\}", table)[1] for table in tables]
     assert [caption.split(" ")[0:3] for caption in captions[:3]] == [["Points", "of", n] for n in ("EM", "F1", "named")]
     assert captions[0].endswith("Unmasked: 99.5. In brackets: 95\\% intervals over resampled contexts.")
@@ -99,8 +101,8 @@ def test_the_numbers_are_the_entries():
 def test_marks_and_controls():
     entries = with_controls([masked("matched", "topk", "10", 90.0, n=100, missed_target=50)])
     text = to_latex(entries)
-    assert "matched & 9.5$^*$ &" in text and "matched, direction & 1.0$^*$" in text
-    assert "$^*$: over half off its match" in text and "EM drop beyond direction's, points: what" in text
+    assert "matched & 9.5$^*$ &" in text and "\\quad in a random direction & 1.0$^*$" in text
+    assert "$^*$: not matched: over half more or less" in text and "EM drop beyond direction's, points: what" in text
 
 
 def test_what_round_1_knows():

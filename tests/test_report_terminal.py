@@ -25,15 +25,15 @@ def test_as_it_reads():
     matched = masked("matched", "topk", "50%", 91.4, mean_k=25.1, removed=16.6, missed_target=60)
     bottom = masked("baseline", "bottomk", "50%", 99.5, mean_k=6.2, removed=0.5)
     assert to_text([unmasked(run=run), nothing, half, one, matched, bottom]) == (
-        "Masking the 6.2 latents that fire most costs 25.7 points of EM [21.9, 29.7]. No control was run:\n"
-        "with --control direction the same command says how much of that the size of the hole alone costs.\n"
+        "Masking the 6.2 latents that fire most (on average per question) costs 25.7 points of EM [21.9,\n"
+        "29.7]. No control was run: with --control direction the same command says how much of that the size\n"
+        "of the hole alone costs.\n"
         "error term dropped, masked latents set to zero; 595 questions kept of 651 asked.\n"
         "Unmasked EM / F1 / named, %: 99.5/99.5/99.5 (all asked 91.2/91.2/91.2). K = 0: EM drop 0.0.\n"
         "\n"
         "TopK: EM drop  K = 1           K = 50% (6.2)\n"
         "baseline       2.5 [1.2, 3.8]  25.7 [21.9, 29.7]\n"
         "matched                         8.1 [6.8, 9.3]*\n"
-        "\n"
         "TopK: answer  K = 1                 K = 50% (6.2)\n"
         "baseline      0.123 [0.103, 0.143]  0.354 [0.300, 0.400]\n"
         "matched                             0.123 [0.103, 0.143]\n"
@@ -43,16 +43,19 @@ def test_as_it_reads():
         "baseline  3.7  16.1   2.5 0.0  0.12 0.09  0.0\n"
         "matched       16.6*       8.1       0.12\n"
         "Drops: points of EM and named, nats per token of answer and format. [ ]: 95% interval over contexts.\n"
-        "*: over half off its match for over a tenth of the questions."
+        "*: not matched: over half more or less removed than by baseline, for over a tenth of the questions."
     )
 
 
 def test_the_whole_comparison_is_at_most_40_lines_of_100_columns():
     entries = comparison(12_345, ks=WHOLE)
     entries[1]["journal"] = None
-    for shown in (entries, with_controls(comparison(12_345, ks=WHOLE))):
+    controlled = with_controls(comparison(12_345, ks=WHOLE))
+    agreement = {"mean": 0.123, "low": 0.1, "high": 0.15, "n": 12_345}
+    controlled[0]["agreement"] = {name: agreement for name in ("spearman", "share", "found")}
+    for shown in (entries, controlled):
         lines = to_text(shown).splitlines()
-        assert len(lines) <= 39 and max(map(len, lines)) <= 100
+        assert len(lines) <= 40 and max(map(len, lines)) <= 100
         text = "\n".join(lines)
         for ranking in ("gradsae-answer", "attribution", "effect", "matched", "random"):
             assert len(re.findall(rf"^{ranking} ", text, re.MULTILINE)) >= 3
@@ -96,7 +99,7 @@ def test_matched_masks_that_miss_are_marked():
         masked("baseline", "bottomk", "1", 99.0, n=100, removed=0.6, missed_target=None),
     ]
     text = to_text(entries)
-    assert re.search(r"matched +3\.5\* +4\.5\b[^*]*$", text, re.MULTILINE) and "\n*: over half" in text
+    assert re.search(r"matched +3\.5\* +4\.5\b[^*]*$", text, re.MULTILINE) and "\n*: not matched: over half" in text
     assert "*" not in to_text(entries[1:])
 
 
@@ -114,7 +117,7 @@ def test_matched_masks_of_many_latents_are_marked():
 
 def test_lists_that_are_too_short_are_marked():
     text = to_text([masked("baseline", "topk", "10", 80.0, removed=20.8, fewer_than_k=3)])
-    assert "20.8<" in text and "\n<: fewer latents" in text
+    assert "20.8<" in text and "\n<: for some questions the list is shorter" in text
     assert "<" not in to_text([masked("baseline", "topk", "10", 80.0, removed=20.8)])
 
 

@@ -107,8 +107,9 @@ class Setting:
 
     @property
     def told(self) -> list[Entry]:
-        """Its entries, unmasked ones first."""
-        return [*self.unmasked, *self.entries]
+        """Its entries, what masks nothing or less first."""
+        nothing = [] if self.nothing is None else [self.nothing]
+        return [*self.unmasked, *nothing, *self.entries]
 
     @property
     def population(self) -> str:

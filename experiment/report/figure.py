@@ -264,7 +264,7 @@ def draw_panel(panel: Axes, setting: Setting, metric: Metric, looks: dict[str, L
 
 
 def draw_line(panel: Axes, line: Line, metric: Metric, x: Metric, look: Look) -> None:
-    """A line with its intervals, which a control is drawn without, and each of its points by itself, so that the page can
+    """A line with its intervals, which a control has none of, and each of its points by itself, so that the page can
     point at it."""
     from matplotlib import rcParams
 

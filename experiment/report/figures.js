@@ -100,7 +100,10 @@ function bindLegend() {
   for (const button of buttons) {
     for (const name of ["mouseenter", "focus"]) button.addEventListener(name, () => dim(button));
     for (const name of ["mouseleave", "blur"]) button.addEventListener(name, () => dim(null));
-    button.addEventListener("click", () => button.setAttribute("aria-pressed", !isPressed(button)));
+    button.addEventListener("click", () => {
+      button.setAttribute("aria-pressed", !isPressed(button));
+      dim(null);
+    });
   }
   const controls = document.querySelector(".legend .controls");
   controls?.addEventListener("change", () => {

@@ -242,7 +242,7 @@ def write_plain(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]
 
 def write_float(caption: str, tabulars: Sequence[str]) -> str:
     """A table with its caption, as wide as the text, in two columns, too; its parts stand below each other."""
-    lines = [r"\begin{table*}", r"\centering", rf"\caption{{{escape(caption)}}}"]
+    lines = [r"\begin{table*}", r"\centering", rf"\caption{{{escape(caption)}}}\smallskip"]
     lines.append(rf"\scriptsize\setlength{{\tabcolsep}}{{{GAP}pt}}")
     lines.append("\n\\par\\medskip\n".join(tabulars))
     lines.append("\\end{table*}\n")

@@ -15,8 +15,8 @@ EFFECT = "effect"  # the ranking by what masking each latent alone costs
 
 
 def tell_finding(entries: Iterable[Entry]) -> str:
-    """What masking the latents that fire most costs, what its control costs, how many of those that matter most are
-    among them, and where another K would tell more.
+    """What masking the latents that fire most costs, and its control; how many of those that matter most are among
+    them; and where another K would tell more.
 
     entries: of one folder.  Of the baseline's TopK at K = 50% where that is there, else of what is nearest to it; empty
     where nothing was masked, or no unmasked answers are known.
@@ -106,8 +106,8 @@ def _is_alike(one: MaskedEntry, other: MaskedEntry) -> bool:
 
 
 def _find_agreement(first: MaskedEntry, entries: Iterable[Entry]) -> Agreement | None:
-    """What is known of how many of the latents that matter most are in a TopK; None where nothing is, and of the ranking
-    by what matters itself."""
+    """How many of the latents that matter most are in a TopK; None where that is not known, and of the ranking by what
+    matters itself."""
     ranking = first.provenance.ranking
     if first.masked != "topk" or ranking == EFFECT:
         return None
@@ -129,15 +129,15 @@ def _tell_agreement(first: MaskedEntry, agreement: Agreement, told: Iterable[Mas
         text = f"At K = {agreement.k}, of the latents that matter most"
     text += f", measured one by one, {_write_estimate(found, '.0%')} are among {these}"
     if agreement.spearman.mean is not None:
-        scores = "mean activation" if first.provenance.ranking == "baseline" else "its scores"
-        text += f" (rank correlation of {scores} and effect: {_write_estimate(agreement.spearman, 'z.2f')})"
+        text += f" (rank correlation {_write_estimate(agreement.spearman, 'z.2f')})"
     if found.n != first.n:
         text += f", on {found.n} of the {first.n} questions"
     for entry in told:
         is_alike = _is_alike(entry, first) and entry.population == first.population
         if is_alike and entry.provenance.ranking == EFFECT and entry.drop is not None:
+            masked = f"{_count(entry)} that {_agree(entry, 'matter')} most"
             interval = _write_interval(entry.drop.intervals.get("em"))
-            text += f"; masking {_count(entry)} that {_agree(entry, 'matter')} most costs {entry.drop.em:z.1f}{interval}"
+            text += f"; masking {masked} costs {entry.drop.em:z.1f}{interval}"
     return f"{text}."
 
 

@@ -65,7 +65,7 @@ def write_blocks(setting: Setting) -> list[Block]:
     for number, mask in enumerate(setting.masks):
         lines = [line for line in setting.of(mask) if line.control is None]
         if number == 0 and not setting.keep_only:
-            written += write_main(setting, mask, lines)
+            written.append(write_main(setting, mask, lines))
             small += list_small(lines)
         else:
             small.append(SmallBlock(f"{mask}: EM", metrics.EM, lines))
@@ -74,25 +74,26 @@ def write_blocks(setting: Setting) -> list[Block]:
     return written + write_side_by_side(setting, small)
 
 
-def write_main(setting: Setting, mask: str, lines: Sequence[Line]) -> list[Block]:
-    """EM, with how much more than its control a mask costs below it, and the answer's log probability."""
+def write_main(setting: Setting, mask: str, lines: Sequence[Line]) -> Block:
+    """EM, how much more than its control a mask costs, and the answer's log probability, below each other."""
     metric = metrics.EM
     title = f"{mask}: EM drop"
     if not setting.has(metric):
         metric = metrics.EM_LEVEL
         title = f"{mask}: EM, %"
     paper = blocks.find_papers(setting, lines)
-    of_em = write_block(setting, metric, lines, title, paper)
+    parts = write_block(setting, metric, lines, title, paper)
     for control in setting.controls:
         if control == "matched" and control != setting.controls[0]:
             continue  # the baseline's second control
         beyond = metrics.make_excess(control, "em")
         ranked = [line for line in lines if line.ranking not in blocks.DRAWN]
-        of_em += write_block(setting, beyond, ranked, f"EM beyond {control}")
+        parts += write_block(setting, beyond, ranked, f"EM beyond {control}")
+    parts += write_block(setting, metrics.ANSWER, lines, f"{mask}: answer")
     together: Block = []
-    for block in of_em:
-        together += block
-    return [together, *write_block(setting, metrics.ANSWER, lines, f"{mask}: answer")]
+    for part in parts:
+        together += part
+    return together
 
 
 def list_small(lines: list[Line]) -> list[SmallBlock]:
