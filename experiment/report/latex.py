@@ -166,14 +166,18 @@ def write_part(rows: Rows, columns: Sequence[Column]) -> str:
 
 def tell_caption(setting: Setting, metric: Metric, texts: Sequence[str]) -> str:
     """What a table is of. texts: its cells."""
-    sentences = [f"{tell_metric(metric)}; {setting.title}; {setting.entries[0].n} questions."]
-    clean = setting.clean.mean_of(metric.name) if setting.clean is not None and metric.source == "drop" else None
+    questions = f"{setting.entries[0].n} questions"
+    caption = f"{tell_metric(metric)}; {setting.title}; {questions}."
+    clean = None
+    if setting.clean is not None and metric.source == "drop":
+        clean = setting.clean.mean_of(metric.name)
     if clean is not None:
-        sentences.append(f"Unmasked: {clean:.1f}.")
-    if any("[" in text for text in texts):
-        sentences.append(IN_BRACKETS)
-    sentences += cells.list_marks(texts)
-    return " ".join(sentences)
+        caption += f" Unmasked: {clean:.1f}."
+    if "[" in "".join(texts):
+        caption += f" {IN_BRACKETS}"
+    for note in cells.list_marks(texts):
+        caption += f" {note}"
+    return caption
 
 
 def tell_metric(metric: Metric) -> str:

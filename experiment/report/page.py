@@ -5,7 +5,7 @@ page.html, page.css and page.js are its parts; `page_data` is what page.js shows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -72,11 +72,20 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: a mask's name, and (mean, interval) for each K. is_below: of the ranking above it."""
+    """A row of a table: a mask's name, and a text for each K. is_below: of the ranking above it."""
 
     name: str
-    cells: list[tuple[str, str]]
+    texts: list[str]
     is_below: bool = False
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        """(mean, interval with what follows) of each text."""
+        pairs = []
+        for text in self.texts:
+            mean, bracket, interval = text.partition(" [")
+            pairs.append((mean, f"[{interval}" if bracket else ""))
+        return pairs
 
 
 @dataclass(frozen=True)
@@ -155,54 +164,57 @@ def make_part(setting: Setting) -> Part:
 
 
 def make_table(setting: Setting, metric: Metric) -> Table:
-    """A metric's figures; below a ranking's the paper's, its control's, and the differences."""
+    """A metric's figures, a group of rows per mask, and what their marks mean."""
     ks = setting.list_ks(metric, setting.lines)
     groups: dict[str, list[Row]] = {}
     texts: list[str] = []
     for mask in setting.masks:
-        lines = [line for line in setting.of(mask) if line.has(metric)]
-        rows = []
-        for ranking in dict.fromkeys(line.ranking for line in lines):
-            of_ranking = [line for line in lines if line.ranking == ranking]
-            rows += make_rows(setting, metric, of_ranking, ks)
+        rows = make_rows(setting, metric, setting.of(mask), ks)
         if rows:
-            groups[mask] = [make_row(*row) for row in rows]
-        for _, written, _ in rows:
-            texts += written
+            groups[mask] = rows
+        for row in rows:
+            texts += row.texts
     return Table(metric.label, list(ks.values()), groups, cells.list_marks(texts))
 
 
-def make_rows(
-    setting: Setting, metric: Metric, lines: Sequence[Line], ks: dict[str, str]
-) -> list[tuple[str, list[str], bool]]:
-    """(name, texts, whether it is below another one) of each row of a ranking. lines: its own, then its control's."""
-    digits = cells.find_digits(metric)
-    paper = blocks.find_papers(setting, lines, metric.name)
-    rows: list[tuple[str, list[str], bool]] = []
+def make_rows(setting: Setting, metric: Metric, lines: Sequence[Line], ks: Iterable[str]) -> list[Row]:
+    """The rows of a mask's lines: a ranking's; below it the paper's, its control's, and the differences."""
+    rows = []
+    lines_of: dict[str, list[Line]] = {}
     for line in lines:
-        is_below = line.control is not None and bool(rows)
-        name = f"in a random {line.control}" if is_below else line.name
-        rows.append((name, cells.write_row(metric, line, ks, digits), is_below))
-        if line.control is None and line.ranking in paper:
-            name = f"the paper's {metrics.SHORT[metric.name]}"
-            rows.append((name, cells.write_published(paper[line.ranking], ks), True))
-    for control in setting.controls:
-        beyond = metrics.make_excess(control, metric.name) if metric in COMPARED else None
-        for line in lines:
-            if beyond is not None and line.ranking not in blocks.DRAWN and line.has(beyond):
-                rows.append((DIFFERENCES[control], cells.write_row(beyond, line, ks, digits), True))
+        if line.has(metric):
+            lines_of.setdefault(line.ranking, []).append(line)
+    for of_ranking in lines_of.values():
+        for line in of_ranking:
+            is_below = line.control is not None and line is not of_ranking[0]
+            name = f"in a random {line.control}" if is_below else line.name
+            texts = cells.write_row(metric, line, ks, cells.find_digits(metric))
+            rows.append(Row(name, texts, is_below))
+            rows += make_papers_row(setting, metric, line, ks)
+        rows += make_differences(setting, metric, of_ranking[0], ks)
     return rows
 
 
-def make_row(name: str, texts: Sequence[str], is_below: bool) -> Row:
-    """texts: a cell for each K."""
-    return Row(name, [split_interval(text) for text in texts], is_below)
+def make_papers_row(setting: Setting, metric: Metric, line: Line, ks: Iterable[str]) -> list[Row]:
+    """The paper's figures of a line; nothing where it has none."""
+    paper = blocks.find_papers(setting, [line], metric.name)
+    if line.ranking not in paper:
+        return []
+    texts = cells.write_published(paper[line.ranking], ks)
+    return [Row(f"the paper's {metrics.SHORT[metric.name]}", texts, is_below=True)]
 
 
-def split_interval(text: str) -> tuple[str, str]:
-    """A cell's mean, and its interval with what follows."""
-    mean, bracket, interval = text.partition(" [")
-    return mean, f"[{interval}" if bracket else ""
+def make_differences(setting: Setting, metric: Metric, line: Line, ks: Iterable[str]) -> list[Row]:
+    """How much more a ranking costs than each of its controls; nothing of rankings that are drawn."""
+    rows: list[Row] = []
+    if metric not in COMPARED or line.ranking in blocks.DRAWN:
+        return rows
+    for control in setting.controls:
+        beyond = metrics.make_excess(control, metric.name)
+        if line.has(beyond):
+            texts = cells.write_row(beyond, line, ks, cells.find_digits(beyond))
+            rows.append(Row(DIFFERENCES[control], texts, is_below=True))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------

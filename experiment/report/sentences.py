@@ -189,11 +189,12 @@ def _name_control(name: str, entry: MaskedEntry, control: MaskedEntry) -> str:
 
 def _tell_other_ks(first: MaskedEntry, told: Iterable[MaskedEntry]) -> str:
     """A sentence on the K of `first`, where smaller or larger ones would tell more; an empty text elsewhere."""
-    at_floor: dict[str, None] = {}
+    at_floor: dict[str, None] = {}  # rankings
     for entry in told:
-        is_same_mask = entry.masked == first.masked and entry.k == first.k
-        if is_same_mask and entry.em is not None and entry.em < FLOOR:
-            at_floor[str(entry.provenance.ranking)] = None
+        if entry.masked != first.masked or entry.k != first.k or entry.em is None:
+            continue
+        if entry.em < FLOOR:
+            at_floor[entry.provenance.ranking or ""] = None
     if at_floor:
         names = ", ".join(at_floor)
         return f"At K = {first.k} hardly an answer is left ({names}: EM under {FLOOR}%): smaller K tell more."
