@@ -13,7 +13,7 @@ from made_entries import LAYERS, PAPERS, PERCENT, TEMPLATE, comparison, estimate
 
 from experiment import UserError
 from experiment.records.entries import parse_entry
-from experiment.report import blocks, latex, metrics, tables, terminal
+from experiment.report import blocks, latex, metrics, page, tables, terminal
 
 
 def to_text(entries):
@@ -235,6 +235,10 @@ def test_the_papers_figures_stand_beside_its_own_setting():
     tex = latex.to_latex(parse(entries))
     for metric, figure in (("EM", "30.58"), ("F1", "43.33")):
         assert re.search(rf"quad the paper's {metric} &  &  &  &  & {figure} &", tex), metric
+    gradsae = next(setting for setting in blocks.split_settings(parse(entries)) if "50%" in setting.ks)
+    shown = page.make_table(gradsae, metrics.EM).groups["TopK"]
+    assert [(row.name, row.is_below) for row in shown] == [("gradsae", False), ("the paper's EM", True)]
+    assert shown[1].cells[-1] == ("30.58", "") and set(shown[1].cells[:-1]) == {("", "")}
     # Not beside what round 1 has asked of a part of the questions.
     asked = [unmasked(run=PAPERS | {"limit": 10}), *entries]
     assert "paper" not in to_text(asked) and build_table(asked).paper_em.isna().all()

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from made_entries import comparison, masked, parse, unmasked, with_controls
+from made_entries import comparison, masked, parse, several, unmasked, with_controls
 
 from experiment.report import statistics, terminal
 
@@ -66,6 +66,20 @@ def test_the_whole_comparison_is_at_most_40_lines_of_100_columns():
     (drops,) = re.findall(r"TopK: EM drop.*\nbaseline +(.*)", text)
     excess = [float(value) for value in re.findall(r"(-?[\d.]+) \[", row)]
     assert excess == [float(value) - 1 for value in re.findall(r"(-?[\d.]+) \[", drops)]
+
+
+def test_each_folder_is_told_what_was_found_in_it():
+    """How many of the latents that matter most fire most, too: each folder's own share, in the order of the folders."""
+    entries = several()
+    shares = iter((0.12, 0.34))
+    for entry in entries:
+        if "masked" not in entry:
+            estimate = {"mean": next(shares), "low": 0.1, "high": 0.4, "n": 595}
+            entry["agreement"] = {name: estimate for name in ("spearman", "share", "found")}
+    findings = re.findall(r"Masking the one latent .*?\.(?= error| layer)", " ".join(to_text(entries).split()))
+    for finding, cost, share in zip(findings, ("9.5", "8.0"), ("12%", "34%"), strict=True):
+        assert f"costs {cost} points" in finding
+        assert f" At K = 50%, of the latents that matter most, measured one by one, {share} [10%, 40%] are" in finding
 
 
 @pytest.mark.parametrize("more", [{}, {"population": "beef" * 16}, {"run": {"ablation": "mean"}}])
