@@ -277,7 +277,8 @@ def test_places(name, tmp_path):
     bridge, plain = common.load_model(chosen, tokenizer), FAMILIES[name][0].from_pretrained(folder).eval()
     layers, heads = get_layers(plain), bridge.cfg.n_heads * bridge.cfg.d_head
     ids = torch.tensor([tokenizer(f"{HEAD} {context}")["input_ids"] for context in CONTEXTS[:2]])
-    everywhere = (slice(None), slice(None))
+    rows, columns = torch.meshgrid(torch.arange(ids.shape[0]), torch.arange(ids.shape[1]), indexing="ij")
+    everywhere = (rows.flatten(), columns.flatten())
     with torch.no_grad():
         unspliced = plain(ids).logits
     for number, place in enumerate(PLACES):
@@ -297,7 +298,8 @@ def test_places(name, tmp_path):
                     unmasked = model.forward(ids, torch.ones_like(ids), outputs=everywhere)
                     torch.testing.assert_close(found, unmasked, rtol=1e-4, atol=1e-4)
             handle.remove()
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # logits of 1 to 10
+            of_positions = expected.flatten(0, 1)
+            torch.testing.assert_close(found, of_positions, rtol=1e-4, atol=1e-4)  # logits of 1 to 10
             changes = bool(masked) or error_term == "drop"
             assert torch.allclose(expected, unspliced, atol=1e-3) != changes
 
@@ -353,9 +355,10 @@ def count_left(tokens, draft):
 
 
 def record_passes(model, monkeypatch):
-    """(what it is, shape of its token ids) of each forward pass from here on, and how often each layer is run."""
+    """(what it is, shape of its token ids) of each forward pass from here on, and of each layer the shapes that its MLP
+    is given."""
     seen = []
-    layers = collections.Counter()
+    layers = collections.defaultdict(list)
     parts = []  # of the model, those that are run where not all of it is
     run = model._run
 
@@ -378,15 +381,19 @@ def record_passes(model, monkeypatch):
     if model.boundary is not None:
         monkeypatch.setattr(model, "forward_below", name("below", model.forward_below))
         monkeypatch.setattr(model, "forward_above", name("above", model.forward_above))
-    layer_class = transformers.models.gemma2.modeling_gemma2.Gemma2DecoderLayer
-    run_layer = layer_class.forward
-    of_transformers = [getattr(layer, "original_component", layer) for layer in get_layers(model.lm)]
+    mlp_class = transformers.models.gemma2.modeling_gemma2.Gemma2MLP
+    run_mlp = mlp_class.forward
+    numbers = {}
+    for number, layer in enumerate(get_layers(model.lm)):
+        block = getattr(layer, "original_component", layer)
+        mlp = getattr(block.mlp, "original_component", block.mlp)
+        numbers[id(mlp)] = number
 
-    def count(self, *arguments, **more):
-        layers[next(number for number, layer in enumerate(of_transformers) if layer is self)] += 1
-        return run_layer(self, *arguments, **more)
+    def count(self, hidden):
+        layers[numbers[id(self)]].append(tuple(hidden.shape[:2]))
+        return run_mlp(self, hidden)
 
-    monkeypatch.setattr(layer_class, "forward", count)
+    monkeypatch.setattr(mlp_class, "forward", count)
     return seen, layers
 
 
@@ -458,7 +465,12 @@ def test_masked_answers(hook_name, boundary, windowed, monkeypatch):
         assert kinds["above"] == (len(masks) if boundary else 0)
         whole = kinds["whole"] + kinds["step"]
         for number in range(3):
-            assert layers[number] == whole + kinds["below" if boundary and number < boundary else "above"]
+            runs = whole + kinds["below" if boundary and number < boundary else "above"]
+            assert len(layers[number]) == runs
+        # The last layer works where a token is said alone, unless the SAE stands in it or behind it.
+        widest = max(1, *map(len, of_rows))
+        last_layer_is_free = not hook_name.startswith("blocks.2")
+        assert max(shape[1] for shape in layers[2]) == (widest if last_layer_is_free else width)
 
 
 @pytest.mark.parametrize("hook_name", ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"])

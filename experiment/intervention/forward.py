@@ -11,15 +11,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from experiment.intervention.ablations import Mask
+from experiment.intervention.caches import go_on_from, layers_of, new_cache, pick_positions
 from experiment.intervention.layout import Layout, Level, close_gaps
 from experiment.intervention.modules import (
     Reached,
     Replace,
     hooked,
     keep,
+    last_layer_from,
     layers_replaced,
     lean_attention,
     padding_that_sees,
@@ -47,49 +48,16 @@ class Below:
     start: Float[Tensor, "row pos d_model"] | None = None
 
 
-def pick_positions(
-    states: Float[Tensor, "row head pos d_head"],
-    rows: Int[Tensor, "left"],
-    columns: Int[Tensor, "left new"],
-) -> Float[Tensor, "left head new d_head"]:
-    """These rows' keys or values at these columns. rows, columns: on any device."""
-    rows = rows.to(states.device)
-    columns = columns.to(states.device)
-    picked = states[rows.unsqueeze(1), :, columns]  # [left, new, head, d_head]
-    return picked.transpose(1, 2)
-
-
-def new_cache(lm: PreTrainedModel) -> DynamicCache:
-    """An empty cache that keeps all keys of all layers of a Transformers model.
-
-    Also of those with a sliding window, whose own kind forgets what is out of its reach: a row that leaves its proposal
-    needs keys again that tokens behind the difference have pushed out. The attention mask keeps to the window.
-    """
-    cache = DynamicCache()
-    cache.layers = [DynamicLayer() for _ in lm.get_decoder().layers]
-    return cache
-
-
-def layers_of(cache: DynamicCache) -> list[Any]:
-    """The layers of a cache that new_cache made: each has keys and values [row, head, pos, d_head]."""
-    return cache.layers
-
-
-def go_on_from(level: Level, cache: DynamicCache) -> None:
-    """Makes the cache of the level before one of this level's rows."""
-    for layer in layers_of(cache):
-        if layer.is_initialized:
-            layer.batch_select_indices(level.parents.to(layer.keys.device))
-
-
 class SplicedModel:
     """A TransformerBridge with an SAE in it. All forward passes of the rounds are made here, inside `ready()`.
 
     boundary: the first layer that has to run again for another mask; None where all have to.
     at_boundary: whether the SAE stands between two layers there, so that what it gives is all that the layers above
-    see.  layers_above: how many a gradient at the SAE's place goes through.  window: how many positions a layer looks
-    back at; infinite where all layers look back at all.  gradient_room: as of plan.gradient_rows, which a round sets.
-    can_record: whether a step may be recorded, to be replayed: all on one CUDA device, and no recording has failed.
+    see.  layers_above: how many a gradient at the SAE's place goes through.  last_layer_is_free: whether the SAE stands
+    in a layer before the last one, so that of what that hands on only positions are read that say tokens.
+    window: how many positions a layer looks back at; infinite where all layers look back at all.  gradient_room: as of
+    plan.gradient_rows, which a round sets.  can_record: whether a step may be recorded, to be replayed: all on one CUDA
+    device, and no recording has failed.
     """
 
     def __init__(self, model: Any, splice: Splice):
@@ -102,12 +70,14 @@ class SplicedModel:
         self.pad_id: int = config.pad_token_id
         self.device: torch.device = self.lm.device
         layers = len(self.lm.get_decoder().layers)
-        first_above = int(self.hook_name.split(".")[1])  # blocks.9.hook_resid_post: layer 9
+        layer = int(self.hook_name.split(".")[1])  # blocks.9.hook_resid_post: layer 9
+        first_above = layer
         if self.hook_name.endswith("resid_post"):
             first_above += 1
         self.boundary = first_above if 0 < first_above < layers else None
         self.layers_above = layers - first_above
         self.at_boundary = self.boundary is not None and "resid" in self.hook_name
+        self.last_layer_is_free = layer < layers - 1
         text_config = self.lm.config.get_text_config()
         self.window: float = getattr(text_config, "sliding_window", None) or float("inf")
         self.gradient_room: float | None = None
@@ -171,7 +141,8 @@ class SplicedModel:
             out = self.splice.reconstruct(latents, rows, mask)
             return out.view_as(residual)
 
-        return self._run(ids, attention, cache, splice, outputs, positions)
+        with self._shortened(ids, cache, outputs):
+            return self._run(ids, attention, cache, splice, outputs, positions)
 
     def forward_whole(
         self,
@@ -291,10 +262,24 @@ class SplicedModel:
         def replace(residual: Float[Tensor, "row pos *d_in"]) -> Float[Tensor, "row pos *d_in"]:
             return reconstruction.to(residual)
 
-        if self.boundary is None or not self.at_boundary:
-            return self._run(ids, attention, cache, replace, outputs)
-        with layers_replaced(self.lm, reconstruction, self.boundary):
-            return self._run(ids, attention, cache, replace, outputs)
+        with self._shortened(ids, cache, outputs):
+            if self.boundary is None or not self.at_boundary:
+                return self._run(ids, attention, cache, replace, outputs)
+            with layers_replaced(self.lm, reconstruction, self.boundary):
+                return self._run(ids, attention, cache, replace, outputs)
+
+    def _shortened(
+        self,
+        ids: Int[Tensor, "row pos"],
+        cache: DynamicCache | None,
+        outputs: Outputs | None,
+    ) -> contextlib.AbstractContextManager[None]:
+        """A pass in which the last layer does what the logits at `outputs` and the cache need, and no more."""
+        _, columns = find_outputs(outputs, ids)
+        first = ids.shape[1] + int(columns.min())
+        if first == 0 or cache is None or not self.last_layer_is_free:
+            return contextlib.nullcontext()
+        return last_layer_from(self.lm, first)
 
     def _run(
         self,
@@ -306,16 +291,17 @@ class SplicedModel:
         positions: Int[Tensor, "row pos"] | None = None,
     ) -> Float[Tensor, "output vocab"]:
         """One run of the Transformers model, with `replace` done at the SAE's place."""
+        width = ids.shape[1]
         if positions is None:
-            width = ids.shape[1]
             counted = attention.cumsum(-1) - 1
             counted = counted.clamp(min=0)  # -1 at padding on the left
             positions = counted[:, -width:]
 
+        rows, columns = find_outputs(outputs, ids)
+
         def pick(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             hidden = args[0]  # [row, pos, d_model]
-            wanted = hidden[:, -1] if outputs is None else hidden[outputs]
-            return (wanted,)
+            return (hidden[rows, columns],)
 
         self._replace = replace
         try:
@@ -329,6 +315,16 @@ class SplicedModel:
                 ).logits
         finally:
             self._replace = keep
+
+
+def find_outputs(outputs: Outputs | None, ids: Int[Tensor, "row pos"]) -> Outputs:
+    """`outputs` of a batch, the columns counted from the end; None: each row's last position. On the CPU."""
+    if outputs is None:
+        every_row = torch.arange(len(ids))
+        return every_row, torch.full_like(every_row, -1)
+    rows, columns = outputs
+    width = ids.shape[1]
+    return rows, columns % width - width
 
 
 def number_rows(ids: Int[Tensor, "row pos"], device: torch.device | str) -> Int[Tensor, "pos"]:

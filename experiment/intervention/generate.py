@@ -24,7 +24,8 @@ from transformers import DynamicCache
 
 from experiment import own_mistakes
 from experiment.intervention.ablations import Ablation, Mask
-from experiment.intervention.forward import Outputs, SplicedModel, go_on_from, new_cache
+from experiment.intervention.caches import go_on_from, new_cache
+from experiment.intervention.forward import Outputs, SplicedModel
 from experiment.intervention.layout import PASS_ON_CPU, PASS_ON_GPU, Layout, Prefixes, choose_shared
 from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.pool import Limits, Pool

@@ -164,6 +164,69 @@ class _Passed(torch.nn.Module):
         return hidden if self.result is None else self.result
 
 
+@contextlib.contextmanager
+def last_layer_from(lm: PreTrainedModel, first: int) -> Iterator[None]:
+    """The last layer hands on positions from `first` on alone, for as long as the block lasts; of those before it makes
+    keys and values, and no more: nothing else of them is read any more. Passes have a cache.
+    """
+    layers = lm.get_decoder().layers
+    last = layers[-1]
+    layers[-1] = _LastPositions(last, first)
+    try:
+        yield
+    finally:
+        layers[-1] = last
+
+
+class _LastPositions(torch.nn.Module):
+    """`last_layer_from` in place of the layer."""
+
+    def __init__(self, layer: torch.nn.Module, first: int):
+        super().__init__()
+        self.layer = layer
+        self.first = first
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "row pos d_model"],
+        *,
+        past_key_values: Any,
+        **how: Any,
+    ) -> Float[Tensor, "row last d_model"]:
+        before = slice(self.first)
+        after = slice(self.first, None)
+        with contextlib.suppress(_Stored):
+            self.layer(hidden[:, before], past_key_values=_Store(past_key_values), **_take_positions(how, before))
+        return self.layer(hidden[:, after], past_key_values=past_key_values, **_take_positions(how, after))
+
+
+def _take_positions(how: dict[str, Any], some: slice) -> dict[str, Any]:
+    """What a layer is given beside its input, at some of the positions."""
+    taken = dict(how)
+    cosines, sines = how["position_embeddings"]  # [row, pos, d_head]
+    taken["position_embeddings"] = (cosines[:, some], sines[:, some])
+    if how.get("attention_mask") is not None:
+        taken["attention_mask"] = how["attention_mask"][:, :, some]  # [row, 1, pos, cached+pos]
+    if how.get("position_ids") is not None:
+        taken["position_ids"] = how["position_ids"][:, some]
+    return taken
+
+
+class _Store:
+    """A cache that ends the layer once it has its keys and values, with a `_Stored`."""
+
+    def __init__(self, cache: Any):
+        self.cache = cache
+
+    def update(self, *keys_and_values: Any, **how: Any) -> None:
+        self.cache.update(*keys_and_values, **how)
+        raise _Stored
+
+
+class _Stored(Exception):
+    """A layer's keys and values are in the cache."""
+
+
 class Reached(Exception):
     """Carries what the first layer above the boundary reads, and ends the forward pass there."""
 

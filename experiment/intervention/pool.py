@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from experiment.intervention.ablations import Mask
-from experiment.intervention.forward import SplicedModel, layers_of, new_cache, pick_positions
+from experiment.intervention.caches import layers_of, new_cache, pick_positions
+from experiment.intervention.forward import SplicedModel
 from experiment.intervention.layout import Layout, close_gaps
 from experiment.intervention.memory import halve_on_oom, is_out_of_memory, memory_errors, say_split
 from experiment.intervention.rows import Row, pick_log_probs, pick_tokens
@@ -86,12 +87,13 @@ class Pool:
         """
         going = self._find_going(rows)
         if going:
-            piece = take_rows(rows, going, cache, attention, mask)
-            tokens = piece.attention.numel()
+            # Before they are taken: their part of the cache is a copy, and what waits need not be there beside it.
+            tokens = count_places(attention, going)
             for other in self.waiting:
                 tokens += other.attention.numel()
             if tokens > self.capacity:
                 self.decode()
+            piece = take_rows(rows, going, cache, attention, mask)
             self.waiting.append(piece)
         self.on_ended(len(rows) - len(going))
 
@@ -200,6 +202,12 @@ class Pool:
 
     def _has_ended(self, row: Row) -> bool:
         return row.has_ended(self.model.end_ids, self.limits.max_new_tokens)
+
+
+def count_places(attention: Int[Tensor, "row pos"], going: list[int]) -> int:
+    """How many places the cache of these rows of a batch has without gaps: each row's is as wide as the longest's."""
+    lengths = attention.sum(1)[going]
+    return len(going) * int(lengths.max())
 
 
 def take_rows(

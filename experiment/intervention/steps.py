@@ -17,7 +17,8 @@ from transformers.cache_utils import StaticLayer
 
 from experiment import say
 from experiment.intervention.ablations import Mask
-from experiment.intervention.forward import SplicedModel, layers_of
+from experiment.intervention.caches import layers_of
+from experiment.intervention.forward import SplicedModel
 from experiment.intervention.memory import is_out_of_memory
 from experiment.intervention.sparse import SparseActivations, join
 
