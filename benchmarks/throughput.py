@@ -1,4 +1,4 @@
-"""Questions a second: the naive loop, plain Transformers without an SAE, and what the three rounds do.
+"""Questions per second: the naive loop, plain Transformers without an SAE, and what the three rounds do.
 
     python benchmarks/throughput.py --demo                                     # the bundled model, on the CPU
     python benchmarks/throughput.py --shape gemma-3-270m --width 65536         # a shape that a CPU can do
@@ -8,355 +8,320 @@
 
 With --shape nothing is downloaded: a Gemma 2 of that shape with random weights, a random JumpReLU SAE, prompts of
 SQuAD's lengths, 12 new tokens. The masked answers of random models differ from the unmasked ones nearly always: the
-worst case, for unmasked answers serve as drafts. All rows are of the same questions, one after the other, --repeats
-times after a warm-up: medians, also of the times over plain in each turn, so that a machine that is faster now and
-slower then does not show. Plain Transformers run in a process of their own, which has no TransformerLens in it: that
-changes Gemma 2's attention. Seconds in the SAE (encoding, decoding) are those of one more run, in which forward passes
-are counted too: wide ones, over prompts and drafts (above or below the SAE alone, and those of gradients, are passes as
+worst case, for unmasked answers serve as drafts.
+
+All rows are of the same questions, one after the other, --repeats times after a warm-up: medians, also of the times
+over plain in each turn, so that a machine that is faster now and slower then does not show. Plain Transformers run in a
+process of their own. Seconds in the SAE (encoding, decoding) are those of one more run, in which forward passes are
+counted too: wide ones, over prompts and drafts (above or below the SAE alone, and those of gradients, are passes as
 well), and steps, in which each answer gets one token.
+
+With --shape on the CPU, also what a step costs: the CPU time of the thread that takes it, TopK masked and in plain
+Transformers, for a single answer, whose step is nearly all the host's own work, and for those of one batch.
 """
 
-import argparse
 import concurrent.futures
-import contextlib
 import copy
 import dataclasses
 import functools
-import math
 import multiprocessing
 import random
-import re
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any
 
 import workloads  # first: it finds the project's modules, and readies PyTorch's memory
 
 # isort: split
+import command_line
+import plain
 import torch
-import transformers
 from accelerate.utils.memory import release_memory
+from command_line import Asked
+from measures import Figures, Stopwatch, look_inside, measure, measure_step, on_cuda, peak_gb, reset_peak
+from tqdm import tqdm
+from workloads import Found, Workload
 
-import common
-from experiment import guard, options
-from experiment.demo import bundled
+from experiment import guard, say
 from experiment.hub import prepare_libraries
 from experiment.intervention import plan
 from experiment.intervention.forward import SplicedModel
+from experiment.intervention.rows import Answer
 from experiment.intervention.splice import Splice
+from experiment.masks import SIDES
 
-PLAIN = {}  # in the process of plain Transformers: what generates all answers
 SQUAD_QUESTIONS = 10_570
 FURTHER_K = ("20", "10")  # beside 50%
-SIZES = {  # questions, those of the naive loop, and tokens in a batch, where not asked for
-    None: (640, 24, 16384),  # the demo
-    "gemma-2-9b-it": (640, 8, 32768),
-    "gemma-3-270m": (32, 4, 4096),
-    "tiny": (12, 2, 1024),
-    "narrow": (80, 4, 4096),
-}
-
-
-@dataclass
-class Passes:
-    """How many forward passes there were: wide ones, and steps, which run one token per row behind its cache."""
-
-    wide: float = 0
-    steps: float = 0
-
-    def count(self, module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Counts one more pass: a hook before a Transformers model."""
-        cache = named["past_key_values"]
-        goes_on = cache is not None and cache.get_seq_length() > 0
-        if goes_on and named["input_ids"].shape[1] == 1:
-            self.steps += 1
-        else:
-            self.wide += 1
+# Rows of the table, besides the naive loop's.
+PLAIN = "plain generate, no SAE"
+ROUND_1 = "round 1, ranked"
+TOPK = "TopK masked, K = 50%"
+BOTTOMK = "BottomK masked, K = 50%"
+FURTHER = f"each further K ({', '.join(FURTHER_K)})"
+GRADSAE = "GradSAE's ranking"
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Of all questions: seconds in each turn, forward passes, seconds in the SAE's encode and reconstruct, and peak
-    memory in GB."""
+class Bench:
+    """What all rows have in common.
 
-    seconds: list[float]
-    passes: Passes = field(default_factory=lambda: Passes(math.nan, math.nan))
-    sae: float = math.nan
-    peak: float = math.nan
-
-    def beyond(self, other: "Figures", parts: int = 1) -> "Figures":
-        """What was done more than `other`, one of so many parts of it."""
-        seconds = [(ours - theirs) / parts for ours, theirs in zip(self.seconds, other.seconds)]
-        wide = (self.passes.wide - other.passes.wide) / parts
-        steps = (self.passes.steps - other.passes.steps) / parts
-        return Figures(seconds, Passes(wide, steps), (self.sae - other.sae) / parts, self.peak)
-
-
-class Stopwatch:
-    """Adds up the seconds of its calls, what they leave in a CUDA device's queue included."""
-
-    def __init__(self, device):
-        self.device, self.seconds = device, 0.0
-
-    def call(self, function, *args):
-        wait = functools.partial(torch.cuda.synchronize, self.device) if on_cuda(self.device) else lambda: None
-        wait()
-        start = time.perf_counter()
-        result = function(*args)
-        wait()
-        self.seconds += time.perf_counter() - start
-        return result
-
-
-def measure(function, device):
-    """Seconds and peak memory of a piece of work, the only one on the device."""
-    peak_gb(device, reset=True)
-    watch = Stopwatch(device)
-    watch.call(function)
-    peak = peak_gb(device)
-    release_memory()  # of a CUDA device, for the other process
-    return watch.seconds, peak
-
-
-@contextlib.contextmanager
-def count_passes(lm: torch.nn.Module) -> Iterator[Passes]:
-    """Of a Transformers model, for as long as the block lasts."""
-    passes = Passes()
-    with lm.register_forward_pre_hook(passes.count, with_kwargs=True):
-        yield passes
-
-
-def look_inside(function: Callable[[], Any], device: str, model: SplicedModel) -> tuple[Passes, float]:
-    """Forward passes, and seconds in the SAE, in a run by itself: waiting for the device at every step costs time.
-
-    Steps are not recorded there: of what is replayed nothing can be counted.
+    first, batches: numbers of questions, of round 1 and of masked rounds, which run the drafts too.  found: of each
+    question, its round 1.
     """
-    watch = Stopwatch(device)
-    splice = model.splice
-    can_record = model.can_record
-    model.can_record = False
-    for name in ("encode", "reconstruct"):
-        setattr(splice, name, functools.partial(watch.call, getattr(splice, name)))
-    with count_passes(model.lm) as passes:
-        function()
-    del splice.encode, splice.reconstruct
-    model.can_record = can_record
-    return passes, watch.seconds
+
+    work: Workload
+    first: list[list[int]]
+    batches: list[list[int]]
+    found: list[Found]
 
 
-def on_cuda(device):
-    return torch.device(device).type == "cuda"
-
-
-def peak_gb(device, reset=False):
-    """Peak memory: of the tensors on a CUDA device, or of the whole process, which Linux alone tells."""
-    if on_cuda(device):
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    process = Path("/proc/self")
-    if not process.exists():
-        return math.nan
-    if reset:
-        (process / "clear_refs").write_text("5")
-    return int(re.search(r"VmHWM:\s+([0-9]+)", (process / "status").read_text())[1]) * 1024 / 1e9
-
-
-def read_options(args, sae_dtype=None):
-    """The Options of a round on this device, in these precisions."""
-    chosen = ["--device", args.device, "--dtype", args.dtype, "--sae-dtype", sae_dtype or args.sae_dtype]
-    return options.parse(["--demo", *chosen, "--limit", str(args.questions)], "", masks=None)
-
-
-def load_plain(args: argparse.Namespace) -> Passes:
-    """Makes plain Transformers ready in this process, which is theirs, and warm: `measure_plain` runs them. Their
-    forward passes."""
-    chosen = read_options(args)
+def prepare(asked: Asked) -> Bench:
+    """Loads model and SAE, and runs round 1 once."""
+    chosen = asked.options()
     prepare_libraries(chosen)
-    tokenizer, dtype = common.load_tokenizer(chosen), getattr(torch, chosen.dtype)
-    if args.demo:
-        auto, folder = transformers.AutoModelForCausalLM, bundled(chosen.model)
-        lm = auto.from_pretrained(folder, dtype=dtype, attn_implementation="eager").to(args.device)
-        (prompts, _), new_tokens = workloads.demo_prompts(chosen, tokenizer), chosen.max_new_tokens
+    if asked.shape is None:
+        work = workloads.load_demo(chosen)
     else:
-        lm = workloads.make_lm(workloads.SHAPES[args.shape], args.device, dtype)
-        (prompts, _), new_tokens = workloads.make_prompts(args.questions, lm.config.vocab_size), workloads.NEW_TOKENS
-    common.configure_generation(lm, tokenizer)
-    if args.shape:
-        lm.generation_config.eos_token_id = [lm.config.vocab_size]  # nothing, as for ours
-    batches = plan.plan_batches([len(prompt) for prompt in prompts], args.batch_tokens, range(len(prompts)))
-    PLAIN["generate"] = functools.partial(workloads.plain_generate, lm, prompts, batches, new_tokens)
-    with count_passes(lm) as passes:
-        measure_plain(args)
-    return passes
-
-
-def measure_plain(args):
-    return measure(PLAIN["generate"], args.device)
-
-
-def load(args):
-    chosen = read_options(args)
-    prepare_libraries(chosen)
-    if args.demo:
-        return workloads.load_demo(chosen)
-    shape = workloads.SHAPES[args.shape]
-    return workloads.load_shape(dataclasses.replace(shape, d_sae=args.width or shape.d_sae), chosen, args.questions)
-
-
-def measure_rows(args, apart):
-    """How many questions there are, {row: Figures}, and lines to print. apart: the process of plain Transformers."""
-    work = load(args)
+        shape = workloads.SHAPES[asked.shape]
+        shape = dataclasses.replace(shape, d_sae=asked.width or shape.d_sae)
+        work = workloads.load_shape(shape, chosen, asked.questions)
     lengths = [len(prompt) for prompt in work.prompts]
-    first = plan.plan_batches(lengths, args.batch_tokens, work.contexts)
+    first = plan.plan_batches(lengths, asked.batch_tokens, work.contexts)
+    say("Round 1, for drafts and lists ...")
     found = workloads.round_1(work, first)
-    with_drafts = [length + len(f.tokens) for length, f in zip(lengths, found)]
-    batches = plan.plan_batches(with_drafts, args.batch_tokens, work.contexts)
-    names = ("plain generate, no SAE", "round 1, ranked", "TopK masked, K = 50%", "BottomK masked, K = 50%")
-    plain, round_1, top, bottom = names
-    further, by_gradient = f"each further K ({', '.join(FURTHER_K)})", "GradSAE's ranking"
-    masked = functools.partial(workloads.masked_round, work, batches, found)
-    pieces = {
-        round_1: functools.partial(workloads.round_1, work, first),
-        top: functools.partial(masked, "topk"),
-        bottom: functools.partial(masked, "bottomk"),
-        further: functools.partial(masked, "topk", ("50%", *FURTHER_K)),
-        by_gradient: functools.partial(workloads.round_1, work, first, ("baseline", "gradsae")),
+    with_drafts = [length + len(one.tokens) for length, one in zip(lengths, found)]
+    batches = plan.plan_batches(with_drafts, asked.batch_tokens, work.contexts)
+    return Bench(work, first, batches, found)
+
+
+def list_pieces(bench: Bench) -> dict[str, Callable[[], Any]]:
+    """What is done for each of our rows."""
+    round_1 = functools.partial(workloads.round_1, bench.work, bench.first)
+    masked = functools.partial(workloads.masked_round, bench.work, bench.batches, bench.found)
+    return {
+        ROUND_1: round_1,
+        TOPK: functools.partial(masked, "topk"),
+        BOTTOMK: functools.partial(masked, "bottomk"),
+        FURTHER: functools.partial(masked, "topk", ("50%", *FURTHER_K)),
+        GRADSAE: functools.partial(round_1, ("baseline", "gradsae")),
     }
-    results = {name: piece() for name, piece in pieces.items()}  # and a warm-up
-    rows = take_turns(args, apart, plain, pieces)
-    for name, piece in pieces.items():
-        passes, sae = look_inside(piece, args.device, work.model)
-        rows[name] = dataclasses.replace(rows[name], passes=passes, sae=sae)
-    rows[further] = rows[further].beyond(rows[top], len(FURTHER_K))
-    rows[by_gradient] = rows[by_gradient].beyond(rows[round_1])
-    (top_answers,), (bottom_answers,) = results[top], results[bottom]
-    naive, same = measure_naive(args, work, found, top_answers)
-    lines = [
-        f"{len(lengths)} questions of {statistics.mean(lengths):.0f} prompt tokens; {len(first)} batches in round 1, "
-        f"{len(batches)} in a masked round, of at most {args.batch_tokens} tokens",
-        f"{name_device(args.device)}; {args.dtype}, SAE in {args.sae_dtype}: {work.model.splice.d_sae} latents, "
-        f"{statistics.mean(f.active for f in found):.0f} active at the last position",
-        f"masked answers that are the unmasked one: TopK {agreement(found, top_answers)}, "
-        f"BottomK {agreement(found, bottom_answers)}",
-        f"TopK's answers that are the naive loop's: {same} of {args.naive_questions}",
-    ]
-    lines += [compare(args, dtype, work, first, batches, found, top_answers) for dtype in args.compare_sae_dtypes]
-    return len(lengths), naive | rows, lines
 
 
-def take_turns(args, apart, plain, pieces):
-    """{row: Figures}: plain Transformers, then each of the pieces of work, and all of it again, --repeats times."""
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def take_turns(asked: Asked, apart: Executor, pieces: dict[str, Callable[[], Any]]) -> dict[str, Figures]:
+    """The rows: plain Transformers, then each of the pieces of work, and all of it again, --repeats times.
+
+    apart: the process of plain Transformers.
+    """
     release_memory()  # of the warm-up: both processes are on one device
-    passes = apart.submit(load_plain, args).result()
-    turns = []
-    for _ in range(args.repeats):
-        turns.append({plain: apart.submit(measure_plain, args).result()})
-        turns[-1] |= {name: measure(piece, args.device) for name, piece in pieces.items()}
-    rows = {}
-    for name in turns[0]:
-        seconds = [turn[name][0] for turn in turns]
-        rows[name] = Figures(seconds, peak=max(turn[name][1] for turn in turns))
-    rows[plain] = dataclasses.replace(rows[plain], passes=passes)
+    say("Loading and warming up plain Transformers ...")
+    passes = apart.submit(plain.count_all, asked).result()
+    seconds: dict[str, list[float]] = {name: [] for name in (PLAIN, *pieces)}
+    peaks: dict[str, list[float]] = {name: [] for name in (PLAIN, *pieces)}
+    for turn in range(1, asked.repeats + 1):
+        for name in tqdm(seconds, desc=f"Turn {turn} of {asked.repeats}"):
+            if name == PLAIN:
+                took, peak = apart.submit(plain.measure_all, asked).result()
+            else:
+                took, peak = measure(pieces[name], asked.device)
+            seconds[name].append(took)
+            peaks[name].append(peak)
+    rows = {name: Figures(seconds[name], peak=max(peaks[name])) for name in seconds}
+    rows[PLAIN] = dataclasses.replace(rows[PLAIN], passes=passes)
     return rows
 
 
-def measure_naive(args, work, found, top):
-    """The row of the naive loop: what it would be for all questions. And how many of its answers `top` has."""
-    numbers = random.Random(3).sample(range(len(found)), args.naive_questions)  # of all lengths
-    latents, watch = [found[i].latents("topk", "50%") for i in numbers], Stopwatch(args.device)
-    workloads.naive_loop(dataclasses.replace(work, new_tokens=1), numbers[:1], latents)  # warm-up
-    peak_gb(args.device, reset=True)
-    generated = watch.call(workloads.naive_loop, work, numbers, latents)
-    figures = Figures([watch.seconds * len(found) / len(numbers)] * args.repeats, peak=peak_gb(args.device))
-    same = sum(tokens == top[i].tokens for i, tokens in zip(numbers, generated))
-    return {f"naive loop ({len(numbers)} questions)": figures}, same
+def complete(asked: Asked, bench: Bench, pieces: dict[str, Callable[[], Any]], rows: dict[str, Figures]) -> None:
+    """Adds passes and seconds in the SAE to our rows; of two rows leaves what they add to another one."""
+    for name, piece in tqdm(pieces.items(), desc="Passes, and seconds in the SAE"):
+        passes, sae = look_inside(piece, asked.device, bench.work.model)
+        rows[name] = dataclasses.replace(rows[name], passes=passes, sae=sae)
+    rows[FURTHER] = rows[FURTHER].beyond(rows[TOPK], len(FURTHER_K))
+    rows[GRADSAE] = rows[GRADSAE].beyond(rows[ROUND_1])
 
 
-def compare(args, sae_dtype, work, first, batches, found, top):
-    """What changes with the SAE in another precision than float32, in a line. found, top: what float32 gives."""
-    prepare_libraries(read_options(args, sae_dtype))
+def measure_naive(asked: Asked, bench: Bench, top: list[Answer]) -> tuple[Figures, int]:
+    """What the naive loop would be for all questions, and how many of its answers `top` has."""
+    work = bench.work
+    count = asked.naive_questions
+    numbers = random.Random(3).sample(range(len(bench.found)), count)  # of all lengths
+    latents = [bench.found[number].latents("topk", "50%") for number in numbers]
+    short = dataclasses.replace(work, new_tokens=1)
+    workloads.naive_loop(short, numbers[:1], latents)  # a warm-up
+    reset_peak(asked.device)
+    watch = Stopwatch(asked.device)
+    generated = watch.call(workloads.naive_loop, work, tqdm(numbers, desc="Naive loop"), latents)
+    seconds = watch.seconds * len(bench.found) / count
+    figures = Figures([seconds] * asked.repeats, peak=peak_gb(asked.device))
+    same = 0
+    for number, tokens in zip(numbers, generated):
+        same += tokens == top[number].tokens
+    return figures, same
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """CPU seconds of a step in each turn. answers: how many of them got a token in it."""
+
+    answers: int
+    ours: list[float]
+    plain: list[float]
+
+
+def measure_steps(asked: Asked, bench: Bench, apart: Executor) -> list[StepTimes]:
+    """Steps of a single answer, and steps of a batch's. apart: the process of plain Transformers."""
+    batch = bench.first[0]
+    found = []
+    for numbers in (batch[:1], batch):
+        times = StepTimes(len(numbers), [], [])
+        for _ in tqdm(range(asked.repeats), desc=f"Steps, answers in each: {len(numbers)}"):
+            theirs = apart.submit(plain.measure_step_of, asked, numbers).result()
+            times.plain.append(theirs)
+            ours = _measure_our_step(bench, numbers)
+            times.ours.append(ours)
+        found.append(times)
+    return found
+
+
+def _measure_our_step(bench: Bench, numbers: Sequence[int]) -> float:
+    """CPU seconds of a step in which these questions are answered together, TopK masked."""
+    work = bench.work.take(numbers)
+    found = []
+    for number in numbers:
+        one = bench.found[number]
+        begun = dataclasses.replace(one, tokens=one.tokens[:1])  # so short a draft leaves all further tokens to steps
+        found.append(begun)
+    whole = [list(range(len(numbers)))]
+    masked = functools.partial(workloads.masked_round, work, whole, found, "topk")
+    return measure_step(work.model.lm, masked)
+
+
+def compare(asked: Asked, sae_dtype: str, bench: Bench, top: list[Answer]) -> str:
+    """What changes with the SAE in another precision than float32, in a line. top: TopK's answers in float32."""
+    say(f"SAE in {sae_dtype} ...")
+    work = bench.work
+    prepare_libraries(asked.options(sae_dtype))
     sae = copy.deepcopy(work.model.splice.sae).to(dtype=getattr(torch, sae_dtype.replace("tf32", "float32")))
     model = SplicedModel(work.model.model, Splice(sae))
     model.end_ids = work.model.end_ids
     other = dataclasses.replace(work, model=model)
-    theirs, (their_top,) = workloads.round_1(other, first), workloads.masked_round(other, batches, found, "topk")
-    prepare_libraries(read_options(args))
+    theirs = workloads.round_1(other, bench.first)
+    (their_top,) = workloads.masked_round(other, bench.batches, bench.found, "topk")
+    prepare_libraries(asked.options())
     shared = []
-    for which in ("topk", "bottomk"):
-        pairs = [(set(f.latents(which, "50%")), set(theirs[i].latents(which, "50%"))) for i, f in enumerate(found)]
-        shared.append(sum(len(ours & others) for ours, others in pairs) / max(1, sum(len(ours) for ours, _ in pairs)))
+    for which in SIDES:
+        both = 0
+        ours = 0
+        for one, other_one in zip(bench.found, theirs):
+            latents = set(one.latents(which, "50%"))
+            ours += len(latents)
+            both += len(latents & set(other_one.latents(which, "50%")))
+        shared.append(both / max(1, ours))
     return (
-        f"SAE in {sae_dtype}, the same as in float32: answers {agreement(found, theirs)}, with TopK masked "
+        f"SAE in {sae_dtype}, the same as in float32: answers {agreement(bench.found, theirs)}, with TopK masked "
         f"{agreement(top, their_top)}; TopK latents {shared[0]:.1%}, BottomK latents {shared[1]:.1%}"
     )
 
 
-def agreement(some, others):
+def agreement(some: Sequence[Found | Answer], others: Sequence[Found | Answer]) -> str:
     """The share of questions whose answers are the same."""
-    return f"{statistics.mean(a.tokens == b.tokens for a, b in zip(some, others)):.1%}"
-
-
-def name_device(device):
-    return torch.cuda.get_device_name(device) if on_cuda(device) else f"{torch.get_num_threads()} CPU threads"
+    same = [one.tokens == other.tokens for one, other in zip(some, others)]
+    return f"{statistics.mean(same):.1%}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What is printed
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--demo", action="store_true", help="the bundled model, SAE and questions")
-    what.add_argument("--shape", choices=tuple(workloads.SHAPES), help="random weights in this shape")
-    parser.add_argument("--width", type=int, help="latents of a shape's SAE (default: the shape's own)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=options.FLOATS, help="(default: float32; on CUDA float16)")
-    parser.add_argument("--sae-dtype", choices=(*options.FLOATS, "tf32"), default="float32")
-    parser.add_argument("--compare-sae-dtypes", nargs="+", choices=("float16", "bfloat16", "tf32"), default=[])
-    parser.add_argument("--questions", type=int)
-    parser.add_argument("--naive-questions", type=int, help="of these, for the naive loop")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch-tokens", type=int)
-    args = parser.parse_args()
-    if args.compare_sae_dtypes and args.sae_dtype != "float32":
-        parser.error("--compare-sae-dtypes: the others are compared with --sae-dtype float32")
-    args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
-    for name, size in zip(("questions", "naive_questions", "batch_tokens"), SIZES[args.shape]):
-        setattr(args, name, getattr(args, name) or size)
-    args.naive_questions = min(args.naive_questions, args.questions)
-    for dtype in (args.sae_dtype, *args.compare_sae_dtypes):
-        read_options(args, dtype)  # refuses tf32 where there is none
-    return args
+def describe(asked: Asked, bench: Bench) -> str:
+    """What was run, in two lines."""
+    length = statistics.mean(len(prompt) for prompt in bench.work.prompts)
+    active = statistics.mean(one.active for one in bench.found)
+    device = f"{torch.get_num_threads()} CPU threads"
+    if on_cuda(asked.device):
+        device = torch.cuda.get_device_name(asked.device)
+    return (
+        f"{len(bench.found)} questions of {length:.0f} prompt tokens; {len(bench.first)} batches in round 1, "
+        f"{len(bench.batches)} in a masked round, of at most {asked.batch_tokens} tokens\n"
+        f"{device}; {asked.dtype}, SAE in {asked.sae_dtype}: {bench.work.model.splice.d_sae} latents, "
+        f"{active:.0f} active at the last position"
+    )
 
 
-def print_table(args, n, rows, lines):
-    naive, plain, *_ = rows.values()
+def print_table(count: int, rows: dict[str, Figures]) -> None:
+    """count: of questions.  rows: the naive loop's first."""
+    naive, *_ = rows.values()
     head = "questions/s   / naive  time / plain  wide passes   steps  seconds in SAE  peak GB"
-    print("\n".join(lines[:2]), f"\n\n{'':28}  {head}")
-    for name, found in rows.items():
-        seconds = statistics.median(found.seconds)
-        over_plain = statistics.median(ours / theirs for ours, theirs in zip(found.seconds, plain.seconds))
+    print(f"\n{'':28}  {head}")
+    for name, row in rows.items():
+        seconds = statistics.median(row.seconds)
+        over_plain = statistics.median(ours / theirs for ours, theirs in zip(row.seconds, rows[PLAIN].seconds))
         print(
-            f"{name:28}  {n / seconds:11.2f}  {naive.seconds[0] / seconds:8.1f}  {over_plain:12.2f}  "
-            f"{found.passes.wide:11.1f}  {found.passes.steps:6.1f}  {found.sae:14.2f}  {found.peak:7.2f}"
+            f"{name:28}  {count / seconds:11.2f}  {naive.seconds[0] / seconds:8.1f}  {over_plain:12.2f}  "
+            f"{row.passes.wide:11.1f}  {row.passes.steps:6.1f}  {row.sae:14.2f}  {row.peak:7.2f}"
         )
-    print("\n" + "\n".join(lines[2:]))
-    if args.shape:
-        for name, found in list(rows.items())[2:]:
-            minutes = SQUAD_QUESTIONS * statistics.median(found.seconds) / n / 60
-            print(f"all {SQUAD_QUESTIONS} SQuAD questions, {name}: {minutes:.1f} min")
+    print()
 
 
-def main():
-    args = parse_arguments()
+def print_steps(steps: list[StepTimes]) -> None:
+    """In milliseconds; ours over plain Transformers'."""
+    print(f"{'CPU time of a step, in ms':28}  TopK masked  plain generate  time / plain")
+    for times in steps:
+        ours = 1000 * statistics.median(times.ours)
+        theirs = 1000 * statistics.median(times.plain)
+        ratio = statistics.median(our / their for our, their in zip(times.ours, times.plain))
+        print(f"{'answers in the step: ' + str(times.answers):28}  {ours:11.2f}  {theirs:14.2f}  {ratio:12.2f}")
+    print()
+
+
+def print_whole_squad(count: int, rows: dict[str, Figures]) -> None:
+    """How long all of SQuAD would take. count: of the questions that were measured."""
+    for name, row in rows.items():
+        minutes = SQUAD_QUESTIONS * statistics.median(row.seconds) / count / 60
+        print(f"all {SQUAD_QUESTIONS} SQuAD questions, {name}: {minutes:.1f} min")
+
+
+def run(asked: Asked, apart: Executor) -> None:
+    """Measures, and prints. apart: the process of plain Transformers."""
+    bench = prepare(asked)
+    count = len(bench.found)
+    pieces = list_pieces(bench)
+    results = {name: piece() for name, piece in tqdm(pieces.items(), desc="Warm-up")}
+    rows = take_turns(asked, apart, pieces)
+    complete(asked, bench, pieces, rows)
+    (top,) = results[TOPK]
+    (bottom,) = results[BOTTOMK]
+    naive, same = measure_naive(asked, bench, top)
+    lines = [
+        f"masked answers that are the unmasked one: TopK {agreement(bench.found, top)}, "
+        f"BottomK {agreement(bench.found, bottom)}",
+        f"TopK's answers that are the naive loop's: {same} of {asked.naive_questions}",
+    ]
+    steps = []
+    if asked.shape and not on_cuda(asked.device):
+        steps = measure_steps(asked, bench, apart)
+    for sae_dtype in asked.compare_sae_dtypes:
+        lines.append(compare(asked, sae_dtype, bench, top))
+    print(describe(asked, bench))
+    print_table(count, {f"naive loop ({asked.naive_questions} questions)": naive} | rows)
+    if steps:
+        print_steps(steps)
+    print("\n".join(lines))
+    if asked.shape:
+        print_whole_squad(count, {name: rows[name] for name in pieces})
+
+
+def main() -> None:
+    asked = command_line.parse(__doc__)
     # A fresh process and not a fork of this one, so that it finds PyTorch's threads and CUDA untouched.
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-        print_table(args, *measure_rows(args, apart))
+        run(asked, apart)
 
 
 if __name__ == "__main__":
