@@ -145,7 +145,8 @@ function openedRow(question, number) {
 
 function questionRows(questions) {
   const number = chosenMask();
-  const name = number === undefined ? "masked" : nameMask(data.masks[number]);
+  const { ranking, mask, k } = data.masks[number] ?? {};
+  const name = ranking === undefined ? "masked" : `${ranking} ${mask} K = ${k}`;
   const rows = [["id", "question", "ground truth", "unmasked", name, "drop", "changed", "masks"]];
   for (const question of questions) {
     rows.push([

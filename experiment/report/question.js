@@ -109,7 +109,7 @@ function matrix(question, chosen, choose) {
 function titleOf(k, masks) {
   if (k === "0") return "K = 0: none kept";
   const { latents } = masks.find((mask) => mask.k === k);
-  return k.endsWith("%") ? `K = ${k} (${latents})` : `K = ${k}`;
+  return k.endsWith("%") ? `K = ${k} (${latents.toFixed(1)})` : `K = ${k}`;
 }
 
 function maskButtons(chosen, choose) {

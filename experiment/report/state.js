@@ -81,5 +81,3 @@ function nearestMask(wanted, foremost = "ranking") {
 }
 
 const chosenMask = () => nearestMask(state);
-
-const nameMask = ({ ranking, mask, k }) => `${ranking} ${mask}, K = ${k}`;
