@@ -541,8 +541,9 @@ def test_which_latents_matter_in_a_question(browser, measured):
     wanted = {*listed, *costliest[:10]}
     browser.open(measured / "results.html", READY, fragment=f"k=3&question={ranked.id}")
     (told,) = texts(browser, ".foremost")
-    first, second, _ = told.removeprefix("Latents that matter most: ").split("), ")[0].partition(" (")
-    assert int(first) == costliest[0]
+    cost = float(f"{of_question[costliest[0]]:.3g}")
+    told_first = f"Latents that matter most: {costliest[0]} (masked alone, it costs {cost} nats per token), "
+    assert told.startswith(told_first)
     assert re.findall(r"(?:: |, )(\d+) \(", told) == [str(latent) for latent in costliest[:3]]
     heads, *rows = read_table(browser, ".latents")
     assert heads == [
@@ -940,10 +941,16 @@ def test_as_many_questions_as_squad_keeps(browser, folder, tmp_path):
     answer = {"answer": "Oslo", "text": "Result = [[ Oslo ]]", "log_probs": [-0.1, -0.2], **scores}
     answers = {q.id: Record(id=q.id, **answer) for q in asked}
     kept = [q.id for q in asked[:5745]]
-    wrong = {}
-    for number, name in enumerate(kept):
-        fields = {"answer": f"not {name}", "text": f"Result = [[ not {name} ]]", "f1": 0.0}
-        wrong[name] = answers[name].with_fields(**fields, log_probs=[-0.1, -0.2 - number / 1000])
+
+    def answer_wrong(mask):
+        """Each question in a way of its own, the first one least."""
+        wrong = {}
+        for number, name in enumerate(kept):
+            fields = {"answer": f"not {name} but {mask}", "text": f"Result = [[ not {name} but {mask} ]]", "f1": 0.0}
+            fields["log_probs"] = [-0.1, -0.2 - number / 1000]
+            wrong[name] = answers[name].model_copy(update=fields)
+        return wrong
+
     latents, alone = {}, {}
     for number, name in enumerate(kept):  # 100 of the 16,384 latents, as K = 50% masks; scores and effects of 206
         first = number * 7 % 16_000
@@ -957,9 +964,10 @@ def test_as_many_questions_as_squad_keeps(browser, folder, tmp_path):
     right = {name: answers[name] for name in kept}
     masked = []
     for entry, _ in found.masked:
-        masked.append((entry, [wrong if entry.masked == "topk" else right]))
+        masked.append((entry, [answer_wrong(entry.journal) if entry.masked == "topk" else right]))
     for entry in [entry for entry, _ in masked if entry.provenance.ranking == "matched" and entry.k == "10"]:
-        drawn = [wrong, right, wrong, right, wrong] if entry.masked == "topk" else [right] * 5
+        wrong = [answer_wrong(draw) for draw in range(3)]
+        drawn = [*wrong, right, right] if entry.masked == "topk" else [right] * 5
         masked.append((entry.with_fields(control="direction", draws=5), drawn))
     big = dataclasses.replace(
         found,
