@@ -580,7 +580,8 @@ def test_which_latents_matter_in_a_question(browser, measured):
     assert "by=ranking" in address(browser)
     # A control stands for latents of the ranking; its list is that of its ranking.
     choose(browser, ranking="baseline, direction")
-    assert "3 latents stood for" in texts(browser, ".cell summary")
+    assert texts(browser, ".cell summary") == ["stands for 3 latents"]
+    assert [row[3] for row in read_table(browser, ".latents")[1:]].count("stood for") == 3
     choose(browser, ranking="matched")
     assert texts(browser, ".latents th")[1] == "Place in matched TopK, first draw"
     assert [told] == texts(browser, ".foremost")
@@ -916,8 +917,9 @@ def test_printed(browser, folder):
         assert sum(map(int, re.findall(r"\d+", ink)[:3])) < 300, (selector, ink)
     for selector in ("#skip", "#tabs", "#controls", "#histogram", "#copy", ".copy", "#pager"):
         assert browser.run(f"document.querySelector('{selector}').offsetParent") is None, selector
-    for selector in (".finding", "figure svg", ".block td", ".detail .context", ".matrix td", "#count"):
+    for selector in (".finding", "figure svg", ".block td", ".detail .context", ".matrix td", "#count", "#view"):
         assert browser.run(f"document.querySelector('{selector}').getClientRects().length") > 0, selector
+    assert texts(browser, "#view") == ["; masked: baseline TopK, K = 50%"]  # which the controls say on a screen
     assert browser.run("getComputedStyle(document.querySelector('.wide')).overflowX") == "visible"
     assert browser.run("document.documentElement.scrollWidth") <= 700
     pdf = base64.b64decode(browser.send("Page.printToPDF")["data"])

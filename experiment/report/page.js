@@ -19,6 +19,7 @@ function fillSelect(id, values, names = values) {
 function renderControls(number) {
   const { ranking, mask, k } = data.masks[number] ?? {};
   Object.entries({ ranking, mask, k, show: state.show }).forEach(([id, value]) => (find(id).value = value));
+  find("view").textContent = ranking === undefined ? "" : `; masked: ${ranking} ${mask}, K = ${k}`;
   if (document.activeElement !== find("search")) find("search").value = state.search;
 }
 

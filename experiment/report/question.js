@@ -36,7 +36,14 @@ function detail(question, number) {
 }
 
 function answerLine(name, found) {
-  return element("p", { className: "answer" }, name, ...showAnswer(found), " ", element("code", {}, found[TEXT]));
+  return element("p", { className: "answer" }, name, ...showWhole(found));
+}
+
+// An answer and its text; of one that was cut short the text alone, which holds all of it.
+function showWhole(found) {
+  const isCut = found[ANSWER].endsWith("...") && found[ANSWER].length < found[TEXT].length;
+  const answer = isCut ? [verdictSign(judge(found))] : showAnswer(found);
+  return [...answer, " ", element("code", {}, found[TEXT])];
 }
 
 // [[latent, what masking it alone costs]], the costliest first.
@@ -47,7 +54,7 @@ function sortEffects(question) {
 
 // Which latents matter most, whatever is masked.
 function tellForemost(question) {
-  const line = element("p", { className: "foremost" });
+  const line = element("p", { className: question.effects ? "foremost measured" : "foremost" });
   const effects = sortEffects(question);
   const costly = effects.filter(([, effect]) => effect > 0).slice(0, FOREMOST_LATENTS);
   if (!effects.length) line.append("Which latent matters most was not measured: --ranking effect does, in round 1.");
@@ -84,7 +91,8 @@ function masksBox(question, chosen) {
 // Rankings down, K across, of the mask of the chosen cell. choose: shows another cell.
 function matrix(question, chosen, choose) {
   const { mask } = data.masks[chosen];
-  const numbers = [...data.masks.keys()].filter((number) => data.masks[number].mask === mask);
+  const isThere = (number) => data.masks[number].mask === mask && answersOf(question, number).length > 0;
+  const numbers = [...data.masks.keys()].filter(isThere);
   const masks = numbers.map((number) => data.masks[number]);
   const rankings = distinct(masks.map(({ ranking }) => ranking));
   const ks = distinct(masks.map(({ k }) => k));
@@ -122,7 +130,6 @@ function maskButtons(chosen, choose) {
 
 function matrixCell(question, number, chosen, choose) {
   const answers = answersOf(question, number);
-  if (!answers.length) return null;
   const className = `${judgeAll(answers)} ${isChanged(question, number) ? "" : "same"}`;
   const properties = { className, "data-mask": number, "aria-pressed": number === chosen };
   return buttonTo(() => choose(number), properties, ...showAnswers(answers));
@@ -151,7 +158,7 @@ function drawList(question, number) {
   const drops = dropsOf(question, number);
   const items = answersOf(question, number).map((found, place) => {
     const lost = drops[place] === null ? "" : ` lost ${showDrop(drops[place])}`;
-    return element("li", {}, ...showAnswer(found), " ", element("code", {}, found[TEXT]), lost);
+    return element("li", {}, ...showWhole(found), lost);
   });
   return element("ol", { className: "draws", "aria-label": "Draws" }, ...items);
 }
@@ -241,6 +248,6 @@ function tellMasked(question, number) {
   const mask = data.masks[number];
   const count = question.counts[number];
   const known = latentsOf(question, number).length;
-  const some = known < count ? `${known} of ${count}` : `${count}`;
-  return `${some} latent${count === 1 ? "" : "s"} ${verbOf(mask)}`;
+  const some = `${known < count ? `${known} of ` : ""}${count} latent${count === 1 ? "" : "s"}`;
+  return mask.control ? `stands for ${some}` : `${some} ${verbOf(mask)}`;
 }
