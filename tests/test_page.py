@@ -386,13 +386,16 @@ def test_copies_as_csv(opened, folder, demo_questions):
     choose(opened, ranking="gradsae", k="10", show="changed")
     opened.run("document.getElementById('copy').click()")
     head, *rows = csv.reader(io.StringIO(opened.run("window.copied")))
-    assert head == ["id", "question", "ground truth", "unmasked", "gradsae TopK K = 10", "drop", "changed", "masks"]
+    masked_name = "gradsae TopK K = 10"
+    assert head == ["id", "question", "ground truth", "unmasked", masked_name, "verdict", "drop", "changed", "masks"]
+    verdicts = {"✓": "right", "✗": "wrong", "≁": "format broken"}
     assert len(rows) == count(opened) > 25  # not the first page alone
     questions = {question.id: question for question in demo_questions}
-    for name, question, truths, unmasked, answer, drop, _, masks in rows:
+    for name, question, truths, unmasked, answer, verdict, drop, _, masks in rows:
         record = masked["gradsae", "TopK", "10"][name]
         assert (question, truths) == (questions[name].question, " / ".join(questions[name].truths))
         assert (unmasked, answer) == (kept[name]["answer"], record["answer"]) and int(masks) == 18
+        assert verdict == verdicts[judge(record)]
         assert float(drop) == pytest.approx(drop_of(kept[name], record), abs=0.00051)
     opened.run(f"{READY}.click()")
     opened.run("document.querySelector('.detail .copy').click()")
@@ -614,6 +617,20 @@ def test_nothing_kept_stands_once(browser, measured):
     masks = json.loads(browser.run("document.getElementById('data').textContent"))["masks"]
     assert column(browser, 6)[0].endswith(f" of {sum(not mask['repeats'] for mask in masks)}")
     assert sum(mask["repeats"] for mask in masks) == 1 and problems(browser)[0] == []
+
+
+def test_round_1_alone(browser, folder, tmp_path):
+    """Without any mask there are the questions with their unmasked answers."""
+    found = dataclasses.replace(folders.read_folder(folder), masked=[])
+    unmasked, _ = rounds_of(folder)
+    with open(tmp_path / "results.html", "w", encoding="utf-8") as file:
+        page.write_page(file, found, found.entries)
+    for fragment, number in (("", len(kept_of(unmasked))), ("show=all", 40), ("latent=3&tab=latents", 0)):
+        browser.open(tmp_path / "results.html", "document.querySelector('#count')?.textContent", fragment=fragment)
+        assert count(browser) == number
+        browser.run(f"{READY}?.click()")
+        assert texts(browser, ".matrix, .foremost") == [] and len(texts(browser, ".detail")) == min(number, 1)
+        assert problems(browser)[0] == []
 
 
 def test_as_many_latents_as_the_rounds_masked(folder):

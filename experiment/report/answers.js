@@ -24,7 +24,7 @@ const showDrop = (drop) => (drop === null ? "" : drop.toFixed(3));
 
 // The latents at the head of a list that the mask takes, as far as they are on the page.
 function latentsOf(question, number) {
-  const latents = question.latents?.[data.masks[number].list] ?? [];
+  const latents = question.latents?.[data.masks[number]?.list] ?? [];
   return latents.slice(0, question.counts?.[number] ?? 0);
 }
 
@@ -42,7 +42,7 @@ const isJudged = (question, number, verdict) => answersOf(question, number).some
 const VERDICTS = {
   right: ["✓", "right"],
   wrong: ["✗", "wrong"],
-  format: ["≁", "format broken: a ground truth stands in the text, and was not parsed"],
+  format: ["≁", "format broken"], // a ground truth stands in the text, and was not parsed
   some: ["◐", "right in some draws"],
 };
 

@@ -4,7 +4,8 @@ const BARS = 40; // about
 function niceStep(range) {
   const rough = range / BARS;
   const power = 10 ** Math.floor(Math.log10(rough));
-  return Math.max(0.001, [1, 2, 5, 10].map((times) => times * power).find((step) => step >= rough)); // drops have 3 digits
+  const step = [1, 2, 5, 10].map((times) => times * power).find((found) => found >= rough);
+  return Math.max(0.001, step); // drops have three digits
 }
 
 function countBars(drops) {

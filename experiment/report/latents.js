@@ -89,7 +89,8 @@ function renderLatents(number) {
 function latentRow(row, columns) {
   const [id, ...cells] = columns.map(({ show }) => show(row));
   const label = `Copy the row of latent ${row[LATENT]} as CSV`;
-  const copy = element("button", { type: "button", className: "copy", textContent: "Copy", title: label, "aria-label": label });
+  const properties = { className: "copy", textContent: "Copy", title: label, "aria-label": label };
+  const copy = element("button", { type: "button", ...properties });
   copy.addEventListener("click", () => copyCsv(latentRows([row], columns), copy));
   const made = [...cells, [copy]].map((cell) => element("td", {}, ...cell));
   return element("tr", {}, element("th", { scope: "row" }, ...id), ...made);
@@ -97,6 +98,7 @@ function latentRow(row, columns) {
 
 // For a CSV; questions by their ids.
 function latentRows(rows, columns) {
-  const values = rows.map((row) => columns.map(({ order }) => order(row)).map((value) => (value === -Infinity ? "" : value)));
-  return [columns.map(({ title }) => title.toLowerCase()), ...values];
+  const values = rows.map((row) => columns.map(({ order }) => order(row)));
+  const known = values.map((row) => row.map((value) => (value === -Infinity ? "" : value)));
+  return [columns.map(({ title }) => title.toLowerCase()), ...known];
 }

@@ -106,7 +106,8 @@ function tellLatent(number) {
   const { list, k } = data.masks[number];
   const longest = Math.max(...data.questions.map((question) => question.latents?.[list].length ?? 0));
   const isCut = data.questions.some((question) => question.counts?.[number] > longest);
-  return `latent ${state.latent} in ${data.lists[list].name}, K = ${k}${isCut ? `, first ${longest}` : ""}`;
+  const some = isCut ? `, among a question's first ${longest}` : "";
+  return `latent ${state.latent} in ${data.lists[list].name}, K = ${k}${some}`;
 }
 
 function renderRows(questions, number) {
@@ -147,16 +148,16 @@ function questionRows(questions) {
   const number = chosenMask();
   const { ranking, mask, k } = data.masks[number] ?? {};
   const name = ranking === undefined ? "masked" : `${ranking} ${mask} K = ${k}`;
-  const rows = [["id", "question", "ground truth", "unmasked", name, "drop", "changed", "masks"]];
+  const rows = [["id", "question", "ground truth", "unmasked", name, "verdict", "drop", "changed", "masks"]];
   for (const question of questions) {
+    const answers = answersOf(question, number);
     rows.push([
       question.id,
       question.question,
       question.truths.join(" / "),
       unmaskedOf(question)?.[ANSWER] ?? "",
-      answersOf(question, number)
-        .map((found) => found[ANSWER])
-        .join(" / "),
+      answers.map((found) => found[ANSWER]).join(" / "),
+      answers.map((found) => VERDICTS[judge(found)][1]).join(" / "),
       dropOf(question, number) ?? "",
       countChanged(question),
       countAsked(question),

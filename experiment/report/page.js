@@ -1,6 +1,7 @@
 // All together: the controls, what is shown of a state, and what a state is gone to by.
 
-const REST_OF_TAB = { sort: DEFAULTS.sort, up: DEFAULTS.up, search: "", bar: "", latent: "" }; // what another tab begins with
+// What another tab begins with.
+const REST_OF_TAB = { sort: DEFAULTS.sort, up: DEFAULTS.up, search: "", bar: "", latent: "" };
 
 // What the reader chose of masks is a mask that was run, the nearest one.
 function choose(name, value) {

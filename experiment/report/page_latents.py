@@ -54,13 +54,23 @@ def collect_lists(folder: Folder, masked: Iterable[tuple[MaskedEntry, list[Journ
     lists: dict[Key, LatentList] = {}
     for entry, (first, *_) in masked:
         key = key_of(entry)
-        ranking, _, file = key
-        drawn = ", first draw" if ranking in DRAWN and entry.draws else ""
-        of_list = lists.setdefault(key, LatentList(f"{ranking} {MASKS[entry.masked]}{drawn}", file))
-        if entry.k not in of_list.of_k:  # a control, and what is kept alone, take the same
-            found = {question_id: find_masked_latents(folder, entry, question_id) for question_id in first}
-            of_list.of_k[entry.k] = found
+        if key not in lists:
+            lists[key] = LatentList(name_list(entry), entry.latents or "")
+        of_k = lists[key].of_k
+        if entry.k in of_k:  # a control, and what is kept alone, take the same
+            continue
+        of_k[entry.k] = {}
+        for question_id in first:
+            of_k[entry.k][question_id] = find_masked_latents(folder, entry, question_id)
     return lists
+
+
+def name_list(entry: MaskedEntry) -> str:
+    """Ranking and side; of lists that were drawn several times, which draw."""
+    ranking = entry.provenance.ranking or ""
+    name = f"{ranking} {MASKS[entry.masked]}"
+    is_drawn = ranking in DRAWN and entry.draws is not None
+    return f"{name}, first draw" if is_drawn else name
 
 
 def list_all(lists: Iterable[LatentList]) -> list[int]:

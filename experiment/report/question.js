@@ -201,8 +201,9 @@ function listLatents(question, number) {
   const masked = latentsOf(question, number);
   const costliest = sortEffects(question).slice(0, FIRST_LATENTS);
   const ids = distinct([...list, ...costliest.map(([id]) => id)]);
-  const rows = ids.map((id, place) => {
-    return { id, place: place < list.length ? place : null, effect: effects[id] ?? null, isMasked: masked.includes(id) };
+  const rows = ids.map((id, row) => {
+    const place = row < list.length ? row : null;
+    return { id, place, effect: effects[id] ?? null, isMasked: masked.includes(id) };
   });
   if (!isByEffect(question)) return rows;
   return rows.sort((a, b) => (b.effect ?? -Infinity) - (a.effect ?? -Infinity));

@@ -1,5 +1,5 @@
-// What all scripts share: the page's data, and its state. All that is shown is in the address: state -> render, and every
-// control goes to another state. Texts of models and data sets reach the page as text nodes, never as HTML.
+// What all scripts share: the page's data, and its state. All that is shown is in the address: state -> render, and
+// every control goes to another state. Texts of models and data sets reach the page as text nodes, never as HTML.
 // The scripts are parts of one module, this one the first, page.js the last.
 const data = JSON.parse(document.getElementById("data").textContent);
 const find = (id) => document.getElementById(id);

@@ -1,7 +1,7 @@
 // What the tables of questions and of latents have in common: heads that sort, pages, and copies as CSV.
 const PER_PAGE = 25;
 
-// columns: {title, name (of one that can be sorted by), hint, optional}.  chosen: the name of the one that is sorted by.
+// columns: {title, name (of one that can be sorted by), hint, optional}.  chosen: the name of the one sorted by.
 function renderHead(table, columns, chosen) {
   const heads = columns.map(({ name, title, hint = "", optional }) => {
     const head = element("th", { scope: "col", className: optional ? "optional" : "", title: hint });
