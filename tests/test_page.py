@@ -571,6 +571,8 @@ def test_which_latents_matter_in_a_question(browser, measured):
         if effect:
             assert float(effect) == pytest.approx(of_question[latent], rel=0.01)
     assert texts(browser, ".cell summary") == ["3 latents masked"]
+    wide = "[...document.querySelectorAll('.detail .wide')]"
+    assert browser.run(f"{wide}.map((box) => box.scrollWidth > box.clientWidth)") == [False, False]  # nothing cut off
     # Ten rows at first, all on demand.
     assert browser.run("[...document.querySelectorAll('.latents tbody tr')].filter((r) => r.offsetParent).length") == 10
     browser.run("document.querySelector('.more').click()")
@@ -856,6 +858,10 @@ def test_light_and_dark_narrow_and_wide(browser, folder, dark, width):
     browser.open(folder / "results.html", READY, dark, width)
     browser.run(f"{READY}.click()")
     assert browser.run("document.documentElement.scrollWidth") <= width  # nothing beside the screen
+    if width > 400:  # where there is room, no table is cut off
+        wide = "[...document.querySelectorAll('.detail .wide')]"
+        assert browser.run(f"{wide}.map((box) => box.scrollWidth > box.clientWidth)") == [False, False]
+    assert browser.run("document.querySelector('.detail').offsetHeight") < 1800  # two screens
     heads = "[...document.querySelectorAll('#questions > thead th')].filter((head) => head.offsetParent)"
     widths = browser.run(f"{heads}.map((head) => head.offsetWidth)")
     assert len(widths) == (3 if width == 400 else 6) and min(widths) > 70  # words fit
