@@ -24,7 +24,7 @@ from experiment.questions import Question
 from experiment.records import files
 from experiment.records.schema import KeptRecord, RankedQuestion, Record
 from experiment.report import __main__ as report
-from experiment.report import figure, folders, page, page_data, terminal
+from experiment.report import figure, folders, page, page_data, page_latents, terminal
 
 RANKINGS = ("baseline", "gradsae", "matched")
 KS = ("0", "1", "10", "50%")
@@ -403,6 +403,8 @@ def test_search_and_filters_count_as_the_journals_do(opened, folder, demo_questi
     unmasked, masked = rounds_of(folder)
     kept = kept_of(unmasked)
     assert len(kept) < len(unmasked) == 40
+    counted = dict.fromkeys(("kept", "changed", "wrong", "format"), f"{len(kept)} kept questions")
+    counted |= {"unkept": f"{40 - len(kept)} questions that were not kept", "all": "40 asked questions"}
     for key in (("gradsae", "TopK", "10"), ("baseline", "TopK", "50%"), ("matched", "BottomK", "1")):
         choose(opened, **dict(zip(("ranking", "mask", "k"), key)))
         records = masked[key]
@@ -416,7 +418,7 @@ def test_search_and_filters_count_as_the_journals_do(opened, folder, demo_questi
         }
         for show, number in expected.items():
             choose(opened, show=show)
-            assert count(opened) == number, (key, show)
+            assert texts(opened, "#count") == [f"{number} of {counted[show]}"], (key, show)
     # Those not kept are there with their answer, and say what was wrong.
     choose(opened, show="unkept")
     wrong = [record for record in unmasked.values() if "active" not in record]
@@ -454,6 +456,14 @@ def test_the_histogram_filters(opened, folder):
             assert count(opened) == inside and f"bar={low}:{high}" in address(opened)
             opened.run(f"{button}.click()")
     assert counted == len(kept) == count(opened) and len(bars) > 10
+    # Of a single question there is nothing to see in bars.
+    name = next(iter(kept))
+    search(opened, name)
+    lost = drop_of(kept[name], masked["baseline", "TopK", "10"][name])
+    (told,) = texts(opened, "#histogram p")
+    assert told == f"In this question the answer's log probability dropped by {lost:.3f} nats per token."
+    assert texts(opened, ".bars button") == [] and count(opened) == 1
+    assert problems(opened)[0] == []
 
 
 def test_the_view_is_in_the_address_and_back_works(browser, folder):
@@ -504,13 +514,16 @@ def test_copies_as_csv(opened, folder, demo_questions):
     choose(opened, ranking="gradsae", k="10", show="changed")
     opened.run("document.getElementById('copy').click()")
     head, *rows = csv.reader(io.StringIO(opened.run("window.copied")))
-    assert head == ["id", "question", "ground truth", "unmasked", "gradsae TopK K = 10", "drop", "changed", "masks"]
+    masked_name = "gradsae TopK K = 10"
+    assert head == ["id", "question", "ground truth", "unmasked", masked_name, "verdict", "drop", "changed", "masks"]
+    verdicts = {"✓": "right", "✗": "wrong", "≁": "format broken"}
     assert len(rows) == count(opened) > 25  # not the first page alone
     questions = {question.id: question for question in demo_questions}
-    for name, question, truths, unmasked, answer, drop, _, masks in rows:
+    for name, question, truths, unmasked, answer, verdict, drop, _, masks in rows:
         record = masked["gradsae", "TopK", "10"][name]
         assert (question, truths) == (questions[name].question, " / ".join(questions[name].truths))
         assert (unmasked, answer) == (kept[name]["answer"], record["answer"]) and int(masks) == 18
+        assert verdict == verdicts[judge(record)]
         assert float(drop) == pytest.approx(drop_of(kept[name], record), abs=0.00051)
     opened.run(f"{READY}.click()")
     opened.run("document.querySelector('.detail .copy').click()")
@@ -538,7 +551,8 @@ def test_a_question_opens_by_keyboard(opened, folder, demo_questions):
         opened.run(
             f"[...document.querySelectorAll('.matrix caption button')].find((b) => b.textContent === '{mask}').click()"
         )
-        assert texts(opened, ".matrix thead th") == ["", "K = 1", "K = 50%", "K = 10"]
+        half = sum(len(record["active"]) // 2 for record in kept.values()) / len(kept)
+        assert texts(opened, ".matrix thead th") == ["", "K = 1", f"K = 50% ({half:.1f})", "K = 10"]
         assert texts(opened, ".matrix tbody th") == list(RANKINGS)
         expected = []
         for ranking in RANKINGS:
@@ -568,6 +582,12 @@ def test_a_question_opens_by_keyboard(opened, folder, demo_questions):
     assert texts(opened, ".detail") == [] and problems(opened)[0] == []
 
 
+def read_table(browser, selector):
+    """The texts of a table's cells, by rows."""
+    return browser.run(f"""[...document.querySelector({json.dumps(selector)}).rows].map(
+        (row) => [...row.cells].map((cell) => cell.textContent))""")
+
+
 def check_latents(browser, folder, ranking, name):
     """As many as K = 10 masks, in the order of the file, and in how many questions' lists each is."""
     _, ranked = files.read_activations(folder / f"activations_{ranking}.json")
@@ -576,55 +596,171 @@ def check_latents(browser, folder, ranking, name):
         found = folders.read_folder(folder)
         (entry,) = [e for e, _ in found.masked if e.journal == "predictions_matched_false_k10.jsonl"]
         lists = {one: folders.find_masked_latents(found, entry, one) for one in lists}
-    rows = browser.run(
-        "[...document.querySelector('.latents').rows].map((r) => [...r.cells].map((c) => c.textContent))"
-    )
-    heads, *rows = rows
-    assert heads == ["", "latent", "questions that mask it at K = 10"]
+    heads, *rows = read_table(browser, ".latents")
+    assert heads == ["Latent", f"Place in {ranking} TopK", "At K = 10", "Questions with it at K = 10"]
     expected = []
-    for place, latent in enumerate(lists[name][: page_data.MOST_LATENTS]):
+    for place, latent in enumerate(lists[name][: page_latents.MOST_LATENTS]):
         often = sum(latent in of_question for of_question in lists.values())
-        expected.append([str(place + 1), str(latent), str(often)])
+        expected.append([str(latent), str(place + 1), "masked", str(often)])
     assert rows == expected
-    assert texts(browser, ".cell summary") == [
-        f"{len(rows)} latents masked"
-        if len(rows) == len(lists[name])
-        else f"{len(rows)} of {len(lists[name])} latents masked"
-    ]
+    number = len(lists[name])
+    known = "" if len(rows) == number else f"{len(rows)} of "
+    assert texts(browser, ".cell summary") == [f"{known}{number} latents masked"]
     assert browser.run("document.querySelectorAll('.latents a').length") == 0  # the demo's have no page
 
 
-def test_scores_and_effects_where_they_are_known(browser, folder, tmp_path):
-    """Of latents whose effect was measured by masking each alone; a control masks no latents."""
-    found = folders.read_folder(folder)
-    of_file = found.ranked["activations_baseline.json"]
-    first, *_ = found.kept
-    measured = sorted(of_file[first].topk)
-    fields = {"measured": measured, "scores": [latent / 7 for latent in measured]}
-    changed = {**of_file, first: of_file[first].with_fields(**fields)}
-    effects = [-latent / 900 for latent in measured]
-    effect = found.answers[first].with_fields(measured=measured, effects=effects)
-    control = [(e.with_fields(control="direction"), records) for e, records in found.masked if e.k == "10"][:1]
-    found = dataclasses.replace(
-        found,
-        ranked={**found.ranked, "activations_baseline.json": changed},
-        masked=[*found.masked, *control],
-        unmasked={"effect": {first: effect}},
-    )
+def test_every_draw_is_shown(browser, measured):
+    """Of a mask that was drawn three times: how many are right, and on demand the answers of all."""
+    kept = kept_of(rounds_of(measured)[0])
+    browser.open(measured / "results.html", READY)
+    for ranking, journal in (("matched", "matched_false_k10"), ("baseline, direction", "false_k10_direction")):
+        choose(browser, ranking=ranking, k="10")
+        names = [f"predictions_{journal}{draw}.jsonl" for draw in ("", "_draw2", "_draw3")]
+        draws = [read_journal(measured / name)[1] for name in names]
+        drops = {}
+        cells = {}
+        for name, before in kept.items():
+            drops[name] = sum(drop_of(before, records[name]) for records in draws) / 3
+            right = sum(judge(records[name]) == "✓" for records in draws)
+            sign = "✓" if right == 3 else "◐" if right else judge_wrong([records[name] for records in draws])
+            cells[name] = f"{sign} {right} of 3 right"
+        assert [float(text) for text in column(browser, 5)] == pytest.approx(
+            sorted(drops.values(), reverse=True), abs=0.00101
+        )
+        assert sorted(column(browser, 4)) == sorted(cells.values())
+        counts = collections.Counter()  # in any draw
+        for name, before in kept.items():
+            counts["changed"] += any(records[name]["answer"] != before["answer"] for records in draws)
+            counts["wrong"] += any(judge(records[name]) == "✗" for records in draws)
+            counts["format"] += any(judge(records[name]) == "≁" for records in draws)
+        for show in ("changed", "wrong", "format"):
+            choose(browser, show=show)
+            assert count(browser) == counts[show], (ranking, show)
+        choose(browser, show="kept")
+        name = max(kept, key=lambda name: len({records[name]["answer"] for records in draws}))
+        answers = [records[name] for records in draws]
+        assert len({record["answer"] for record in answers}) > 1
+        browser.run(f"document.getElementById('open-{name}').click()")
+        assert texts(browser, ".matrix [aria-pressed=true][data-mask]") == [cells[name]]
+        (facts,) = texts(browser, ".cell h3")
+        em = sum(record["em"] for record in answers) / 3
+        assert facts.startswith(f"{ranking}, TopK, K = 10; 3 draws, means: EM {100 * em:.0f}, F1 ")
+        shown = []
+        for record in answers:
+            lost = drop_of(kept[name], record)
+            shown.append(f"{judge(record)} {record['answer'] or '(empty)'} {record['text']} lost {lost:z.3f}")
+        assert texts(browser, ".draws li") == shown
+        browser.run(f"document.getElementById('open-{name}').click()")
+    assert problems(browser)[0] == []
+
+
+def judge_wrong(records):
+    """The sign of several answers of which none is right."""
+    return "≁" if all(judge(record) == "≁" for record in records) else "✗"
+
+
+def test_which_latents_matter_in_a_question(browser, measured):
+    """By effect and by the ranking, whatever ranking is chosen; which of them the mask holds."""
+    _, by_effect = files.read_activations(measured / "activations_effect.json")
+    _, by_activation = files.read_activations(measured / "activations_baseline.json")
+    effects = {question.id: dict(zip(question.measured, question.effects)) for question in by_effect}
+    scores = {question.id: dict(zip(question.measured, question.scores)) for question in by_activation}
+    ranked = by_activation[0]
+    of_question = effects[ranked.id]
+    costliest = sorted(of_question, key=of_question.get, reverse=True)
+    listed = ranked.topk[:10]
+    wanted = {*listed, *costliest[:10]}
+    browser.open(measured / "results.html", READY, fragment=f"k=3&question={ranked.id}")
+    (told,) = texts(browser, ".foremost")
+    cost = float(f"{of_question[costliest[0]]:.3g}")
+    told_first = f"Latents that matter most: {costliest[0]} (masked alone, it costs {cost} nats per token), "
+    assert told.startswith(told_first)
+    assert re.findall(r"(?:: |, )(\d+) \(", told) == [str(latent) for latent in costliest[:3]]
+    heads, *rows = read_table(browser, ".latents")
+    assert heads == [
+        "Latent",
+        "Place in baseline TopK",
+        "Score",
+        "At K = 3",
+        "Effect alone, nats per token",
+        "Questions with it at K = 3",
+    ]
+    shown = {int(row[0]): row[1:] for row in rows}
+    assert shown.keys() == wanted and len(rows) == len(wanted)
+    assert [int(row[0]) for row in rows][:10] == costliest[:10]
+    assert [float(row[4] or "-inf") for row in rows] == sorted((float(row[4] or "-inf") for row in rows), reverse=True)
+    often = collections.Counter(latent for question in by_activation for latent in question.topk[:3])
+    for latent, (place, score, is_masked, effect, questions) in shown.items():
+        assert place == (str(listed.index(latent) + 1) if latent in listed else "")
+        assert is_masked == ("masked" if latent in listed[:3] else "")
+        assert int(questions) == often[latent]
+        if score:
+            assert float(score) == pytest.approx(scores[ranked.id][latent], rel=0.01)
+        if effect:
+            assert float(effect) == pytest.approx(of_question[latent], rel=0.01)
+    assert texts(browser, ".cell summary") == ["3 latents masked"]
+    wide = "[...document.querySelectorAll('.detail .wide')]"
+    assert browser.run(f"{wide}.map((box) => box.scrollWidth > box.clientWidth)") == [False, False]  # nothing cut off
+    # Ten rows at first, all on demand.
+    assert browser.run("[...document.querySelectorAll('.latents tbody tr')].filter((r) => r.offsetParent).length") == 10
+    browser.run("document.querySelector('.more').click()")
+    assert browser.run(
+        "[...document.querySelectorAll('.latents tbody tr')].filter((r) => r.offsetParent).length"
+    ) == len(rows)
+    browser.run("document.getElementById('by-ranking').click()")
+    assert [int(row[0]) for row in read_table(browser, ".latents")[1:]][:10] == listed
+    assert texts(browser, ".latents [aria-sort=ascending]") == ["Place in baseline TopK"]
+    assert "by=ranking" in address(browser)
+    # A control stands for latents of the ranking; its list is that of its ranking.
+    choose(browser, ranking="baseline, direction")
+    assert texts(browser, ".cell summary") == ["stands for 3 latents"]
+    assert [row[3] for row in read_table(browser, ".latents")[1:]].count("stood for") == 3
+    choose(browser, ranking="matched")
+    assert texts(browser, ".latents th")[1] == "Place in matched TopK, first draw"
+    assert [told] == texts(browser, ".foremost")
+    assert problems(browser)[0] == []
+
+
+def test_nothing_kept_stands_once(browser, measured):
+    """What keeps no latent is the same of all rankings."""
+    name = next(iter(kept_of(rounds_of(measured)[0])))
+    browser.open(measured / "results.html", READY, fragment=name)
+    buttons = "[...document.querySelectorAll('.matrix caption button')]"
+    browser.run(f"{buttons}.find((button) => button.textContent === 'all but TopK').click()")
+    assert texts(browser, ".matrix thead th") == ["", "K = 0: none kept", "K = 3"]
+    assert texts(browser, ".matrix tbody th") == ["baseline", "effect"]
+    cells = texts(browser, ".matrix td")
+    journals = ["keep_k0", "keep_k3", "effect_keep_k3"]
+    answers = [read_journal(measured / f"predictions_{journal}.jsonl")[1][name] for journal in journals]
+    assert cells == [f"{judge(record)} {page_data.shorten(record['answer'])}" for record in answers]
+    assert browser.run("document.querySelector('.matrix .of-all').rowSpan") == 2
+    # The cell that is opened is in the address, and the list stays as it is.
+    browser.run("document.querySelectorAll('.matrix td button')[2].click()")
+    where = address(browser)
+    assert browser.run("document.getElementById('mask').value") == "TopK"
+    facts = texts(browser, ".cell h3")
+    assert facts[0].startswith("effect, all but TopK, K = 3; ") and texts(browser, ".cell summary") == [
+        "3 latents kept"
+    ]
+    browser.open(measured / "results.html", READY, fragment=where)
+    assert texts(browser, ".cell h3") == facts
+    masks = json.loads(browser.run("document.getElementById('data').textContent"))["masks"]
+    assert column(browser, 6)[0].endswith(f" of {sum(not mask['repeats'] for mask in masks)}")
+    assert sum(mask["repeats"] for mask in masks) == 1 and problems(browser)[0] == []
+
+
+def test_round_1_alone(browser, folder, tmp_path):
+    """Without any mask there are the questions with their unmasked answers."""
+    found = dataclasses.replace(folders.read_folder(folder), masked=[])
+    unmasked, _ = rounds_of(folder)
     with open(tmp_path / "results.html", "w", encoding="utf-8") as file:
         page.write_page(file, found, found.entries)
-    browser.open(tmp_path / "results.html", READY, fragment=f"k=10&question={first}")
-    head, *rows = browser.run(
-        "[...document.querySelector('.latents').rows].map((r) => [...r.cells].map((c) => c.textContent))"
-    )
-    assert head == ["", "latent", "score", "questions that mask it at K = 10", "effect alone, nats per token"]
-    for row, latent in zip(rows, of_file[first].topk[:10], strict=True):
-        assert row[1:3] == [str(latent), f"{float(f'{latent / 7:.3g}'):g}"]
-        assert float(row[4]) == pytest.approx(-latent / 900, rel=0.01)
-    assert "baseline, direction" in texts(browser, ".matrix tbody th")
-    rows = "[...document.querySelectorAll('.matrix tbody tr')]"
-    browser.run(f"{rows}.find((row) => row.textContent.includes('direction')).querySelector('button').click()")
-    assert texts(browser, ".latents") == [] and "baseline, direction" in texts(browser, ".cell h3")[0]
+    for fragment, number in (("", len(kept_of(unmasked))), ("show=all", 40), ("latent=3&tab=latents", 0)):
+        browser.open(tmp_path / "results.html", "document.querySelector('#count')?.textContent", fragment=fragment)
+        assert count(browser) == number
+        browser.run(f"{READY}?.click()")
+        assert texts(browser, ".matrix, .foremost") == [] and len(texts(browser, ".detail")) == min(number, 1)
+        assert problems(browser)[0] == []
 
 
 def test_as_many_latents_as_the_rounds_masked(folder):
@@ -645,10 +781,15 @@ def test_as_many_latents_as_the_rounds_masked(folder):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """What rounds 1 and 2 leave where latents were also masked one by one."""
+    """What rounds 1 and 2 leave where latents were also masked one by one, with controls, draws and TopK kept alone."""
     path, patch = tmp_path_factory.mktemp("measured"), pytest.MonkeyPatch()
     given = ["--demo", "--limit", 12, "--output-dir", path, "--ranking", "baseline", "effect"]
-    for name, more in (("baseline", []), ("baseline_after_false", ["--k", "3", "10", "--control", "direction"])):
+    drawn = ["matched", "--draws", 3]
+    for name, more in (
+        ("baseline", drawn),
+        ("baseline_after_false", [*drawn, "--k", 3, 10, "--control", "direction"]),
+        ("baseline_after_false", ["--k", 3, "--keep-only"]),
+    ):
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, [*given, *more])])
         assert guard(__import__(name).main) == 0
     patch.undo()
@@ -686,25 +827,41 @@ def test_a_row_a_latent(browser, measured, demo_questions):
         for latent, effect in zip(question.measured, question.effects, strict=True):
             effects.setdefault(latent, {})[question.id] = effect
     words = {question.id: question.question for question in demo_questions}
-    for ranking, ranked in (("baseline", by_activation), ("effect", by_effect)):
-        choose(browser, ranking=ranking)
+    browser.run("navigator.clipboard.writeText = async (text) => { window.copied = text }")
+    for ranking, ranked, k in (("baseline", by_activation, 10), ("effect", by_effect, 3), ("effect", by_effect, 10)):
+        choose(browser, ranking=ranking, k=str(k))
         heads, shown = read_latents(browser)
         assert heads == [
             "Latent",
-            f"Questions with it in {ranking} TopK, K = 10",
+            f"Questions with it in {ranking} TopK, K = {k}",
             "Mean activation",
             "Mean effect alone, nats per token",
             "Questions in which it matters most, by effect alone",
+            "Row",
         ]
-        often = collections.Counter(latent for question in ranked for latent in question.topk[:10])
+        often = collections.Counter(latent for question in ranked for latent in question.topk[:k])
         rows = read_all_latents(browser)
         assert {latent: int(row[0]) for latent, row in rows.items()} == often
         assert [int(row[0]) for row in shown.values()] == sorted(often.values(), reverse=True)[:25]
-        assert texts(browser, "#count") == [f"{len(often)} of {len(often)} latents in {ranking} TopK, K = 10"]
-        for latent, (_, activation, effect, _) in rows.items():
+        assert texts(browser, "#count") == [f"{len(often)} of {len(often)} latents in {ranking} TopK, K = {k}"]
+        for latent, (_, activation, effect, *_) in rows.items():
             for text, of_latent in ((activation, activations.get(latent)), (effect, effects.get(latent))):
                 mean = sum(of_latent.values()) / len(of_latent)
                 assert float(text) == pytest.approx(mean, rel=0.01, abs=1e-6), latent
+        # The same as CSV, with the ids of questions.
+        browser.run("document.getElementById('copy').click()")
+        head, *copied = csv.reader(io.StringIO(browser.run("window.copied")))
+        assert head == [title.lower() for title in heads[:-1]]
+        assert {int(row[0]): row[1:4] for row in copied} == {latent: row[:3] for latent, row in rows.items()}
+        for latent, *_, ids in copied:
+            costly = sorted(effects[int(latent)], key=effects[int(latent)].get, reverse=True)
+            assert ids.split(" / ")[0] == (costly[0] if effects[int(latent)][costly[0]] > 0 else "")
+        browser.run("document.querySelector('#latents .copy').click()")
+        (first, *_) = read_latents(browser)[1]
+        assert [*csv.reader(io.StringIO(browser.run("window.copied")))] == [
+            head,
+            next(row for row in copied if row[0] == str(first)),
+        ]
     browser.run("document.getElementById('sort-alone').click()")
     highest = max(often, key=lambda latent: sum(effects[latent].values()) / len(effects[latent]))
     _, shown = read_latents(browser)
@@ -728,6 +885,36 @@ def test_a_row_a_latent(browser, measured, demo_questions):
     assert problems(browser)[0] == []
 
 
+def test_a_latents_questions(browser, measured):
+    """A click on how many there are shows them, from either table; and they can be let go of."""
+    _, ranked = files.read_activations(measured / "activations_effect.json")
+    browser.open(
+        measured / "results.html", "document.querySelector('#latents td')", fragment="tab=latents&ranking=effect&k=3"
+    )
+    often = collections.Counter(latent for question in ranked for latent in question.topk[:3])
+    latent, number = often.most_common(1)[0]
+    assert 1 < number < len(ranked) and next(iter(read_latents(browser)[1].values()))[0] == str(number)
+    first = next(iter(read_latents(browser)[1]))
+    browser.run("document.querySelector('#latents .count').click()")
+    assert count(browser) == number and f"latent={first}" in address(browser)
+    opened = {text.removeprefix("open-") for text in browser.run(
+        "[...document.querySelectorAll('#questions button[aria-expanded]')].map((button) => button.id)"
+    )}  # fmt: skip
+    assert opened == {question.id for question in ranked if first in question.topk[:3]}
+    assert texts(browser, "#filters button") == [f"latent {first} in effect TopK, K = 3 ×"]
+    choose(browser, k="10")  # still of this latent
+    assert count(browser) == sum(first in question.topk[:10] for question in ranked)
+    browser.run("document.getElementById('undo-latent').click()")
+    assert count(browser) == len(ranked) and texts(browser, "#filters button") == []
+    choose(browser, k="3")
+    browser.run(f"{READY}.click()")
+    places = "[...document.querySelectorAll('.latents .count')]"
+    some, label = browser.run(f"{places}.map((button) => [button.textContent, button.title])[0]")
+    browser.run(f"{places}[0].click()")
+    assert count(browser) == int(some) and label.endswith(address(browser).partition("latent=")[2].split("&")[0])
+    assert problems(browser)[0] == []
+
+
 def test_latents_without_scores_or_effects(opened, folder, demo_questions):
     """No column of figures that nobody measured; a latent matters most where it stands first in the list."""
     opened.run("document.getElementById('tab-latents').click()")
@@ -737,7 +924,9 @@ def test_latents_without_scores_or_effects(opened, folder, demo_questions):
         "Latent",
         f"Questions with it in baseline TopK, K = {k}",
         "Questions in which it matters most, by place in baseline TopK",
+        "Row",
     ]
+    assert k == "50%"
     _, ranked = files.read_activations(folder / "activations_baseline.json")
     latent, row = next(iter(shown.items()))
     places = {question.id: question.topk.index(latent) for question in ranked if latent in question.topk}
@@ -797,6 +986,10 @@ def test_light_and_dark_narrow_and_wide(browser, folder, dark, width):
     browser.open(folder / "results.html", READY, dark, width)
     browser.run(f"{READY}.click()")
     assert browser.run("document.documentElement.scrollWidth") <= width  # nothing beside the screen
+    if width > 400:  # where there is room, no table is cut off
+        wide = "[...document.querySelectorAll('.detail .wide')]"
+        assert browser.run(f"{wide}.map((box) => box.scrollWidth > box.clientWidth)") == [False, False]
+    assert browser.run("document.querySelector('.detail').offsetHeight") < 1800  # two screens
     heads = "[...document.querySelectorAll('#questions > thead th')].filter((head) => head.offsetParent)"
     widths = browser.run(f"{heads}.map((head) => head.offsetWidth)")
     assert len(widths) == (3 if width == 400 else 6) and min(widths) > 70  # words fit
@@ -828,14 +1021,15 @@ def test_by_keyboard_alone(browser, folder):
     tab("tab-questions", "tab-latents")
     browser.press("Enter", 13)
     assert browser.run(focused) == "tab-latents" and "tab=latents" in address(browser)
-    tab("ranking", "mask", "search")
+    tab("ranking", "mask", "k", "search", "copy")
     browser.press("Tab", 9)  # the table, which can be scrolled
     tab("sort-latent", "sort-often")
     assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     browser.press("Enter", 13)
     assert browser.run("document.activeElement.parentElement.ariaSort") == "ascending"
-    browser.press("Tab", 9)
-    browser.press("Enter", 13)  # a link to a question
+    for _ in range(2):  # the number of its questions, and a link to one
+        browser.press("Tab", 9)
+    browser.press("Enter", 13)
     wait(browser, "document.querySelector('.detail')")
     opened = browser.run("document.querySelector('.detail .link').textContent")
     assert browser.run(focused) == f"open-{opened}"
@@ -874,8 +1068,9 @@ def test_printed(browser, folder):
         assert sum(map(int, re.findall(r"\d+", ink)[:3])) < 300, (selector, ink)
     for selector in ("#skip", "#tabs", "#controls", "#histogram", "#copy", ".copy", "#pager"):
         assert browser.run(f"document.querySelector('{selector}').offsetParent") is None, selector
-    for selector in (".finding", "figure svg", ".block td", ".detail .context", ".matrix td", "#count"):
+    for selector in (".finding", "figure svg", ".block td", ".detail .context", ".matrix td", "#count", "#view"):
         assert browser.run(f"document.querySelector('{selector}').getClientRects().length") > 0, selector
+    assert texts(browser, "#view") == ["; masked: baseline TopK, K = 50%"]  # which the controls say on a screen
     assert browser.run("getComputedStyle(document.querySelector('.wide')).overflowX") == "visible"
     assert browser.run("document.documentElement.scrollWidth") <= 700
     pdf = base64.b64decode(browser.send("Page.printToPDF")["data"])
@@ -884,7 +1079,8 @@ def test_printed(browser, folder):
 
 
 def test_as_many_questions_as_squad_keeps(browser, folder, tmp_path):
-    """5,745 kept of 10,570 questions on 2,067 contexts, 18 masks: 40 MB, painted in 2 s, searched in 0.5 s.
+    """5,745 kept of 10,570 questions on 2,067 contexts, 20 masks, two of them with five draws: 40 MB, painted in 2 s,
+    searched in 0.5 s.
 
     On 2 cores where nothing else runs; a loaded machine is given twice as long.
     """
@@ -898,10 +1094,16 @@ def test_as_many_questions_as_squad_keeps(browser, folder, tmp_path):
     answer = {"answer": "Oslo", "text": "Result = [[ Oslo ]]", "log_probs": [-0.1, -0.2], **scores}
     answers = {q.id: Record(id=q.id, **answer) for q in asked}
     kept = [q.id for q in asked[:5745]]
-    wrong = {}
-    for number, name in enumerate(kept):
-        fields = {"answer": f"not {name}", "text": f"Result = [[ not {name} ]]", "f1": 0.0}
-        wrong[name] = answers[name].with_fields(**fields, log_probs=[-0.1, -0.2 - number / 1000])
+
+    def answer_wrong(mask):
+        """Each question in a way of its own, the first one least."""
+        wrong = {}
+        for number, name in enumerate(kept):
+            fields = {"answer": f"not {name} but {mask}", "text": f"Result = [[ not {name} but {mask} ]]", "f1": 0.0}
+            fields["log_probs"] = [-0.1, -0.2 - number / 1000]
+            wrong[name] = answers[name].model_copy(update=fields)
+        return wrong
+
     latents, alone = {}, {}
     for number, name in enumerate(kept):  # 100 of the 16,384 latents, as K = 50% masks; scores and effects of 206
         first = number * 7 % 16_000
@@ -913,7 +1115,13 @@ def test_as_many_questions_as_squad_keeps(browser, folder, tmp_path):
         alone[name] = KeptRecord(**{"id": name, **answer, **fields}, effects=effects)
     ranked = {f"activations_{name}.json": latents for name in RANKINGS}
     right = {name: answers[name] for name in kept}
-    masked = [(entry, wrong if entry.masked == "topk" else right) for entry, _ in found.masked]
+    masked = []
+    for entry, _ in found.masked:
+        masked.append((entry, [answer_wrong(entry.journal) if entry.masked == "topk" else right]))
+    for entry in [entry for entry, _ in masked if entry.provenance.ranking == "matched" and entry.k == "10"]:
+        wrong = [answer_wrong(draw) for draw in range(3)]
+        drawn = [*wrong, right, right] if entry.masked == "topk" else [right] * 5
+        masked.append((entry.with_fields(control="direction", draws=5), drawn))
     big = dataclasses.replace(
         found,
         questions={q.id: q for q in asked},
@@ -926,6 +1134,7 @@ def test_as_many_questions_as_squad_keeps(browser, folder, tmp_path):
     with open(tmp_path / "results.html", "w", encoding="utf-8") as file:
         page.write_page(file, big, found.entries)
     assert (tmp_path / "results.html").stat().st_size < 40e6
+    assert len(page_data.list_shown(big)) == 20
     browser.open(tmp_path / "results.html", READY)
     (paint,) = browser.run("performance.getEntriesByName('first-contentful-paint').map((entry) => entry.startTime)")
     assert paint < 4000
@@ -944,6 +1153,17 @@ def test_as_many_questions_as_squad_keeps(browser, folder, tmp_path):
     browser.run("document.getElementById('tab-questions').click()")
     choose(browser, show="changed")
     assert count(browser) == 5745 and browser.run("document.querySelectorAll('#questions tr').length") < 30
+    choose(browser, ranking="matched, direction", k="10")
+    assert column(browser, 4)[0] == "◐ 2 of 5 right" and column(browser, 5)[0] == "3.446"
+    before = browser.run("performance.now()")
+    choose(browser, mask="BottomK", show="kept")
+    browser.run(PAINTED)
+    assert browser.run("performance.now()") - before < 1000
+    assert texts(browser, "#histogram p") == [
+        "In each of these 5745 questions the answer's log probability dropped by 0.000 nats per token."
+    ]
+    browser.run(f"{READY}.click()")
+    assert browser.run("document.querySelectorAll('.detail *').length") < 500
     assert problems(browser)[0] == []
 
 
@@ -1120,12 +1340,12 @@ def test_rounds_2_and_3_on_what_ships(tmp_path, monkeypatch, capsys):
     code, _, err = run_script("baseline_after_false", given, monkeypatch, capsys)
     assert code == 0, err
     found = folders.read_folder(tmp_path)
-    (entry, records), = found.masked  # fmt: skip
+    ((entry, (records,)),) = found.masked
     assert found.kept == list(records) and found.answers.keys() >= records.keys()
     data = page_data.collect(found)
     shown = {question["id"]: question for question in data["questions"]}
     first = found.kept[0]
     ranked = found.ranked["activations_baseline.json"][first]
-    assert shown.keys() >= records.keys() and shown[first]["unmasked"][0] == ranked.answer
+    assert shown.keys() >= records.keys() and shown[first]["answers"][0][0] == ranked.answer
     assert shown[first]["latents"] == [ranked.topk[: len(ranked.active) // 2]]
     assert entry.latents == "activations_baseline.json" and entry.journal == "predictions_false.jsonl"

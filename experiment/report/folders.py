@@ -34,7 +34,8 @@ class Folder:
     questions: by id, empty where the data set cannot be read.
     answers: unmasked, by id: of all questions that round 1 asked; without it, of those in a file of activations.
     kept: ids of the questions that round 1 kept; without it, of those that were masked.
-    masked: (entry, {id: record}) of each masked round, in the table's order.
+    masked: (entry, the journals of its draws) of each masked round, in the table's order; of one draw, but for what is
+    drawn several times.
     ranked: of the files of activations of masked rounds.
     unmasked: round 1's whole journals, by ranking.
     """
@@ -44,7 +45,7 @@ class Folder:
     questions: dict[str, Question]
     answers: Mapping[str, Record | RankedQuestion]
     kept: list[str]
-    masked: list[tuple[MaskedEntry, Journal]]
+    masked: list[tuple[MaskedEntry, list[Journal]]]
     ranked: Ranked
     unmasked: Journals
 
@@ -78,9 +79,9 @@ def read_folder(path: Path, entries: list[Entry] | None = None, known: list[Ques
     for entry in tables.sort_masked(entries):
         journal = _find_whole(journals, entry)
         if journal is not None and entry.latents not in others:
-            masked.append((entry, journal))
+            masked.append((entry, [journal, *_read_draws(path, entry)]))
     if contexts:
-        scores = _score_masks(path, masked, lists)
+        scores = _score_masks(masked, lists)
         entries = relations.add_agreement(entries, unmasked, contexts)
         entries = relations.relate(entries, scores, relations.score_unmasked(ranked.values()), contexts)
     return Folder(
@@ -172,12 +173,11 @@ def _swap_lists(entries: Iterable[Entry], ranked: Ranked, contexts: Mapping[str,
     return swapped
 
 
-def _score_masks(path: Path, masked: Iterable[tuple[MaskedEntry, Journal]], lists: Ranked) -> dict[Mask, Scores]:
+def _score_masks(masked: Iterable[tuple[MaskedEntry, list[Journal]]], lists: Ranked) -> dict[Mask, Scores]:
     """The scores of the answers under each mask of which all is there: journals, and the file of activations."""
     scores = {}
-    for entry, journal in masked:
+    for entry, draws in masked:
         of_file = _find_ranked(lists, entry)
-        draws = [journal, *_read_draws(path, entry)]
         has_file = of_file is not None or entry.drop is None  # the authors' has no unmasked answers
         if has_file and len(draws) == (entry.draws or 1):
             scores[Mask.of(entry)] = relations.score_mask(draws, of_file or {})
@@ -223,13 +223,13 @@ def _find_whole(journals: Journals, entry: Entry) -> Journal | None:
     return journal
 
 
-def _list_kept(round_1: Journal | None, masked: Iterable[tuple[MaskedEntry, Journal]]) -> list[str]:
+def _list_kept(round_1: Journal | None, masked: Iterable[tuple[MaskedEntry, list[Journal]]]) -> list[str]:
     """The ids of the questions that are shown."""
     if round_1 is not None:
         return [record.id for record in round_1.values() if isinstance(record, KeptRecord)]
     ids: dict[str, None] = {}
-    for _, records in masked:
-        ids.update(dict.fromkeys(records))
+    for _, (first, *_) in masked:
+        ids.update(dict.fromkeys(first))
     return list(ids)
 
 

@@ -1,4 +1,6 @@
-// An opened question, and its copy as CSV. Precedes page.js, in the same module.
+// An opened question: what was asked, what was answered under each mask, and which latents matter.
+const FIRST_LATENTS = 10; // of the table, until all are asked for
+const FOREMOST_LATENTS = 3; // that are told before the table
 
 function markTruths(text, truths) {
   const longestFirst = truths.filter(Boolean).sort((a, b) => b.length - a.length);
@@ -18,143 +20,235 @@ function detail(question, number) {
   const box = element("div", { className: "detail" });
   const link = element("a", { className: "link", href: `#${encodeURIComponent(question.id)}` }, question.id);
   const copy = element("button", { type: "button", className: "copy", textContent: "Copy row as CSV" });
-  copy.addEventListener("click", () => copyCsv([question], copy));
+  copy.addEventListener("click", () => copyCsv(questionRows([question]), copy));
   box.append(element("p", { className: "tools" }, link, " ", copy));
   if (question.context !== null) {
     const context = data.contexts[question.context];
     box.append(element("p", { className: "context" }, ...markTruths(context, question.truths)));
   }
   const truths = question.truths.flatMap((truth, place) => [place ? " / " : "", element("mark", {}, truth)]);
-  box.append(element("p", {}, "Ground truth: ", ...truths));
-  if (question.unmasked) box.append(answerLine("Unmasked: ", question.unmasked));
-  if (question.masked && data.masks.length) {
-    const inCell = element("div", { className: "cell", role: "status" });
-    box.append(matrix(question, number, inCell), inCell);
-    renderCell(inCell, question, data.masks[chosenCell]?.mask === data.masks[number].mask ? chosenCell : number);
-  }
+  const before = unmaskedOf(question);
+  const facts = [element("p", {}, "Ground truth: ", ...truths), before && answerLine("Unmasked: ", before)];
+  box.append(element("div", { className: "facts" }, ...facts));
+  if (!isKept(question)) box.append(element("p", { className: "unkept" }, "Not kept: no mask was tried on it."));
+  if (isKept(question) && data.masks.length) box.append(tellForemost(question), masksBox(question, number));
   return box;
 }
 
 function answerLine(name, found) {
-  return element("p", { className: "answer" }, name, ...showAnswer(found), " ", element("code", {}, found[TEXT]));
+  return element("p", { className: "answer" }, name, ...showWhole(found));
 }
 
-// Rankings down, K across, of the chosen mask.
-function matrix(question, number, inCell) {
-  const mask = data.masks[number].mask;
-  const numbers = [...data.masks.keys()].filter((other) => data.masks[other].mask === mask);
-  const rankings = distinct(numbers.map((other) => data.masks[other].ranking));
-  const ks = distinct(numbers.map((other) => data.masks[other].k));
-  const heads = ["", ...ks.map((k) => `K = ${k}`)].map((text) => element("th", { scope: "col" }, text));
-  const rows = rankings.map((ranking) => {
-    const cells = ks.map((k) => {
-      const at = numbers.find((other) => data.masks[other].ranking === ranking && data.masks[other].k === k);
-      return element("td", {}, at === undefined ? null : matrixCell(question, at, inCell));
-    });
-    return element("tr", {}, element("th", { scope: "row" }, ranking), ...cells);
+// An answer and its text; of one that was cut short the text alone, which holds all of it.
+function showWhole(found) {
+  const isCut = found[ANSWER].endsWith("...") && found[ANSWER].length < found[TEXT].length;
+  const answer = isCut ? [verdictSign(judge(found))] : showAnswer(found);
+  return [...answer, " ", element("code", {}, found[TEXT])];
+}
+
+// [[latent, what masking it alone costs]], the costliest first.
+function sortEffects(question) {
+  const effects = Object.entries(question.effects ?? {}).map(([id, effect]) => [Number(id), effect]);
+  return effects.sort(([, a], [, b]) => b - a);
+}
+
+// Which latents matter most, whatever is masked.
+function tellForemost(question) {
+  const line = element("p", { className: question.effects ? "foremost measured" : "foremost" });
+  const effects = sortEffects(question);
+  const costly = effects.filter(([, effect]) => effect > 0).slice(0, FOREMOST_LATENTS);
+  if (!effects.length) line.append("Which latent matters most was not measured: --ranking effect does, in round 1.");
+  else if (!costly.length) line.append("No latent costs the answer anything where it is masked alone.");
+  else line.append("Latents that matter most: ");
+  costly.forEach(([id, effect], place) => {
+    const cost = place ? effect : `masked alone, it costs ${effect} nats per token`;
+    line.append(place ? ", " : "", latentLink(id), ` (${cost})`);
   });
-  const caption = element("caption", {}, "Masked: ", ...maskButtons(mask));
-  const table = element("table", { className: "matrix" }, caption, element("thead", {}, element("tr", {}, ...heads)));
-  table.append(element("tbody", {}, ...rows));
-  return element("div", { className: "wide" }, table);
-}
-
-function maskButtons(chosen) {
-  return distinct(data.masks.map((mask) => mask.mask)).map((name) => {
-    const button = element("button", { type: "button", textContent: name, "aria-pressed": name === chosen });
-    button.addEventListener("click", () => filter({ mask: name }));
-    return button;
-  });
-}
-
-function matrixCell(question, number, inCell) {
-  const found = answerOf(question, number);
-  if (!found) return null;
-  const button = element("button", { type: "button", className: judge(found) }, ...showAnswer(found));
-  button.classList.toggle("same", !isChanged(question, number));
-  button.dataset.mask = number;
-  button.addEventListener("click", () => renderCell(inCell, question, number));
-  return button;
-}
-
-// What is under the matrix: the cell's text and figures, and its latents.
-function renderCell(box, question, number) {
-  chosenCell = number;
-  const mask = data.masks[number];
-  const found = answerOf(question, number);
-  const drop = dropOf(question, number);
-  const facts = [`${mask.ranking}, ${mask.mask}, K = ${mask.k}`];
-  if (found) facts.push(`EM ${100 * found[EM]}, F1 ${(100 * found[F1]).toFixed(0)}`);
-  if (drop !== null) facts.push(`the unmasked answer lost ${showDrop(drop)} nats per token`);
-  const parts = [element("h3", {}, facts.join("; "))];
-  if (found) parts.push(answerLine("", found));
-  if (mask.list !== null) parts.push(latentTable(question, number));
-  box.replaceChildren(...parts);
-  for (const button of box.parentElement.querySelectorAll("[data-mask]")) {
-    button.setAttribute("aria-pressed", button.dataset.mask === String(number));
-  }
-}
-
-function latentTable(question, number) {
-  const { list, mask } = data.masks[number];
-  const count = question.counts[number];
-  const ids = question.latents[list].slice(0, count);
-  const { often, k } = data.lists[list];
-  const scores = question.scores?.[list] ?? [];
-  const effects = question.effects ?? {};
-  const columns = [
-    ["", (_, place) => place + 1],
-    ["latent", (id) => latentLink(id)],
-    ["score", (_, place) => scores[place] ?? ""],
-    [`questions that mask it at K = ${k}`, (id) => often[id]],
-    ["effect alone, nats per token", (id) => effects[id] ?? ""],
-  ].filter(([title, show]) => ids.some((id, place) => title === "" || show(id, place) !== ""));
-  const heads = columns.map(([title]) => element("th", { scope: "col" }, title));
-  const rows = ids.map((id, place) => {
-    return element("tr", {}, ...columns.map(([, show]) => element("td", {}, show(id, place))));
-  });
-  const shown = ids.length < count ? `${ids.length} of ${count}` : `${count}`;
-  const what = mask.startsWith("all but") ? "latents kept" : "latents masked";
-  const table = element("table", { className: "latents" }, element("thead", {}, element("tr", {}, ...heads)));
-  table.append(element("tbody", {}, ...rows));
-  const summary = element("summary", {}, `${shown} ${what}`);
-  return element("details", { open: true }, summary, element("div", { className: "wide" }, table));
-}
-
-function latentLink(id) {
-  if (!data.neuronpedia) return String(id);
-  const href = data.neuronpedia + id;
-  return element("a", { href, textContent: id, target: "_blank", rel: "noreferrer" });
+  return line;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// CSV
+// The matrix, and what its chosen cell holds
 
-function toCsv(questions) {
-  const number = chosenMask();
-  const mask = data.masks[number];
-  const name = mask ? `${mask.ranking} ${mask.mask} K = ${mask.k}` : "masked";
-  const rows = [["id", "question", "ground truth", "unmasked", name, "drop", "changed", "masks"]];
-  for (const question of questions) {
-    const masked = answerOf(question, number);
-    rows.push([
-      question.id,
-      question.question,
-      question.truths.join(" / "),
-      question.unmasked?.[ANSWER] ?? "",
-      masked?.[ANSWER] ?? "",
-      dropOf(question, number) ?? "",
-      countChanged(question),
-      countAsked(question),
-    ]);
-  }
-  const quote = (value) => `"${String(value).replaceAll('"', '""')}"`;
-  return rows.map((values) => values.map(quote).join(",")).join("\n") + "\n";
+function masksBox(question, chosen) {
+  const box = element("div", { className: "masks" });
+  const render = (number) => {
+    const inCell = element("div", { className: "cell", role: "status" }, ...cellParts(question, number));
+    box.replaceChildren(matrix(question, number, choose), inCell);
+  };
+  // The list stays as it is.
+  const choose = (number) => {
+    state.cell = CHOICES.map((name) => data.masks[number][name]).join("|");
+    history.replaceState(null, "", writeState(state));
+    render(number);
+    box.querySelector(`[data-mask="${number}"]`)?.focus({ preventScroll: true });
+  };
+  const [ranking, mask, k] = state.cell.split("|");
+  render(state.cell ? nearestMask({ ranking, mask, k }, "mask") : chosen);
+  return box;
 }
 
-async function copyCsv(questions, button) {
-  const before = button.textContent;
-  await navigator.clipboard.writeText(toCsv(questions));
-  button.textContent = "Copied";
-  setTimeout(() => (button.textContent = before), 1500);
+// Rankings down, K across, of the mask of the chosen cell. choose: shows another cell.
+function matrix(question, chosen, choose) {
+  const { mask } = data.masks[chosen];
+  const isThere = (number) => data.masks[number].mask === mask && answersOf(question, number).length > 0;
+  const numbers = [...data.masks.keys()].filter(isThere);
+  const masks = numbers.map((number) => data.masks[number]);
+  const rankings = distinct(masks.map(({ ranking }) => ranking));
+  const ks = distinct(masks.map(({ k }) => k));
+  const heads = ["", ...ks.map((k) => titleOf(k, masks))].map((text) => element("th", { scope: "col" }, text));
+  const rows = rankings.map((ranking) => {
+    const cells = ks.map((k) => {
+      const number = numbers.find((other) => data.masks[other].ranking === ranking && data.masks[other].k === k);
+      if (data.masks[number]?.repeats) return null; // the cell above reaches down to here
+      const cell = number === undefined ? null : matrixCell(question, number, chosen, choose);
+      const isOfAll = k === "0";
+      return element("td", isOfAll ? { rowspan: rankings.length, className: "of-all" } : {}, cell);
+    });
+    return element("tr", {}, element("th", { scope: "row" }, ranking), ...cells);
+  });
+  const caption = element("caption", {}, "Masked: ", ...maskButtons(chosen, choose));
+  const table = element("table", { className: "matrix" }, caption, element("thead", {}, element("tr", {}, ...heads)));
+  table.append(element("tbody", {}, ...rows));
+  return element("div", { className: "wide", tabIndex: 0, role: "group", "aria-label": "Answers under masks" }, table);
+}
+
+// A percentage says how many latents it is.
+function titleOf(k, masks) {
+  if (k === "0") return "K = 0: none kept";
+  const { latents } = masks.find((mask) => mask.k === k);
+  return k.endsWith("%") ? `K = ${k} (${latents.toFixed(1)})` : `K = ${k}`;
+}
+
+function maskButtons(chosen, choose) {
+  const { ranking, mask, k } = data.masks[chosen];
+  return distinct(data.masks.map((other) => other.mask)).map((name) => {
+    const show = () => choose(nearestMask({ ranking, mask: name, k }, "mask"));
+    return buttonTo(show, { textContent: name, "aria-pressed": name === mask });
+  });
+}
+
+function matrixCell(question, number, chosen, choose) {
+  const answers = answersOf(question, number);
+  const className = `${judgeAll(answers)} ${isChanged(question, number) ? "" : "same"}`;
+  const properties = { className, "data-mask": number, "aria-pressed": number === chosen };
+  return buttonTo(() => choose(number), properties, ...showAnswers(answers));
+}
+
+// The texts and figures of a cell, and the question's latents.
+function cellParts(question, number) {
+  const answers = answersOf(question, number);
+  const mask = data.masks[number];
+  const facts = [`${mask.ranking}, ${mask.mask}, K = ${mask.k}`, ...tellScores(answers)];
+  const drop = dropOf(question, number);
+  if (drop !== null) facts.push(`the unmasked answer lost ${showDrop(drop)} nats per token`);
+  const texts = answers.length === 1 ? [answerLine("", answers[0])] : [drawList(question, number)];
+  return [element("h3", {}, facts.join("; ")), ...texts, latentTable(question, number)];
+}
+
+// Of several draws, the means.
+function tellScores(answers) {
+  if (!answers.length) return ["not asked"];
+  const mean = (place) => answers.reduce((sum, found) => sum + found[place], 0) / answers.length;
+  const scores = `EM ${(100 * mean(EM)).toFixed(0)}, F1 ${(100 * mean(F1)).toFixed(0)}`;
+  return [answers.length > 1 ? `${answers.length} draws, means: ${scores}` : scores];
+}
+
+function drawList(question, number) {
+  const drops = dropsOf(question, number);
+  const items = answersOf(question, number).map((found, place) => {
+    const lost = drops[place] === null ? "" : ` lost ${showDrop(drops[place])}`;
+    return element("li", {}, ...showWhole(found), lost);
+  });
+  return element("ol", { className: "draws", "aria-label": "Draws" }, ...items);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The question's latents: those of the ranking's list, and those that cost most where they are masked alone
+
+function latentTable(question, number) {
+  const rows = listLatents(question, number);
+  const columns = detailColumns(question, number, rows);
+  const heads = columns.map((column) => latentHead(column, question));
+  const made = rows.map((latent) => {
+    const [id, ...cells] = columns.map(({ show }) => show(latent));
+    const others = cells.map((cell) => element("td", {}, cell));
+    return element("tr", {}, element("th", { scope: "row" }, id), ...others);
+  });
+  const table = element("table", { className: "latents" }, element("thead", {}, element("tr", {}, ...heads)));
+  const rest = element("tbody", { hidden: true, className: "rest" }, ...made.slice(FIRST_LATENTS));
+  table.append(element("tbody", {}, ...made.slice(0, FIRST_LATENTS)), rest);
+  const label = "The question's latents";
+  const wide = element("div", { className: "wide", tabIndex: 0, role: "group", "aria-label": label }, table);
+  const box = element("details", { open: true }, element("summary", {}, tellMasked(question, number)), wide);
+  if (rest.rows.length) box.append(moreButton(rest, made.length));
+  return box;
+}
+
+function moreButton(rest, count) {
+  const showAll = () => {
+    rest.hidden = false;
+    button.hidden = true;
+  };
+  const button = buttonTo(showAll, { className: "more", textContent: `All ${count} latents` });
+  return button;
+}
+
+// {id, place in the ranking's list or null, effect or null, isMasked}, in the order that the reader chose.
+function listLatents(question, number) {
+  const list = question.latents[data.masks[number].list];
+  const effects = question.effects ?? {};
+  const masked = latentsOf(question, number);
+  const costliest = sortEffects(question).slice(0, FIRST_LATENTS);
+  const ids = distinct([...list, ...costliest.map(([id]) => id)]);
+  const rows = ids.map((id, row) => {
+    const place = row < list.length ? row : null;
+    return { id, place, effect: effects[id] ?? null, isMasked: masked.includes(id) };
+  });
+  if (!isByEffect(question)) return rows;
+  return rows.sort((a, b) => (b.effect ?? -Infinity) - (a.effect ?? -Infinity));
+}
+
+const isByEffect = (question) => state.by === "effect" && Boolean(question.effects);
+
+// Those that say something of any row.
+function detailColumns(question, number, rows) {
+  const mask = data.masks[number];
+  const list = data.lists[mask.list];
+  const scores = question.scores?.[mask.list] ?? [];
+  const columns = [
+    { title: "Latent", show: ({ id }) => latentLink(id) },
+    { name: "ranking", title: `Place in ${list.name}`, show: ({ place }) => (place === null ? "" : place + 1) },
+    { title: "Score", show: ({ place }) => (place === null ? "" : (scores[place] ?? "")) },
+    { title: `At K = ${mask.k}`, show: ({ isMasked }) => (isMasked ? verbOf(mask) : "") },
+    { name: "effect", title: "Effect alone, nats per token", show: ({ effect }) => effect ?? "" },
+    { title: `Questions with it at K = ${mask.k}`, show: ({ id }) => questionsButton(id, number) },
+  ];
+  return columns.filter(({ title, show }) => title === "Latent" || rows.some((latent) => show(latent) !== ""));
+}
+
+// What becomes of the latents of its list under a mask.
+function verbOf(mask) {
+  if (mask.control) return "stood for";
+  return mask.keeps ? "kept" : "masked";
+}
+
+function latentHead({ name, title }, question) {
+  const head = element("th", { scope: "col" });
+  if (!name || !question.effects) {
+    head.append(title);
+    return head;
+  }
+  const isChosen = (name === "effect") === isByEffect(question);
+  if (isChosen) head.setAttribute("aria-sort", name === "effect" ? "descending" : "ascending");
+  head.append(buttonTo(() => go({ by: name }, true), { id: `by-${name}`, textContent: title }));
+  return head;
+}
+
+function tellMasked(question, number) {
+  const mask = data.masks[number];
+  const count = question.counts[number];
+  const known = latentsOf(question, number).length;
+  const some = `${known < count ? `${known} of ` : ""}${count} latent${count === 1 ? "" : "s"}`;
+  return mask.control ? `stands for ${some}` : `${some} ${verbOf(mask)}`;
 }
