@@ -205,22 +205,21 @@ def settle_names(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
         return {}
     usual_release: str = defaults["sae_release"]
     release: str = given.get("sae_release", usual_release)
-    in_table = release in sae_table()
-    if "sae_release" not in given and "model" in given and in_table:
+    is_in_table = release in sae_table()
+    if "sae_release" not in given and "model" in given and is_in_table:
         _ask_for_release(given["model"], release)
     usual_id: str = defaults["sae_id"] if release == usual_release else ""
     sae_id: str = given.get("sae_id", usual_id)
-    is_folder = Path(bundled(release)).is_dir()
-    is_repository = not in_table and re.fullmatch(r"\w[\w.-]*/[\w.-]+", release)
-    if is_repository and not is_folder:
+    # A folder or a repository may hold one SAE that has no id, and says itself which model it is for.
+    if Path(bundled(release)).is_dir():
+        return {"sae_id": sae_id}
+    if not is_in_table and re.fullmatch(r"\w[\w.-]*/[\w.-]+", release):
         _refuse_repository_of_table(release)
-    if is_repository or is_folder:
-        return {"sae_id": sae_id}  # it may hold one SAE that has no id
+        return {"sae_id": sae_id}
     its_model, sae_id = find_sae(release, sae_id)
-    demos_model: str = DEMO["model"]
-    usual_model = demos_model if "demo" in given else its_model
+    usual_model: str = DEMO["model"] if "demo" in given else its_model
     model: str = given.get("model", usual_model)
-    if model == demos_model or not same_model(model, its_model):
+    if model == DEMO["model"] or not same_model(model, its_model):  # a folder is taken for any model
         raise UserError(f"--sae-release {release}: belongs to {its_model}, not to {model}")
     return {"model": model, "sae_id": sae_id}
 

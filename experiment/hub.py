@@ -73,11 +73,11 @@ def _passed_a_library(error: BaseException) -> bool:
 
 def _advise(error: BaseException) -> str:
     """What to do about an error of the Hub's libraries, in one line: advice of our own, or what they say themselves."""
-    chain = [error]
-    cause = error.__cause__ or error.__context__
-    while cause is not None:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
     seen = " ".join(f"{link} {type(link).__mro__}" for link in chain)
     for sign, advice in ADVICE.items():
         if sign in seen:
@@ -139,9 +139,14 @@ def warn_of_base_model(options: Options, tokenizer: transformers.PreTrainedToken
 def find_context_length(options: Options) -> int | None:
     """How many tokens the model can read, prompt and answer together; None where its configuration does not say."""
     with hub_errors(options.model):
-        name = catalogue.official_name(bundled(options.model))
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = _read_config(options)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _read_config(options: Options) -> transformers.PretrainedConfig:
+    """The model's configuration, without its weights."""
+    name = catalogue.official_name(bundled(options.model))
+    return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,16 +165,18 @@ def check_fit(options: Options, sae: "SAEConfig") -> None:
             "that is meant, give the model as a local folder"
         )
     with hub_errors(options.model):
-        name = catalogue.official_name(bundled(options.model))
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        obstacle = _find_obstacle(config)
-        if obstacle is None:
-            skeleton = _build_without_weights(options, config)
-            obstacle = _find_obstacle_in_layers(skeleton)
-    if obstacle:
-        raise UserError(f"{options.model}: cannot be run here: {obstacle}")
+        config = _read_config(options)
+        _refuse_for(options, _find_obstacle(config))
+        skeleton = _build_without_weights(options, config)
+        _refuse_for(options, _find_obstacle_in_layers(skeleton))
     _check_place(options, sae, config.get_text_config())
     _check_module(options, sae, skeleton)
+
+
+def _refuse_for(options: Options, obstacle: str | None) -> None:
+    """Raises UserError where there is an obstacle to running the model."""
+    if obstacle is not None:
+        raise UserError(f"{options.model}: cannot be run here: {obstacle}")
 
 
 def _find_obstacle(config: transformers.PretrainedConfig) -> str | None:

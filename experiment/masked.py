@@ -107,12 +107,14 @@ def make_ablation(name: MaskName, file: RankedFile, questions: list[Question], o
     latents = []
     for question in questions:
         ranked = file.questions.get(question.id)
-        of_question = lists.find_latents_to_mask(ranked, file.side, name.k)[0] if ranked is not None else []
+        of_question: list[int] = []
+        if ranked is not None:
+            of_question, _ = lists.find_latents_to_mask(ranked, file.side, name.k)
         latents.append(of_question)
-    directions = None
+    seeds = None
     if name.control == "direction":
-        directions = [f"{options.seed} {name.draw} {question.id}" for question in questions]
-    return Ablation(latents, options.keep_only, directions)
+        seeds = [f"{options.seed} {name.draw} {question.id}" for question in questions]
+    return Ablation(latents, options.keep_only, seeds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

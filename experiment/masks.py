@@ -11,11 +11,17 @@ OTHERS = ("other", "other-context")  # rankings that are another question's: the
 
 def count_masked(k: str, active: int) -> int:
     """How many latents K is: a number, or a percentage (rounded down) of the latents that are active."""
-    return active * int(k[:-1]) // 100 if k.endswith("%") else int(k)
+    if not k.endswith("%"):
+        return int(k)
+    percent = int(k[:-1])
+    return active * percent // 100
 
 
 def count_to_reach(removed: list[float], target: float) -> int:
     """The smallest number of a list's latents that remove no less than `target`, 0 for nothing; all where none do."""
     if target <= 0:
         return 0
-    return next((n for n, value in enumerate(removed, 1) if value >= target), len(removed))
+    for count, share in enumerate(removed, 1):
+        if share >= target:
+            return count
+    return len(removed)

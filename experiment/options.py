@@ -17,12 +17,10 @@ from experiment.masks import DRAWN, OTHERS, SIDES, Side
 
 TOKEN_FILE = "token.txt"  # at the top of the project: used where it exists
 PAPER_DATASET = "rajpurkar/squad"
-RANKINGS = (
-    *("baseline", "gradsae", "gradsae-answer", "attribution", "effect"),
-    *("matched", "random"),
-)  # of intervention.rankings
+# Of intervention.rankings, and `effect`.
+RANKINGS = ("baseline", "gradsae", "gradsae-answer", "attribution", "effect", "matched", "random")
 CHOICES = (*RANKINGS, *OTHERS)  # of --ranking, besides one's own
-# Options that not every round has: what the rounds mask that have them.
+# Options that not every round has: what the rounds mask that have them (None: round 1, which masks nothing).
 OF_MASKS: dict[str, tuple[Side | None, ...]] = {
     "effects": (None,),
     "k": SIDES,
@@ -131,7 +129,7 @@ def parse(argv: list[str] | None, doc: str | None, masks: Side | None) -> Option
     """The Options of a round. Raises UserError for what cannot be meant.
 
     argv: its arguments; None: the command line's.  doc: the script's docstring, which --help shows.  masks: what the
-    round masks, as 2 and 3 do; None: it is round 1, which lacks OF_MASKS.
+    round masks, as 2 and 3 do; None: it is round 1.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -189,7 +187,7 @@ def write_command(options: Options, **changed: Any) -> str:
     words = ["python", "baseline.py"]
     for name, default in defaults.items():
         value = getattr(options, name)
-        if None not in OF_MASKS.get(name, (None,)) or value in (None, default):
+        if not _is_of_round(name, None) or value in (None, default):
             continue
         words.append(_write_flag(name))
         if isinstance(value, tuple):
@@ -211,7 +209,7 @@ def _build_parser(doc: str | None, masks: Side | None, defaults: Mapping[str, An
     # SUPPRESS: an option that is not given is absent, so that a release can say its model.
     parser = _Parser(description=doc, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Options):
-        if field.name in OF_MASKS and masks not in OF_MASKS[field.name]:
+        if not _is_of_round(field.name, masks):
             continue
         default = defaults[field.name]
         settings = dict(field.metadata)
@@ -225,6 +223,11 @@ def _build_parser(doc: str | None, masks: Side | None, defaults: Mapping[str, An
     text = "print the instruction-tuned releases in SAELens' table (with WORD in their name), and stop"
     parser.add_argument("--list-saes", nargs="?", const="", metavar="WORD", help=text)
     return parser
+
+
+def _is_of_round(name: str, masks: Side | None) -> bool:
+    """Whether a round has this option. masks: as of `parse`."""
+    return name not in OF_MASKS or masks in OF_MASKS[name]
 
 
 def _write_flag(name: str) -> str:
@@ -263,15 +266,20 @@ def _check(options: Options) -> None:
 
 def _check_masks(options: Options, masks: Side | None) -> None:
     """Raises UserError for what cannot be masked, or drawn. masks: as of `parse`."""
-    if masks is None and set(options.ranking) <= set(OTHERS):
+    has_own_lists = not set(options.ranking) <= set(OTHERS)
+    if masks is None and not has_own_lists:
         names = " ".join(options.ranking)
         raise UserError(f"--ranking {names}: masks by the baseline's lists, in rounds 2 and 3: give baseline here")
+    has_control = options.control != "none"
     if options.keep_only and "0" in options.k:
         raise UserError("--keep-only: K = 0 keeps nothing, which is run for comparison as it is: leave it out of --k")
-    if options.keep_only and options.control != "none":
+    if options.keep_only and has_control:
         raise UserError(f"--keep-only: has no control: leave --control {options.control} out")
-    if options.draws > 1 and options.control == "none" and not _draws_lists(options):
-        drawn = " or ".join(DRAWN) if masks is None else f"{', '.join(DRAWN)} or --control direction"
+    is_drawn = has_control or _draws_lists(options)
+    if options.draws > 1 and not is_drawn:
+        drawn = " or ".join(DRAWN)
+        if masks is not None:
+            drawn = f"{', '.join(DRAWN)} or --control direction"
         raise UserError(f"--draws {options.draws}: nothing is drawn here: give {drawn} too, or leave it out")
 
 

@@ -80,17 +80,24 @@ def _check_files(folder: Path, options: Options) -> None:
     """Raises UserError for a folder that lacks files of an SAE. Says what would help, where that can be seen."""
     if not folder.is_dir():
         raise UserError(f"--sae-id {options.sae_id}: no such folder in {options.sae_release}{_name_folders(options)}")
-    has_config = (folder / CONFIG).is_file()
-    needed = _weights_of(folder) if has_config else CONFIG
-    if has_config and (folder / needed).is_file():
+    missing = _find_missing(folder)
+    if missing is None:
         return
     no_sae = f"{name_of(options)}: no SAE that SAELens can read"
     for file in GEMMA_SCOPE_WEIGHTS:
         if (folder / file).is_file():
             instead = _name_release(folder)
             raise UserError(f"{no_sae}, but Gemma Scope's own download: give {instead} instead of the folder")
-    others = "" if has_config else _name_folders(options)
-    raise UserError(f"{no_sae}, for it has no {needed}: {FORMATS}{others}")
+    others = _name_folders(options) if missing == CONFIG else ""
+    raise UserError(f"{no_sae}, for it has no {missing}: {FORMATS}{others}")
+
+
+def _find_missing(folder: Path) -> str | None:
+    """The name of the file that a folder lacks to hold an SAE; None where it lacks none."""
+    if not (folder / CONFIG).is_file():
+        return CONFIG
+    weights = _weights_of(folder)
+    return None if (folder / weights).is_file() else weights
 
 
 def _name_release(folder: Path) -> str:

@@ -454,7 +454,7 @@ def test_directions(demo, sequences, cases, error_term, ablation):
     contexts = [case[0].context for case in cases[:count]]
     lists = draw_lists(count, 200 if error_term == "drop" else 400, 3)
     seeds = [f"42 baseline {n}" for n in range(count)]
-    masks = [Ablation(lists), Ablation(lists, directions=seeds), Ablation(sequences.active[:count], keep_only=True)]
+    masks = [Ablation(lists), Ablation(lists, seeds=seeds), Ablation(sequences.active[:count], keep_only=True)]
     expected = []
     for prompt, latents, seed in zip(given, lists, seeds):
         expected.append(generate_turned(model, demo[1], prompt, latents, seed, 12, error_term, means))
@@ -519,7 +519,7 @@ def test_size_and_part_along_x_at_every_position(demo, sequences, cases, error_t
     count = 4
     given, drafts = sequences.prompts[:count], sequences.generated[:count]
     lists = draw_lists(count, 200, 3)
-    masks = [Ablation(lists), Ablation(lists, directions=[f"7 {n}" for n in range(count)])]
+    masks = [Ablation(lists), Ablation(lists, seeds=[f"7 {n}" for n in range(count)])]
     conftest.answer_masked(model, given, [case[0].context for case in cases[:count]], drafts, masks, 12)
     assert min(widths) <= 2 * count < max(widths)  # steps, too
     assert turned > 300 and plain > 300 and untouched > 8
@@ -532,14 +532,14 @@ def test_directions_hang_on_their_seed_alone(demo):
     assert abs(torch.corrcoef(drawn)).fill_diagonal_(0).max() < 0.4
     assert abs(float(drawn.mean())) < 0.2 and float(drawn.std()) == pytest.approx(1, abs=0.1)
     model = demo[0]
-    turned = model.splice.mask(Ablation([[1], [2]], directions=["x", "y"]))
+    turned = model.splice.mask(Ablation([[1], [2]], seeds=["x", "y"]))
     usual = model.splice.mask(Ablation([[3]]))
     together = Mask.join([usual, turned, usual])
     assert not together.directions[[0, 3]].any()
     assert torch.equal(together.directions[1:3], draw_directions(["x", "y"], 128))
     assert torch.equal(together.take(torch.tensor([2])).directions[0], turned.directions[1])
     assert Mask.join([usual, usual]).directions is None
-    assert Ablation([[1], [2]], directions=["x", "y"]).take([1]) == Ablation([[2]], directions=["y"])
+    assert Ablation([[1], [2]], seeds=["x", "y"]).take([1]) == Ablation([[2]], seeds=["y"])
     assert Ablation([[1], [2]], keep_only=True).take([0, 0]) == Ablation([[1], [1]], keep_only=True)
 
 
@@ -553,7 +553,7 @@ def test_directions_and_keep_only_at_other_places(hook_name, kind, windowed, rep
     assert (model.splice.bias is None) == (kind == 4)
     lists = test_families.draw_masks(model.splice.d_sae)[1]
     seeds = [f"1 {n}" for n in range(len(lists))]
-    masks = [Ablation(lists, directions=seeds), Ablation(lists, keep_only=True)]
+    masks = [Ablation(lists, seeds=seeds), Ablation(lists, keep_only=True)]
     unmasked, _ = conftest.answer(model, windowed.prompts, windowed.contexts, 5)
     drafts = [answer.tokens for answer in unmasked]
     turned, kept = conftest.answer_masked(model, windowed.prompts, windowed.contexts, drafts, masks, 5)
@@ -575,7 +575,7 @@ def test_directions_in_half_precision(sequences, cases, dtype):
         half, _ = load("--dtype", dtype, *more)
         count = 4
         lists = [sequences.active[n] for n in range(count)]
-        masks = [Ablation(lists, directions=[f"7 {n}" for n in range(count)]), Ablation(lists)]
+        masks = [Ablation(lists, seeds=[f"7 {n}" for n in range(count)]), Ablation(lists)]
         contexts = [case[0].context for case in cases[:count]]
         drafts = sequences.generated[:count]
         turned, usual = conftest.answer_masked(half, sequences.prompts[:count], contexts, drafts, masks, 12)
@@ -587,7 +587,7 @@ def test_directions_in_half_precision(sequences, cases, dtype):
         every = list(range(0, 512, 2))
         x = half.splice.reconstruct(latents).float()
         r = x - half.splice.reconstruct(latents, rows, half.splice.mask(Ablation([every]))).float()
-        mask = half.splice.mask(Ablation([every], directions=["s"]))
+        mask = half.splice.mask(Ablation([every], seeds=["s"]))
         taken = x - half.splice.reconstruct(latents, rows, mask).float()
         assert float(r.norm(dim=1).max()) > 10
         tolerance = {"float16": 0.02, "bfloat16": 0.15}[dtype]

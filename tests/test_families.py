@@ -531,7 +531,7 @@ def test_where_nothing_is_sparse(hook_name, error_term, windowed, monkeypatch):
     bypass = [windowed.tokenizer.bos_token_id]
     model = splice_into(windowed, hook_name, error_term, bypass=bypass)
     masks, used = draw_masks(model.splice.d_sae), []
-    for name in ("_reconstruct_from_entries", "_reconstruct_whole"):
+    for name in ("_decode_entries", "_decode_whole"):
         real = getattr(model.splice, name)
         monkeypatch.setattr(model.splice, name, lambda *a, real=real, name=name: used.append(name) or real(*a))
 
@@ -544,11 +544,11 @@ def test_where_nothing_is_sparse(hook_name, error_term, windowed, monkeypatch):
 
     monkeypatch.setattr(splice, "DENSE", 1)
     sparse, sparse_latents, sparse_masked, way = answer_all()
-    assert way == {"_reconstruct_from_entries"}
+    assert way == {"_decode_entries"}
     monkeypatch.setattr(splice, "DENSE", 0)
     model.splice.chunk = 7  # no divisor of anything here
     dense, dense_latents, dense_masked, way = answer_all()
-    assert way == {"_reconstruct_whole"} and dense_masked == sparse_masked
+    assert way == {"_decode_whole"} and dense_masked == sparse_masked
     for one, other in zip(dense, sparse):
         assert one.tokens == other.tokens and one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
     assert torch.equal(dense_latents.ids, sparse_latents.ids) and torch.equal(
@@ -564,7 +564,7 @@ def test_an_sae_that_normalizes(hook_name, windowed, monkeypatch):
     model, prompts = splice_into(windowed, hook_name, kind=4), windowed.prompts
     sae, masks = model.splice.sae, draw_masks(model.splice.d_sae)
     assert sae.cfg.normalize_activations == "layer_norm" and model.splice.bias is None
-    monkeypatch.setattr(model.splice, "_reconstruct_from_entries", None)
+    monkeypatch.setattr(model.splice, "_decode_entries", None)
 
     def generate(prompt, masked=()):
         return oracle.generate(windowed.bridge, sae, windowed.tokenizer, prompt, masked, STEPS)

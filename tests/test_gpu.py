@@ -47,7 +47,7 @@ def test_steps_are_recorded(dtype, monkeypatch, capsys):
     rng = random.Random(1)
     lists = [sorted(rng.sample(range(512), 200)) for _ in work.prompts]
     seeds = [str(number) for number in whole[0]]
-    masks = [Ablation(lists), Ablation(lists, directions=seeds), Ablation(lists, keep_only=True)]
+    masks = [Ablation(lists), Ablation(lists, seeds=seeds), Ablation(lists, keep_only=True)]
     group = Group(work.prompts, work.contexts, whole, [[5, 5]] * len(work.prompts), masks)
 
     def answer_all():

@@ -19,22 +19,22 @@ from experiment.intervention.sparse import ENTRIES
 class Ablation:
     """What one mask ablates: lists with an item per question.
 
-    latents: the ids of those that are masked.  keep_only: all others are masked instead.  directions: seeds; what is
-    taken away is then a vector of the same size in a direction drawn from the question's seed (`turn`). None: what the
-    masked latents write.
+    latents: the ids of those that are masked.  keep_only: all others are masked instead.  seeds: what is taken away is
+    a vector of the same size in a direction drawn from the question's seed (`turn`); None: what the masked latents
+    write.
     """
 
     latents: list[list[int]]
     keep_only: bool = False
-    directions: list[str] | None = None
+    seeds: list[str] | None = None
 
     def take(self, questions: Sequence[int]) -> "Ablation":
         """The ablation of these questions, which are numbers of items."""
         latents = [self.latents[question] for question in questions]
-        directions = self.directions
-        if directions is not None:
-            directions = [directions[question] for question in questions]
-        return Ablation(latents, self.keep_only, directions)
+        seeds = self.seeds
+        if seeds is not None:
+            seeds = [seeds[question] for question in questions]
+        return Ablation(latents, self.keep_only, seeds)
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def build_mask(
             of_all = activations @ decoder
             written = of_all - written
     directions = None
-    if ablation.directions is not None:
-        drawn = draw_directions(ablation.directions, d_in)
+    if ablation.seeds is not None:
+        drawn = draw_directions(ablation.seeds, d_in)
         directions = drawn.to(device)
     return Mask(masked, means, written, directions)
 

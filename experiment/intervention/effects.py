@@ -102,17 +102,13 @@ def _latents_per_pass(length: int, batch_tokens: int) -> int:
     return max(1, fits - 1)
 
 
-def _ignore(count: int) -> None:
-    """For those who need not know how many sequences are done."""
-
-
 @torch.no_grad()
 def measure(
     model: SplicedModel,
     sequences: Sequences,
     candidates: list[Candidates],
     batch_tokens: int,
-    on_measured: Callable[[int], None] = _ignore,
+    on_measured: Callable[[int], None] = lambda count: None,
 ) -> list[list[float]]:
     """The effect of each candidate of each sequence, in nats per token: [sequence][candidate].
 

@@ -50,10 +50,6 @@ class Group:
     masks: list[Ablation] = field(default_factory=list)
 
 
-def _ignore(count: int) -> None:
-    """For those who need not know how many answers have ended."""
-
-
 @own_mistakes()
 @torch.no_grad()
 def answer(
@@ -61,7 +57,7 @@ def answer(
     group: Group,
     limits: Limits,
     opening: Sequence[int] = (),
-    on_ended: Callable[[int], None] = _ignore,
+    on_ended: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[Answer], SequenceActivations]:
     """Greedy answers with nothing masked, one per question, and what the SAE read in prompts and answers.
 
@@ -100,7 +96,7 @@ def answer_masked(
     group: Group,
     limits: Limits,
     means: Float[Tensor, "d_sae"] | None = None,
-    on_ended: Callable[[int], None] = _ignore,
+    on_ended: Callable[[int], None] = lambda count: None,
 ) -> list[list[Answer]]:
     """Greedy answers under each mask of the group: [mask][question].
 

@@ -63,9 +63,7 @@ def share_memory(
     A batch is 1,024 times a power of two; the pool is as many batches as there is room for beside one, and one at
     least: a step takes a GPU's host as long for a thousand rows as for one.
     """
-    cached = cache_bytes_per_token(config, dtype)
-    waiting = cached * WAITING
-    running = cached + layer_bytes_per_token(config, dtype)
+    running, waiting = _bytes_per_token(config, dtype)
     if batch is None:
         batch = 1024
         while 2 * batch * (running + waiting) <= free:
@@ -80,10 +78,16 @@ def share_memory(
 def room_of(sizes: Sizes, config: PreTrainedConfig, dtype: torch.dtype) -> float:
     """The bytes that a batch and the pool take together: as much is free where answers are made and no cache is there
     any more. Of the sizes alone, so that a round that goes on finds the same."""
-    cached = cache_bytes_per_token(config, dtype)
-    waiting = cached * WAITING
-    running = cached + layer_bytes_per_token(config, dtype)
+    running, waiting = _bytes_per_token(config, dtype)
     return sizes.batch * running + sizes.pool * waiting
+
+
+def _bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[float, float]:
+    """What a token takes in a batch under way, and in the pool."""
+    cached = cache_bytes_per_token(config, dtype)
+    running = cached + layer_bytes_per_token(config, dtype)
+    waiting = cached * WAITING
+    return running, waiting
 
 
 @dataclass(frozen=True)

@@ -174,11 +174,8 @@ def _rank_once(
     lists = add_removed(model, sequences, lists)
     if name != "matched":
         return lists
-    means = mean(model, sequences.ranked)
-    baseline = cut_lists(means, sequences)
-    baseline = add_removed(model, sequences, baseline)
-    with_targets = add_targets(lists, baseline)
-    return [cut_matched(ranked) for ranked in with_targets]
+    lists = add_targets(model, sequences, lists)
+    return [cut_matched(ranked) for ranked in lists]
 
 
 def refuse_unmeasurable(name: str, splice: Splice) -> None:
@@ -240,14 +237,13 @@ def add_scores(
     scores: Scores,
 ) -> list[RankedLists]:
     """A ranking's lists with its own scores of the latents whose effect is measured."""
-    with_scores = []
-    for ranked, of_sequence, row in zip(lists, candidates, scores):
-        latents = of_sequence.latents
-        own = row[latents].tolist()
-        rounded = [round_to_four(score) for score in own]
-        changed = dataclasses.replace(ranked, measured=latents, scores=rounded)
-        with_scores.append(changed)
-    return with_scores
+    measured = []
+    own = []
+    for of_sequence, row in zip(candidates, scores):
+        of_latents = row[of_sequence.latents].tolist()
+        measured.append(of_sequence.latents)
+        own.append([round_to_four(score) for score in of_latents])
+    return _add_fields(lists, measured=measured, scores=own)
 
 
 def add_removed(
@@ -265,11 +261,7 @@ def add_removed(
     latents = sequences.take_ordinary()
     topk = removed_shares(model.splice, latents, [ranked.topk for ranked in lists], means)
     bottomk = removed_shares(model.splice, latents, [ranked.bottomk for ranked in lists], means)
-    with_removed = []
-    for ranked, of_topk, of_bottomk in zip(lists, topk, bottomk):
-        changed = dataclasses.replace(ranked, removed_topk=of_topk, removed_bottomk=of_bottomk)
-        with_removed.append(changed)
-    return with_removed
+    return _add_fields(lists, removed_topk=topk, removed_bottomk=bottomk)
 
 
 def measure_again(
@@ -285,10 +277,7 @@ def measure_again(
     """
     measured = add_removed(model, sequences, lists, means)
     if name == "matched":
-        scores = mean(model, sequences.ranked)
-        baseline = cut_lists(scores, sequences)
-        baseline = add_removed(model, sequences, baseline, means)
-        measured = add_targets(measured, baseline)
+        measured = add_targets(model, sequences, measured, means)
     more_draws = [ranked.more_draws or [] for ranked in lists]  # [sequence][draw]
     draws = []
     for of_draw in zip(*more_draws):
@@ -300,28 +289,27 @@ def add_draws(lists: list[RankedLists], draws: list[list[RankedLists]]) -> list[
     """The lists of a first draw with those of further ones: [draw][sequence]. Targets stand with the first alone."""
     if not draws:
         return lists
-    with_draws = []
-    for number, ranked in enumerate(lists):
-        more = []
-        for of_draw in draws:
-            without_targets = dataclasses.replace(of_draw[number], target_topk=None, target_bottomk=None)
+    more_draws: list[list[RankedLists]] = [[] for _ in lists]  # [sequence][draw]
+    for of_draw in draws:
+        for more, drawn in zip(more_draws, of_draw):
+            without_targets = dataclasses.replace(drawn, target_topk=None, target_bottomk=None)
             more.append(without_targets)
-        changed = dataclasses.replace(ranked, more_draws=more)
-        with_draws.append(changed)
-    return with_draws
+    return _add_fields(lists, more_draws=more_draws)
 
 
-def add_targets(lists: list[RankedLists], baseline: list[RankedLists]) -> list[RankedLists]:
-    """The matched ranking's lists, with what the baseline's remove."""
-    with_targets = []
-    for ranked, theirs in zip(lists, baseline):
-        changed = dataclasses.replace(
-            ranked,
-            target_topk=theirs.removed_topk,
-            target_bottomk=theirs.removed_bottomk,
-        )
-        with_targets.append(changed)
-    return with_targets
+def add_targets(
+    model: SplicedModel,
+    sequences: Sequences,
+    lists: list[RankedLists],
+    means: Float[Tensor, " d_sae"] | None = None,
+) -> list[RankedLists]:
+    """The matched ranking's lists, with what the baseline's take away. means: as of `add_removed`."""
+    scores = mean(model, sequences.ranked)
+    baseline = cut_lists(scores, sequences)
+    baseline = add_removed(model, sequences, baseline, means)
+    topk = [theirs.removed_topk for theirs in baseline]
+    bottomk = [theirs.removed_bottomk for theirs in baseline]
+    return _add_fields(lists, target_topk=topk, target_bottomk=bottomk)
 
 
 def cut_matched(ranked: RankedLists) -> RankedLists:
@@ -337,3 +325,12 @@ def cut_matched(ranked: RankedLists) -> RankedLists:
         shorter[side] = latents[:length]
         shorter[f"removed_{side}"] = removed[:length]
     return dataclasses.replace(ranked, **shorter)
+
+
+def _add_fields(lists: Sequence[RankedLists], **columns: Sequence[object]) -> list[RankedLists]:
+    """The lists with other values of some fields. columns: {field: its value for each sequence}."""
+    changed = []
+    for number, ranked in enumerate(lists):
+        values: dict[str, Any] = {name: column[number] for name, column in columns.items()}
+        changed.append(dataclasses.replace(ranked, **values))
+    return changed

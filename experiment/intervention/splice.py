@@ -101,7 +101,7 @@ class Splice:
         Scope 2's do not.
         """
         residual = residual.to(self.device, self.sae.dtype)
-        if self.sae.cfg.reshape_activations == "hook_z":
+        if self._puts_heads_together():
             return residual
         return residual.flatten(1)
 
@@ -189,12 +189,12 @@ class Splice:
         """
         if mask is None and self.keeps_error:
             return residual
-        out = self._reconstruct_whole(residual, rows, mask)
+        out = self._decode_whole(residual, rows, mask)
         if mask is not None and mask.directions is not None:
             if self.keeps_error:
                 unmasked = self.to_input(residual).flatten(1)
             else:
-                unmasked = self._reconstruct_whole(residual, rows, None)
+                unmasked = self._decode_whole(residual, rows, None)
             out = turn(unmasked, out, mask.directions[rows])
         return self._put_in_place(out, residual, spliced)
 
@@ -230,10 +230,10 @@ class Splice:
         activations = self.d_sae * positions
         is_dense = len(latents.ids) > DENSE * activations
         if self.bias is None or is_dense:
-            return self._reconstruct_whole(latents.residual, rows, mask)
-        return self._reconstruct_from_entries(latents, rows, mask)
+            return self._decode_whole(latents.residual, rows, mask)
+        return self._decode_entries(latents, rows, mask)
 
-    def _reconstruct_from_entries(
+    def _decode_entries(
         self,
         latents: SparseActivations,
         rows: Int[Tensor, "pos"] | None,
@@ -265,7 +265,7 @@ class Splice:
         assert rows is not None
         return out + mask.written[rows]
 
-    def _reconstruct_whole(
+    def _decode_whole(
         self,
         residual: Float[Tensor, "pos *d_in"],
         rows: Int[Tensor, "pos"] | None,
