@@ -29,6 +29,7 @@ from experiment.intervention.generate import Group
 from experiment.intervention.memory import halve_on_oom
 from experiment.intervention.plan import Sizes
 from experiment.intervention.pool import Limits
+from experiment.intervention.ranked_lists import RankedLists
 from experiment.intervention.rows import Answer
 from experiment.intervention.sequences import SequenceActivations, Sequences
 from experiment.records.journal import Journal
@@ -60,7 +61,7 @@ def main() -> None:
             # 4. Answer, score, keep, rank: a group of batches at a time, of those that fall to this process
             share = rounds.plan_work(experiment, sizes, experiment.asked, journals)
             say_cost_of_effects(experiment, model, sizes, share)
-            with rounds.Bar(experiment, "Round 1", share, journals) as bar:
+            with Bar(experiment, "Round 1", share) as bar:
                 for work in share:
                     if work.is_done:
                         continue
@@ -110,35 +111,45 @@ def answer_and_rank(
     # Proposed to the model, which takes it or not: it saves steps and changes no answer.
     opening = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
     limits = Limits(chosen.max_new_tokens, sizes.pool)
-    if ranked_lists.EFFECT in work.keys:  # to rank takes most of the time then: the bar moves with that, not here
+    if ranked_lists.EFFECT in work.keys:  # these take most of the time: the bar moves with them, not here
         answers, read = generate.answer(model, group, limits, opening)
     else:
         answers, read = generate.answer(model, group, limits, opening, bar.move)
     records = []
     for question, answer in zip(work.questions, answers):
         records.append(common.make_record(tokenizer, question, answer))
+    right = sum(record.f1 >= KEEP_F1 for record in records)
     by_ranking = {ranking: list(records) for ranking in work.keys}
     settings = ranked_lists.Settings(chosen.seed, sizes.batch, chosen.effects, chosen.draws)
+
+    def move_with_effects(count: int) -> None:
+        """Moves the bar where the effects of so many right answers are measured: the wrong ones take no time."""
+        bar.move(count * len(records) / right)
 
     def rank(part: list[int]) -> None:
         """Puts latents into the records of a batch's right answers, or of a part's that memory is enough for."""
         sequences = find_sequences(experiment, group, answers, records, read, part)
         if not sequences.rows:
             return
-        ranked = ranked_lists.rank_all(model, work.keys, sequences, settings, chosen.ranking, bar.move)
+        ranked = ranked_lists.rank_all(model, work.keys, sequences, settings, chosen.ranking, move_with_effects)
         for ranking, lists in ranked.items():
             for number, row in enumerate(sequences.rows):
-                latents = {
-                    "tokens": sequences.generated[number],
-                    "inside": sequences.answer_positions[number],
-                    "active": sequences.active[number],  # at the last position: what a K in percent is a share of
-                }
-                fields = records[row].fields() | latents | lists[number].fields()
-                by_ranking[ranking][row] = KeptRecord.model_validate(fields)
+                by_ranking[ranking][row] = make_kept(records[row], sequences, number, lists[number])
 
     for batch in work.batches:
         halve_on_oom(rank, batch)
     return by_ranking
+
+
+def make_kept(record: Record, sequences: Sequences, number: int, lists: RankedLists) -> KeptRecord:
+    """A right answer's record with its latents by one ranking. number: the answer's in `sequences`."""
+    latents = {
+        "tokens": sequences.generated[number],
+        "inside": sequences.answer_positions[number],
+        "active": sequences.active[number],  # at the last position: what a K in percent is a share of
+    }
+    fields = record.fields() | latents | lists.fields()
+    return KeptRecord.model_validate(fields)
 
 
 def find_sequences(

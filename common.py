@@ -285,7 +285,7 @@ def masked_round(options: Options, side: Side) -> None:
             share = rounds.plan_work(experiment, sizes, asked, journals, drafts)
             fate = "kept alone" if options.keep_only else "masked"
             label = f"{estimates.MASKS[side]} {fate}"
-            with rounds.Bar(experiment, label, share, journals) as bar:
+            with Bar(experiment, label, share, len(journals)) as bar:
                 for work in share:
                     if work.is_done:
                         continue

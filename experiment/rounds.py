@@ -237,11 +237,6 @@ class Work(Generic[Key]):
         """Whether no journal lacks any of the answers."""
         return not self.keys
 
-    @property
-    def missing(self) -> int:
-        """How many answers are asked for."""
-        return len(self.questions) * len(self.keys)
-
 
 def settle_sizes(options: Options, model: SplicedModel, journals: Mapping[Any, Journal]) -> Sizes:
     """Tokens in a batch and in the pool: what is asked for, what a journal that goes on was made with, or what fits."""
@@ -288,6 +283,7 @@ def plan_work(
 
 
 def _make_work(asked: list[Question], batches: list[list[int]], journals: Mapping[Key, Journal]) -> Work[Key]:
+    """The Work of these batches, which are numbers of questions in `asked`."""
     questions: list[Question] = []
     numbers = []
     for batch in batches:
@@ -304,22 +300,28 @@ def _make_work(asked: list[Question], batches: list[list[int]], journals: Mappin
 
 
 def _lacks_any(journal: Journal, questions: list[Question]) -> bool:
+    """Whether a journal lacks the record of any of these questions."""
     return any(journal.lacks(question.id) for question in questions)
 
 
 class Bar:
-    """Shows how many answers of this process's share are there. Moves within a group, and is right at its end."""
+    """Shows how many answers of this process's share are there. Moves within a group, and is right at its end.
 
-    def __init__(self, experiment: Experiment, label: str, share: list[Work[Key]], journals: Mapping[Key, Journal]):
+    masks: how many answers each question gets; 1 in round 1, whose rankings share it.
+    """
+
+    def __init__(self, experiment: Experiment, label: str, share: list[Work[Key]], masks: int = 1):
         state = experiment.state
         if state.num_processes > 1:
             label += f", process 1 of {state.num_processes}"
+        self.masks = masks
         total = 0
-        self.done = 0
+        missing = 0
         for work in share:
-            answers = len(work.questions) * len(journals)
-            total += answers
-            self.done += answers - work.missing
+            total += len(work.questions) * masks
+            missing += self._count_missing(work)
+        self.done = total - missing  # once a group is finished
+        self.reached: float = self.done  # within it
         self.bar = tqdm(total=total, initial=self.done, desc=label, unit="answer", disable=not state.is_main_process)
 
     def __enter__(self) -> Bar:
@@ -328,11 +330,21 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def move(self, count: int) -> None:
-        """So many answers of the group under way have ended."""
-        self.bar.update(count)
+    def _count_missing(self, work: Work) -> int:
+        """How many answers of a group were not there when the round began."""
+        of_question = min(self.masks, len(work.keys))
+        return len(work.questions) * of_question
+
+    def move(self, count: float) -> None:
+        """So many answers of the group under way have ended; parts of one add up."""
+        self.reached += count
+        self._show()
 
     def finish(self, work: Work) -> None:
-        """The group is done: masks that several rankings or K share were run once, rankings share their answers."""
-        self.done += work.missing
-        self.bar.update(self.done - self.bar.n)
+        """The group is done: masks that several rankings or K share were run once."""
+        self.done += self._count_missing(work)
+        self.reached = self.done
+        self._show()
+
+    def _show(self) -> None:
+        self.bar.update(int(self.reached) - self.bar.n)

@@ -25,7 +25,7 @@ from conftest import ROOT, answer, run_script
 import baseline
 import common
 from experiment import guard, rounds
-from experiment.intervention import generate, modules, rankings
+from experiment.intervention import effects, generate, modules, rankings
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.pool import Pool
 from experiment.report import figure
@@ -885,6 +885,19 @@ def test_no_memory_for_the_model(tmp_path, monkeypatch, capsys):
     assert not contents(tmp_path / "out")
 
 
+def watch_bar(monkeypatch):
+    """A list that gets how far the bar is moved each time."""
+    moves = []
+
+    class Bar(rounds.tqdm):
+        def update(self, n=1):
+            moves.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr(rounds, "tqdm", Bar)
+    return moves
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_bar_moves_with_every_answer(roomy, demo, tmp_path, monkeypatch, capsys, fails):
     """By the answers that have ended, each once, also of a batch that is split; a mask that rankings share counts for
@@ -892,12 +905,7 @@ def test_the_bar_moves_with_every_answer(roomy, demo, tmp_path, monkeypatch, cap
     before, _, enough = roomy["baseline_after_false"]
     folder = lay_out(tmp_path / "out", before)
     hasten(monkeypatch, demo[0])
-    moves, above = [], 0
-
-    class Bar(rounds.tqdm):
-        def update(self, n=1):
-            moves.append(n)
-            return super().update(n)
+    moves, above = watch_bar(monkeypatch), 0
 
     def forward_above(*arguments, then=SplicedModel.forward_above):
         nonlocal above
@@ -906,7 +914,6 @@ def test_the_bar_moves_with_every_answer(roomy, demo, tmp_path, monkeypatch, cap
             raise ERRORS["PyTorch"]
         return then(*arguments)
 
-    monkeypatch.setattr(rounds, "tqdm", Bar)
     monkeypatch.setattr(SplicedModel, "forward_above", forward_above)
     arguments = [*WIDE, "--k", "0", "50%", "--output-dir", folder]  # K = 0 is one mask for both rankings
     code, _, err = run_script("baseline_after_false", arguments, monkeypatch, capsys)
@@ -921,3 +928,35 @@ def test_the_bar_moves_with_every_answer(roomy, demo, tmp_path, monkeypatch, cap
         place = shown.index(done + 3 * size)  # all that is run of this batch
         assert shown[place + 1] == done + 4 * size
     assert shown[-1] == 4 * sum(sizes)
+
+
+def test_the_bar_of_round_1(demo, tmp_path, monkeypatch, capsys):
+    """A question counts once, however many rankings share its answer. Where effects are measured, which takes most of
+    the time, the bar moves with these: evenly over a batch's right answers, for the wrong ones take no time."""
+    hasten(monkeypatch, demo[0])
+    moves = watch_bar(monkeypatch)
+    code, _, err = run_script("baseline", [*WIDE, "--output-dir", tmp_path / "two"], monkeypatch, capsys)
+    assert code == 0 and "45/45" in err, err
+    moves = [n for n in moves if n]
+    assert sum(moves) == 45 and 3 < len(moves) and max(moves) < 20
+
+    moves = watch_bar(monkeypatch)
+    shown, expected = [], []  # when each right answer's effects begin to be measured
+    batches = iter([(0, 20), (20, 20), (40, 5)])
+    batch = None
+
+    def measure_sequence(model, sequences, number, *given, then=effects._measure_sequence):
+        nonlocal batch
+        if number == 0:
+            batch = next(batches)
+        done, size = batch
+        shown.append(sum(moves))
+        expected.append(done + number * size / len(sequences.rows))
+        return then(model, sequences, number, *given)
+
+    monkeypatch.setattr(effects, "_measure_sequence", measure_sequence)
+    given = [*WIDE, "--ranking", "baseline", "effect", "--effects", "2", "--output-dir", tmp_path / "effect"]
+    code, _, err = run_script("baseline", given, monkeypatch, capsys)
+    assert code == 0 and "45/45" in err, err
+    assert shown == pytest.approx(expected, abs=1) and next(batches, None) is None
+    assert 10 < len(expected) < 45 and sum(moves) == 45
