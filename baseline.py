@@ -32,7 +32,7 @@ from experiment.intervention.pool import Limits
 from experiment.intervention.ranked_lists import RankedLists
 from experiment.intervention.rows import Answer
 from experiment.intervention.sequences import SequenceActivations, Sequences
-from experiment.records.journal import Journal
+from experiment.records.journal import Journal, name_unmasked
 from experiment.records.schema import KeptRecord, Record
 from experiment.rounds import Bar, Experiment, Work
 
@@ -50,7 +50,7 @@ def main() -> None:
         journals: dict[str, Journal] = {}
         for ranking in chosen.ranking:
             provenance = experiment.round_1_of(ranking)
-            journals[ranking] = experiment.journal(f"predictions_{own_rankings.name_of(ranking)}.jsonl", provenance)
+            journals[ranking] = experiment.journal(name_unmasked(provenance), provenance)
         model = None
         if not rounds.is_finished(experiment.asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream

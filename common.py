@@ -233,25 +233,25 @@ def prepare(options: Options) -> Experiment:
 def load_for(
     experiment: Experiment, journals: Mapping[Any, Journal], ranked: dict[str, RankedFile] | None = None
 ) -> tuple[SplicedModel, Sizes]:
-    """The model with its SAE, and how many tokens are run at once.
+    """The model with its SAE, and how many tokens are run at once. Both go into the journals' provenance.
 
-    What only model and SAE say goes into the journals' runs, and is held against them.
     ranked: by ranking, the files whose latents are masked; None in round 1.
+    Raises UserError where the SAE's place or width is not that of a journal or of one of these files.
     """
     options = experiment.options
     model = load(options, experiment.tokenizer)
     for ranking in options.ranking:
         ranked_lists.refuse_unmeasurable(ranking, model.splice)
     of_sae = {"hook_name": model.hook_name, "d_sae": model.splice.d_sae}
-    provenance = Provenance.model_validate(of_sae)
+    loaded = Provenance.model_validate(of_sae)
     files = ranked or {}
     for file in files.values():
-        refuse_other_run(file.path, file.provenance, provenance, of_sae)
+        refuse_other_run(file.path, file.provenance, loaded, of_sae.keys())
     sizes = rounds.settle_sizes(options, model, journals)
     if model.device.type == "cuda":  # elsewhere there is memory enough, and smaller parts are no slower
         model.gradient_room = plan.room_of(sizes, model.lm.config, model.lm.dtype)
     for journal in journals.values():
-        refuse_other_run(journal.path, journal.provenance, provenance, of_sae)
+        refuse_other_run(journal.path, journal.provenance, loaded, of_sae.keys())
         of_sizes = {"batch_tokens": sizes.batch, "pool_tokens": sizes.pool}
         journal.provenance = journal.provenance.with_fields(**of_sae, **of_sizes)
     activations.check_latents(files, model)
@@ -271,10 +271,10 @@ def masked_round(options: Options, side: Side) -> None:
     ranked = activations.read_all_ranked(experiment, side)
     asked = activations.find_asked(experiment, ranked)
     # The masks, one for each ranking, K, control and draw: the lists that it takes its latents from
-    lists = masked.find_lists(experiment, ranked, stored_means)
+    lists_of = masked.find_lists(experiment, ranked, stored_means)
     with rounds.open_output_folder(experiment) as entries:
         # 2. What an earlier run left: a journal for each mask
-        journals = masked.open_journals(experiment, lists)
+        journals = masked.open_journals(experiment, lists_of)
         if not rounds.is_finished(asked, journals):
             # 3. The model, with the SAE's reconstruction in its residual stream
             model, sizes = load_for(experiment, journals, ranked)
@@ -289,7 +289,7 @@ def masked_round(options: Options, side: Side) -> None:
                 for work in share:
                     if work.is_done:
                         continue
-                    answers = mask_and_answer(experiment, model, sizes, work, lists, drafts, means, bar)
+                    answers = mask_and_answer(experiment, model, sizes, work, lists_of, drafts, means, bar)
                     for name in work.keys:
                         records = []
                         for question, answer in zip(work.questions, answers[name]):
@@ -298,7 +298,7 @@ def masked_round(options: Options, side: Side) -> None:
                     bar.finish(work)
         # 5. Compare with the unmasked answers to the same questions; write and print
         if rounds.wait_for_all(experiment):
-            fresh = masked.make_entries(experiment, lists, journals, asked)
+            fresh = masked.make_entries(experiment, lists_of, journals, asked)
             results.report_results(experiment, entries, fresh)
             folder = options.output_dir
             print(f"\nAll files: {folder}\nThe page: {folder / 'results.html'}")
@@ -309,7 +309,7 @@ def mask_and_answer(
     model: SplicedModel,
     sizes: Sizes,
     work: Work[MaskName],
-    lists: dict[MaskName, RankedFile],
+    lists_of: dict[MaskName, RankedFile],
     drafts: dict[str, list[int]],
     means: Float[Tensor, "d_sae"] | None,
     bar: Bar,
@@ -321,7 +321,7 @@ def mask_and_answer(
     masks: list[Ablation] = []
     numbers = {}
     for name in work.keys:
-        mask = masked.make_ablation(name, lists[name], work.questions, experiment.options)
+        mask = masked.make_ablation(name, lists_of[name], work.questions, experiment.options)
         if mask not in masks:
             masks.append(mask)
         numbers[name] = masks.index(mask)

@@ -7,23 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from experiment import UserError, own_rankings, say
+from experiment import UserError, say
 from experiment.demo import ROOT
 from experiment.intervention.forward import SplicedModel
 from experiment.masks import DRAWN, OTHERS, Side
 from experiment.options import write_command
 from experiment.questions import Question
 from experiment.records import files
+from experiment.records.files import Activations, PublishedActivations
 from experiment.records.lists import RankedFile
 from experiment.records.others import take_from_others
-from experiment.records.provenance import (
-    RANKED,
-    SELECTION,
-    SETTINGS,
-    differences,
-    refuse_other_run,
-    same_answer,
-)
+from experiment.records.provenance import RANKED, SELECTION, SETTINGS, differences, refuse_other_run, same_answer
 from experiment.records.schema import Provenance, PublishedQuestion, RankedLatents, RankedQuestion
 from experiment.rounds import Experiment
 
@@ -47,10 +41,11 @@ def refuse_others(experiment: Experiment) -> None:
 
 def refuse_other_file(experiment: Experiment, ranking: str, file: Path) -> None:
     """Raises UserError for a file of activations that round 1 may not replace."""
-    stored, _ = files.read_activations(file)
-    if stored is None:
+    content = files.read_activations(file)
+    if isinstance(content, PublishedActivations):
         raise UserError(f"{file}: is the authors' published file: give another --activations, or --overwrite")
     if experiment.options.activations or not experiment.is_begun(ranking):
+        stored = content.provenance
         provenance = experiment.adopt_selection(experiment.round_1_of(ranking), stored)
         refuse_other_run(file, stored, provenance, (*RANKED, *SELECTION))
 
@@ -61,23 +56,20 @@ def read_ranked(experiment: Experiment, ranking: str, side: Side) -> RankedFile:
     if not path.exists():
         raise UserError(f"{path}: there is no such file: {advise_round_1(experiment)}")
     content = files.read_activations(path)
-    stored, ranked = content
+    stored = content.provenance
     selection = None
     by_id: Mapping[str, RankedLatents]
-    if content[0] is None:
+    if isinstance(content, PublishedActivations):
         say(f"{path}: the authors' published form: model, SAE, layer and dtype that made it cannot be checked.")
-        by_id, missing = match_prompts(experiment, content[1])
+        by_id, missing = match_prompts(experiment, content.ranked)
     else:
-        stored, own = content
-        if named := differences(stored, experiment.provenance_of(ranking), OF_RANKING):
-            advice = advise_round_1(experiment, overwrite=True)
-            raise UserError(f"{path}: is of another run ({named}): repeat its options, or {advice}")
-        refuse_unasked(experiment, path, stored)
+        refuse_other_ranking(experiment, ranking, path, content.provenance)
+        refuse_unasked(experiment, path, content.provenance)
         if experiment.options.ablation == "mean":
-            path, own = take_from_mean_file(experiment, path, stored, own)
-        by_id, missing = match_ids(experiment, own)
+            path, content = take_from_mean_file(experiment, path, content)
+        by_id, missing = match_ids(experiment, content.ranked)
         selection = {name: getattr(stored, name) for name in SELECTION}
-    tell_missing(experiment, path, by_id, missing, len(ranked))
+    tell_missing(experiment, path, by_id, missing, len(content.ranked))
     if ranking == "matched":
         refuse_untold(experiment, path, by_id, side)
     if ranking in DRAWN:
@@ -92,8 +84,14 @@ def read_ranked(experiment: Experiment, ranking: str, side: Side) -> RankedFile:
         missing=missing,
         selection=selection,
     )
-    used = file.digest_used([question.id for question in experiment.asked])
-    return dataclasses.replace(file, provenance=file.provenance.with_fields(**used))
+    return file.with_digest(experiment.asked_ids)
+
+
+def refuse_other_ranking(experiment: Experiment, ranking: str, path: Path, stored: Provenance) -> None:
+    """Raises UserError for the activations of another run or ranking. stored: what their file says."""
+    if named := differences(stored, experiment.provenance_of(ranking), OF_RANKING):
+        advice = advise_round_1(experiment, overwrite=True)
+        raise UserError(f"{path}: is of another run ({named}): repeat its options, or {advice}")
 
 
 def tell_missing(
@@ -138,16 +136,18 @@ def read_others(experiment: Experiment, ranking: str, baseline: RankedFile) -> R
         provenance = provenance.with_fields(ranking_seed=experiment.options.seed)
     contexts = {question.id: question.context for question in experiment.questions}
     questions = take_from_others(provenance, baseline.questions, contexts)
-    ids = [question.id for question in experiment.asked]
-    kept = [question_id for question_id in ids if question_id in baseline.questions]
-    alone = [question_id for question_id in kept if question_id not in questions]
+    kept = 0
+    alone = 0
+    for question_id in experiment.asked_ids:
+        kept += question_id in baseline.questions
+        alone += question_id in baseline.questions and question_id not in questions
     where = "on the same context" if ranking == "other" else "on another context"
-    if len(alone) == len(kept):
+    if alone == kept:
         raise UserError(f"--ranking {ranking}: no selected question has another kept one {where}: leave it out")
     if alone:
-        say(f"{ranking}: {len(alone)} of {len(kept)} questions have no other kept one {where}: they are left out of it")
-    file = dataclasses.replace(baseline, questions=questions)
-    return dataclasses.replace(file, provenance=provenance.with_fields(**file.digest_used(ids)))
+        say(f"{ranking}: {alone} of {kept} questions have no other kept one {where}: they are left out of it")
+    file = dataclasses.replace(baseline, provenance=provenance, questions=questions)
+    return file.with_digest(experiment.asked_ids)
 
 
 def refuse_fewer_draws(experiment: Experiment, path: Path, ranked: Mapping[str, RankedLatents]) -> None:
@@ -207,38 +207,33 @@ def refuse_unasked(experiment: Experiment, path: Path, stored: Provenance) -> No
 def find_activations(experiment: Experiment, ranking: str) -> Path:
     """The file of a ranking's activations: the one that ships is used where the folder has none of its own."""
     path = experiment.activations_file(ranking)
-    name = own_rankings.name_of(ranking)
-    shipped = ROOT / f"activations_{name}.json"
+    shipped = ROOT / path.name
     if experiment.options.activations or path.exists() or not shipped.exists():
         return path
-    stored, _ = files.read_activations(shipped)
-    assert stored is not None  # what ships is of the form that round 1 writes
-    provenance = experiment.provenance_of(ranking)
-    if differences(stored, provenance, OF_RANKING):
+    content = files.read_activations(shipped)
+    assert isinstance(content, Activations)  # what ships is of the form that round 1 writes
+    if differences(content.provenance, experiment.provenance_of(ranking), OF_RANKING):
         return path
     say(f"{path} is not there: using {shipped.name}, which ships with the project.")
     return shipped
 
 
-def take_from_mean_file(
-    experiment: Experiment, path: Path, stored: Provenance, ranked: list[RankedQuestion]
-) -> tuple[Path, list[RankedQuestion]]:
-    """The file beside a ranking's own and its questions: the same lists, and what mean ablation of them changes.
+def take_from_mean_file(experiment: Experiment, path: Path, own: Activations) -> tuple[Path, Activations]:
+    """The file beside a ranking's own, and what it holds: the same lists, and what mean ablation of them changes.
 
-    stored: what the ranking's own file says.  Raises UserError where the file beside it is missing, or of another
-    run or lists.
+    own: what the ranking's own file holds.  Raises UserError where the file beside it is missing, or of another run or
+    lists.
     """
     beside = files.name_mean_file(path)
     if not beside.exists():
         raise UserError(f"{beside}: there is no such file: {advise_round_1(experiment)}")
     content = files.read_activations(beside)
-    if content[0] is None or differences(content[0], stored, OF_RANKING):
+    if isinstance(content, PublishedActivations) or differences(content.provenance, own.provenance, OF_RANKING):
         problem = f"is of another run than {path.name}"
-    else:
-        ranked_beside = content[1]
-        if select_lists(ranked) == select_lists(ranked_beside):
-            return beside, ranked_beside
+    elif select_lists(content.ranked) != select_lists(own.ranked):
         problem = f"has other lists than {path.name}"
+    else:
+        return beside, content
     raise UserError(f"{beside}: {problem}: {advise_round_1(experiment, overwrite=True)}")
 
 
@@ -317,21 +312,21 @@ def find_drafts(asked: list[Question], ranked: dict[str, RankedFile]) -> dict[st
 
 def check_latents(ranked: dict[str, RankedFile], model: SplicedModel) -> None:
     """Refuses latents that the SAE, and tokens that the model does not have."""
-    words = cast(int, model.lm.get_input_embeddings().num_embeddings)  # PyTorch cannot say what an attribute is
+    vocabulary = cast(int, model.lm.get_input_embeddings().num_embeddings)  # PyTorch cannot say what an attribute is
     d_sae = model.splice.d_sae
     for file in ranked.values():
         for question_id, question in file.questions.items():
             where = f"{file.path}: question {question_id}"
             latents = list(question.latents(file.side))
             for draw in question.more_draws or []:
-                latents += draw.topk if file.side == "topk" else draw.bottomk
+                latents += draw.latents(file.side)
             latent = max(latents, default=0)
             if latent >= d_sae:
                 raise UserError(f"{where} names latent {latent}, but the SAE has {d_sae}")
             tokens = question.tokens or []
             token = max(tokens, default=0)
-            if token >= words:
-                raise UserError(f"{where} names token {token}, but the model has {words}")
+            if token >= vocabulary:
+                raise UserError(f"{where} names token {token}, but the model has {vocabulary}")
 
 
 def read_stored_means(experiment: Experiment) -> list[float]:

@@ -66,13 +66,12 @@ def find_lists(
     means: what masked latents are set to, None for zero.  The directions of a drawn ranking's control are of its own
     lists of the same draw.
     """
-    ids = [question.id for question in experiment.asked]
     drawn: dict[tuple[str, int], RankedFile] = {}
     found = {}
     for name in list_masks(experiment.options):
         draw = name.draw if name.ranking in DRAWN else 1
         if (name.ranking, draw) not in drawn:
-            drawn[name.ranking, draw] = ranked[name.ranking].of_draw(draw, ids)
+            drawn[name.ranking, draw] = ranked[name.ranking].of_draw(draw, experiment.asked_ids)
         file = drawn[name.ranking, draw]
         provenance = _describe(name, file.provenance, experiment.options)
         if means:
@@ -93,10 +92,10 @@ def _describe(name: MaskName, provenance: Provenance, options: Options) -> Prove
     return provenance
 
 
-def open_journals(experiment: Experiment, files: dict[MaskName, RankedFile]) -> dict[MaskName, Journal]:
-    """Each mask's journal."""
+def open_journals(experiment: Experiment, lists_of: Mapping[MaskName, RankedFile]) -> dict[MaskName, Journal]:
+    """Each mask's journal. lists_of: as of `find_lists`."""
     journals = {}
-    for name, file in files.items():
+    for name, file in lists_of.items():
         journal_name = name_masked(file.provenance)
         journals[name] = experiment.journal(journal_name, file.provenance, file.digest_used, file.questions)
     return journals
@@ -127,7 +126,7 @@ def make_entries(
     journals: Mapping[MaskName, Journal],
     asked: list[Question],
 ) -> list[MaskedEntry]:
-    """An entry for each ranking, K and control, over all its draws."""
+    """An entry for each ranking, K and control, over all its draws. lists_of: as of `find_lists`."""
     draws: dict[MaskName, list[MaskName]] = {}
     for name in journals:
         draws.setdefault(name.first, []).append(name)
@@ -188,12 +187,12 @@ def compare_with_unmasked(
     after: columns of the masked answers.  The last two are None where the file has no unmasked answers.
     """
     contexts = [question.context for question in asked]
-    if not file.selection:
+    if file.selection is None:  # the authors' file
         return estimates.summarize(after, contexts), None, None
     unmasked = []
     for question in asked:
         ranked = file.questions[question.id]
-        assert isinstance(ranked, RankedQuestion)  # the authors' file has no selection
+        assert isinstance(ranked, RankedQuestion)
         unmasked.append(complete_scores(ranked, question))
     before = estimates.collect_columns(unmasked, unmasked)
     return estimates.compare(before, after, contexts)
@@ -215,10 +214,12 @@ def complete_scores(ranked: RankedQuestion, question: Question) -> RankedQuestio
     """A ranked question with all scores of its unmasked answer: what older files lack is scored again."""
     if all(getattr(ranked, metric) is not None for metric in SCORES):
         return ranked
-    return ranked.with_fields(**score_answer(ranked.answer, ranked.answer, question.truths) | ranked.fields())
+    scores = score_answer(ranked.answer, ranked.answer, question.truths)
+    its_own = ranked.fields()
+    return ranked.with_fields(**(scores | its_own))
 
 
-class Masks(TypedDict):
+class MaskFields(TypedDict):
     """Fields of a MaskedEntry that say what was masked; None for what is not known."""
 
     mean_k: float
@@ -228,7 +229,7 @@ class Masks(TypedDict):
     missed_target: int | None
 
 
-def measure_masks(drawn: list[RankedFile], provenance: Provenance, asked: list[Question]) -> Masks:
+def measure_masks(drawn: list[RankedFile], provenance: Provenance, asked: list[Question]) -> MaskFields:
     """What was masked: means over the questions and draws. drawn: the lists of each draw."""
     side = drawn[0].side
     k = provenance.k

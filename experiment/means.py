@@ -42,7 +42,7 @@ def store(experiment: Experiment, model: SplicedModel, sizes: Sizes, kept: dict[
         ranked: list[RankedQuestion] = []
         if kept:
             content = files.read_activations(path)
-            assert content[0] is not None  # it is this round's own
+            assert isinstance(content, files.Activations)  # it is this round's own
             provenance, ranked = content
         measured = measure_lists(read, ranking, ranked, means)
         files.write_activations(files.name_mean_file(path), provenance.with_fields(ablation="mean"), measured)

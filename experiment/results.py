@@ -49,13 +49,12 @@ def name_entry(entry: Entry) -> tuple[str | None, ...]:
 
 def store_activations(experiment: Experiment, journals: dict[str, Journal]) -> dict[Question, KeptRecord]:
     """Makes each ranking's journal one file, and its file of activations of it. Returns {kept question: its record}."""
-    ids = [question.id for question in experiment.asked]
     for ranking, journal in journals.items():
         ranked = []
-        for record in journal.finish(ids):
+        for record in journal.finish(experiment.asked_ids):
             if isinstance(record, KeptRecord):
                 ranked.append(record.as_ranked())
-        provenance = journal.provenance.with_fields(asked=len(ids), kept=len(ranked))
+        provenance = journal.provenance.with_fields(asked=len(experiment.asked), kept=len(ranked))
         path = experiment.activations_file(ranking)
         files.write_activations(path, provenance, ranked)
     first = next(iter(journals.values()))
@@ -86,8 +85,9 @@ def finish_round_1(experiment: Experiment, earlier: list[Entry], journals: dict[
         kept[name] = find_kept(experiment, journal)
     fresh = []
     for ranking, journal in by_name.items():
-        of_ranking = measure_latents(experiment.options, ranking, kept)
-        fresh.append(make_unmasked_entry(experiment, journal, kept[ranking], keep_f1, of_ranking))
+        of_latents = measure_latents(experiment.options, ranking, kept)
+        entry = make_unmasked_entry(experiment, journal, kept[ranking], keep_f1, of_latents)
+        fresh.append(entry)
     entries = report_results(experiment, earlier, fresh)
     unmasked = [entry for entry in entries if isinstance(entry, UnmaskedEntry)]
     print(f"\n{statistics.tell_rankings(unmasked)}")
@@ -129,7 +129,7 @@ def make_unmasked_entry(
     journal: Journal,
     kept: dict[Question, KeptRecord],
     keep_f1: float,
-    statistics: LatentStatistics,
+    of_latents: LatentStatistics,
 ) -> UnmaskedEntry:
     """The entry of a ranking's unmasked answers: of those kept, of all, and how many of which kind there are."""
     asked = experiment.asked
@@ -150,7 +150,7 @@ def make_unmasked_entry(
         run=journal.provenance,
         round="baseline",
         k=None,
-        statistics=statistics,
+        statistics=of_latents,
     )
 
 
@@ -165,14 +165,14 @@ def measure_latents(options: Options, ranking: str, kept: dict[str, dict[Questio
     """Statistics of a ranking's lists, and what they share with the other rankings'. kept: of each ranking."""
     own = list(kept[ranking].values())
     contexts = [question.context for question in kept[ranking]]
-    statistics = estimates.latent_statistics(own, contexts)
+    of_latents = estimates.latent_statistics(own, contexts)
     overlap = {}
     for other, of_other in kept.items():
         if other != ranking:
             records = list(of_other.values())
             overlap[other] = estimates.ranking_overlap(own, records)
     latents: list[CommonLatent] = []
-    for latent in statistics.most_frequent_topk:
+    for latent in of_latents.most_frequent_topk:
         page = catalogue.neuronpedia_page(options.sae_release, options.sae_id, latent.latent)
         latents.append(latent.with_fields(neuronpedia=page))
-    return statistics.with_fields(most_frequent_topk=latents, overlap=overlap)
+    return of_latents.with_fields(most_frequent_topk=latents, overlap=overlap)

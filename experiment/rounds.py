@@ -26,7 +26,7 @@ from experiment.prompts import build_prompt, tokenize
 from experiment.questions import Question
 from experiment.records import files
 from experiment.records.entries import Entry
-from experiment.records.journal import Journal, read_provenance
+from experiment.records.journal import Journal, name_unmasked, read_provenance
 from experiment.records.provenance import ALL, SELECTION, differences, digest_local
 from experiment.records.schema import Provenance
 
@@ -37,7 +37,7 @@ RECORDED = (
     *("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens"),
     *("dataset", "dataset_config", "max_new_tokens", "limit", "sample"),
 )
-Describe = Callable[[list[str]], dict[str, str]]  # fields of a provenance that hang on the questions, by their ids
+DigestUsed = Callable[[list[str]], dict[str, str]]  # fields of a provenance that hang on the questions, by their ids
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Experiment:
     provenance: Provenance
     lengths: dict[str, int] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+
+    @property
+    def asked_ids(self) -> list[str]:
+        return [question.id for question in self.asked]
 
     def prompt(self, question: Question) -> str:
         template = self.provenance.prompt_template
@@ -91,12 +95,12 @@ class Experiment:
         return questions.select(self.questions, stored.limit, stored.sample, stored.seed)
 
     def adopt_selection(
-        self, provenance: Provenance, stored: Provenance, describe: Describe | None = None
+        self, provenance: Provenance, stored: Provenance, digest_used: DigestUsed | None = None
     ) -> Provenance:
-        """What a file has to say so that this round can go on with it, or build on it.
+        """The provenance that a file has to have so that this round can go on with it, or build on it.
 
-        That is `provenance`, but for the questions: those of the file have to be some of those that are asked now.
-        stored: what the file says.
+        That is `provenance`; where all questions that the file is of are asked now, too, with the file's selection of
+        them: a file of fewer questions can be gone on with.  stored: the provenance that the file has.
         """
         if differences(stored, provenance, ["questions"]):
             return provenance
@@ -106,8 +110,8 @@ class Experiment:
         if not now.issuperset(earlier):
             return provenance
         selected: dict[str, object] = {name: getattr(stored, name) for name in SELECTION}
-        if describe is not None:
-            selected |= describe(earlier)
+        if digest_used is not None:
+            selected |= digest_used(earlier)
         return provenance.with_fields(**selected)
 
     def activations_file(self, ranking: str) -> Path:
@@ -119,7 +123,7 @@ class Experiment:
         self,
         name: str,
         provenance: Provenance,
-        describe: Describe | None = None,
+        digest_used: DigestUsed | None = None,
         only: Collection[str] | None = None,
     ) -> Journal:
         """The journal of this file name; of more questions than an earlier one of the same name, it goes on.
@@ -131,14 +135,14 @@ class Experiment:
             provenance,
             self.state.process_index,
             self.options.overwrite,
-            lambda stored: self.adopt_selection(provenance, stored, describe),
+            lambda stored: self.adopt_selection(provenance, stored, digest_used),
             only,
         )
 
     def is_begun(self, ranking: str) -> bool:
         """Whether round 1's journal is of this run: what is there of another one, an interrupted --overwrite left."""
         provenance = self.round_1_of(ranking)
-        stored = read_provenance(self.options.output_dir / f"predictions_{provenance.ranking}.jsonl")
+        stored = read_provenance(self.options.output_dir / name_unmasked(provenance))
         if stored is None:
             return False
         return not differences(stored, self.adopt_selection(provenance, stored), ALL)
@@ -196,10 +200,10 @@ def open_output_folder(experiment: Experiment) -> Iterator[list[Entry]]:
     state = experiment.state
     lock = files.lock(folder) if state.is_main_process else contextlib.nullcontext()
     with lock, memory_errors():
-        overwrite = experiment.options.overwrite
-        for ranking in experiment.options.ranking:
-            overwrite = overwrite or experiment.is_begun(ranking)
-        entries = files.read_results_of(folder / "results.json", experiment.provenance, overwrite)
+        options = experiment.options
+        # Entries of another run are replaced with --overwrite, and where one was interrupted that had begun to.
+        replaces = options.overwrite or any(experiment.is_begun(ranking) for ranking in options.ranking)
+        entries = files.read_results_of(folder / "results.json", experiment.provenance, replaces)
         state.wait_for_everyone()
         yield entries
         if state.num_processes > 1:

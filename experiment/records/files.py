@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import filelock
 
@@ -29,8 +29,20 @@ from experiment.records.schema import (
 )
 
 Ranked = TypeVar("Ranked", bound=RankedLatents)
-Activations = tuple[Provenance, list[RankedQuestion]] | tuple[None, list[PublishedQuestion]]
-"""What made a file of activations, and its ranked questions: whether the first is None tells which these are."""
+
+
+class Activations(NamedTuple):
+    """What made a file of activations, and its ranked questions."""
+
+    provenance: Provenance
+    ranked: list[RankedQuestion]
+
+
+class PublishedActivations(NamedTuple):
+    """The same of the authors' published file, which does not say what made it."""
+
+    provenance: None
+    ranked: list[PublishedQuestion]
 
 
 def lock(folder: Path) -> contextlib.AbstractContextManager:
@@ -80,11 +92,12 @@ def write_activations(path: Path, provenance: Provenance, ranked: Iterable[Ranke
         file.write(",\n".join(map(to_json, ranked)) + "\n]}\n")
 
 
-def read_activations(path: Path) -> Activations:
-    """What made a file of activations, and its ranked questions; of the authors' published form, None and theirs."""
+def read_activations(path: Path) -> Activations | PublishedActivations:
+    """A file of activations, in the form that round 1 writes or in the authors'."""
     content = load_json(path)
     if isinstance(content, list):
-        return None, _parse_ranked(path, PublishedQuestion, _rename_published(path, content))
+        renamed = _rename_published(path, content)
+        return PublishedActivations(None, _parse_ranked(path, PublishedQuestion, renamed))
     if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
         raise UserError(f"{path}: names no run: it is not round 1's file")
     try:
@@ -97,7 +110,7 @@ def read_activations(path: Path) -> Activations:
         if question.id in ids:
             raise UserError(f"{path}, sample {number}: the id {question.id!r} stands twice")
         ids.add(question.id)
-    return stored, ranked
+    return Activations(stored, ranked)
 
 
 def _parse_ranked(path: Path, kind: type[Ranked], values: object) -> list[Ranked]:

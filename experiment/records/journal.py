@@ -47,8 +47,8 @@ class Journal(dict[str, Record]):
         """provenance: what makes these records. `self.provenance` is that of the files that are there, if any: it
         differs in nothing that is compared. overwrite: starts again, and reads nothing.
 
-        adopt_selection: for what a file says, what it has to say, so that a journal of fewer questions can go on as one
-        of more; without it, that is `provenance`.
+        adopt_selection: from the provenance that a file has, the one that it has to have, so that a journal of fewer
+        questions can go on as one of more; None: that is `provenance`.
 
         only: the ids of the questions that it is of, where these are not all that the round asks.
 
@@ -172,6 +172,11 @@ class Journal(dict[str, Record]):
         now = self._provenance_now.fields()
         of_questions = {name: now[name] for name in (*SELECTION, "activations") if name in now}
         return stored.with_fields(**of_questions)
+
+
+def name_unmasked(provenance: Provenance) -> str:
+    """The name of a ranking's journal of round 1."""
+    return f"predictions_{provenance.ranking}.jsonl"
 
 
 def name_masked(provenance: Provenance) -> str:

@@ -33,13 +33,17 @@ class RankedFile:
         """The field of a provenance that says what a round uses of the latents of these questions."""
         return {"activations": digest_ranked(self.questions, self.side, ids)}
 
+    def with_digest(self, ids: Sequence[str]) -> RankedFile:
+        """The same, with `digest_used` in its provenance."""
+        provenance = self.provenance.with_fields(**self.digest_used(ids))
+        return replace(self, provenance=provenance)
+
     def of_draw(self, draw: int, ids: Sequence[str]) -> RankedFile:
         """The same with the lists of another draw, the first of which is 1. ids: of the questions that are selected."""
         if draw == 1:
             return self
         questions = {question_id: question.of_draw(draw) for question_id, question in self.questions.items()}
-        file = replace(self, questions=questions)
-        return replace(file, provenance=self.provenance.with_fields(**file.digest_used(ids)))
+        return replace(self, questions=questions).with_digest(ids)
 
 
 def find_latents_to_mask(question: RankedLatents, side: Side, k: str) -> tuple[list[int], bool]:
