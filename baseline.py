@@ -134,7 +134,8 @@ def answer_and_rank(
         ranked = ranked_lists.rank_all(model, work.keys, sequences, settings, chosen.ranking, move_with_effects)
         for ranking, lists in ranked.items():
             for number, row in enumerate(sequences.rows):
-                by_ranking[ranking][row] = make_kept(records[row], sequences, number, lists[number])
+                kept = make_kept(records[row], sequences, number, lists[number])
+                by_ranking[ranking][row] = kept
 
     for batch in work.batches:
         halve_on_oom(rank, batch)

@@ -1,11 +1,9 @@
 """For --ablation mean: the mean activation of each latent, and what setting latents to it changes."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 from experiment import UserError, prompts
@@ -92,10 +90,10 @@ class Reader:
         return read
 
 
-def find_means(reader: Reader) -> tuple[Float[Tensor, d_sae], int]:
+def find_means(reader: Reader) -> tuple[Float[Tensor, "d_sae"], int]:
     """Each latent's mean activation over all positions of these prompts and answers, and how many there are."""
     splice = reader.model.splice
-    total: Float64[Tensor, d_sae] = torch.zeros(splice.d_sae, dtype=torch.float64, device=splice.device)
+    total = torch.zeros(splice.d_sae, dtype=torch.float64, device=splice.device)
     positions = 0
 
     def add_up(part: Sequence[int]) -> None:
@@ -115,7 +113,7 @@ def find_means(reader: Reader) -> tuple[Float[Tensor, d_sae], int]:
 
 
 def measure_lists(
-    reader: Reader, ranking: str, ranked: list[RankedQuestion], means: Float[Tensor, d_sae]
+    reader: Reader, ranking: str, ranked: list[RankedQuestion], means: Float[Tensor, "d_sae"]
 ) -> list[RankedQuestion]:
     """Ranked questions with what setting their latents to these means changes, in place of what zeroing removes;
     of the matched ranking also what it changes of the baseline's."""
@@ -159,7 +157,7 @@ def take_lists(question: RankedQuestion) -> RankedLists:
     return RankedLists(question.topk, question.bottomk, more_draws=draws)
 
 
-def load(experiment: Experiment, means: list[float], model: SplicedModel) -> Float[Tensor, d_sae]:
+def load(experiment: Experiment, means: list[float], model: SplicedModel) -> Float[Tensor, "d_sae"]:
     """These means on the SAE's device."""
     if len(means) != model.splice.d_sae:
         raise UserError(f"{experiment.options.output_dir / 'means.json'}: is of another SAE: move it away")

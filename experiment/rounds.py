@@ -34,9 +34,9 @@ Key = TypeVar("Key")  # of a round's journals: a ranking in round 1, a MaskName 
 PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 # The options that a provenance has as they are.
 RECORDED = (
-    *("demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens"),
-    *("dataset", "dataset_config", "max_new_tokens", "limit", "sample"),
-)
+    "demo", "model", "sae_release", "sae_id", "dtype", "sae_dtype", "error_term", "exclude_special_tokens",
+    "dataset", "dataset_config", "max_new_tokens", "limit", "sample",
+)  # fmt: skip
 DigestUsed = Callable[[list[str]], dict[str, str]]  # fields of a provenance that hang on the questions, by their ids
 
 
@@ -133,10 +133,10 @@ class Experiment:
         return Journal(
             self.options.output_dir / name,
             provenance,
-            self.state.process_index,
-            self.options.overwrite,
-            lambda stored: self.adopt_selection(provenance, stored, digest_used),
-            only,
+            process=self.state.process_index,
+            overwrite=self.options.overwrite,
+            adopt_selection=lambda stored: self.adopt_selection(provenance, stored, digest_used),
+            only=only,
         )
 
     def is_begun(self, ranking: str) -> bool:

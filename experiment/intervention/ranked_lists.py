@@ -250,7 +250,7 @@ def add_removed(
     model: SplicedModel,
     sequences: Sequences,
     lists: Sequence[RankedLists],
-    means: Float[Tensor, " d_sae"] | None = None,
+    means: Float[Tensor, "d_sae"] | None = None,
 ) -> list[RankedLists]:
     """The lists, with what masking the first 1, 2, ... latents of each takes away (`removed.removed_share`).
 
@@ -269,7 +269,7 @@ def measure_again(
     name: str,
     sequences: Sequences,
     lists: Sequence[RankedLists],
-    means: Float[Tensor, " d_sae"],
+    means: Float[Tensor, "d_sae"],
 ) -> list[RankedLists]:
     """Lists that were made before, with what setting their latents to these means changes (`add_removed`).
 
@@ -301,7 +301,7 @@ def add_targets(
     model: SplicedModel,
     sequences: Sequences,
     lists: list[RankedLists],
-    means: Float[Tensor, " d_sae"] | None = None,
+    means: Float[Tensor, "d_sae"] | None = None,
 ) -> list[RankedLists]:
     """The matched ranking's lists, with what the baseline's take away. means: as of `add_removed`."""
     scores = mean(model, sequences.ranked)

@@ -25,8 +25,8 @@ Seed = int | str
 def add_up(
     model: SplicedModel,
     read: SequenceActivations,
-    values: Float[Tensor, " entry"],
-    where: Bool[Tensor, " pos"],
+    values: Float[Tensor, "entry"],
+    where: Bool[Tensor, "pos"],
 ) -> Float64[Tensor, "sequence d_sae"]:
     """The sum of a latent's values over those positions of a sequence `where` it is true.
 
@@ -48,8 +48,8 @@ def add_up(
 def mean(
     model: SplicedModel,
     read: SequenceActivations,
-    values: Float[Tensor, " entry"] | None = None,
-    where: Bool[Tensor, " pos"] | None = None,
+    values: Float[Tensor, "entry"] | None = None,
+    where: Bool[Tensor, "pos"] | None = None,
 ) -> Scores:
     """The mean size of each latent's activation (or the mean of other `values`) over a sequence's positions, or over
     those `where` it is true; over no position it is 0.

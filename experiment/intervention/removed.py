@@ -12,7 +12,7 @@ def removed_shares(
     splice: Splice,
     latents: list[SparseActivations],
     lists: list[list[int]],
-    means: Float[Tensor, " d_sae"] | None = None,
+    means: Float[Tensor, "d_sae"] | None = None,
 ) -> list[list[float]]:
     """`removed_share` of a list of latents for each sequence, rounded.
 
@@ -48,9 +48,9 @@ def round_to_four(value: float) -> float:
 def removed_share(
     splice: Splice,
     latents: SparseActivations,
-    ids: Int[Tensor, " list"],
-    means: Float[Tensor, " d_sae"] | None = None,
-) -> Float[Tensor, " list"]:
+    ids: Int[Tensor, "list"],
+    means: Float[Tensor, "d_sae"] | None = None,
+) -> Float[Tensor, "list"]:
     """What masking the first 1, 2, ... of these latents takes away: the share of each position's own norm, and of these
     shares the mean over the positions, so that no position of a large norm rules it. 0 without any position.
 
@@ -74,7 +74,7 @@ def removed_share(
 
 def values_of(
     latents: SparseActivations,
-    ids: Int[Tensor, " list"],
+    ids: Int[Tensor, "list"],
     d_sae: int,
 ) -> Float[Tensor, "pos list"]:
     """The activation of each listed latent at each position, 0 where it is not active."""

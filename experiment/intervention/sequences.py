@@ -179,7 +179,7 @@ class Sequences:
         return active
 
     @functools.cached_property
-    def ordinary(self) -> Bool[Tensor, " pos"]:
+    def ordinary(self) -> Bool[Tensor, "pos"]:
         """Where in `ranked` the SAE stands at a token that is not special. Controls are drawn and what masks remove is
         measured there: at BOS, whose norm is many times the others', an SAE's latents say nothing of the text."""
         everyone = range(len(self.rows))
@@ -190,7 +190,7 @@ class Sequences:
         read: SequenceActivations,
         places: Sequence[int],
         numbers: Sequence[int],
-    ) -> Bool[Tensor, " pos"]:
+    ) -> Bool[Tensor, "pos"]:
         """Where in `read` the SAE stands at a token that is not special. read: what `until` gives for these places."""
         tokens = []
         for number, place in zip(numbers, places):

@@ -19,9 +19,9 @@ from experiment.records.schema import Provenance, RankedLatents, Stored
 
 # Of the unmasked answers.
 SETTINGS = (
-    *("model", "sae_release", "sae_id", "hook_name", "d_sae", "dtype", "sae_dtype", "error_term"),
-    *("exclude_special_tokens", "questions", "prompt_template", "max_new_tokens"),
-)
+    "model", "sae_release", "sae_id", "hook_name", "d_sae", "dtype", "sae_dtype", "error_term",
+    "exclude_special_tokens", "questions", "prompt_template", "max_new_tokens",
+)  # fmt: skip
 RANKED = (*SETTINGS, "ranking", "ranking_seed", "draws", "effects")  # of a ranking's lists
 SELECTION = ("limit", "sample", "seed")  # which of the data set's questions are asked
 # Of a masked round; activations and means are digests.
@@ -35,9 +35,9 @@ UNMASKED = ("answer", "tokens", "inside")  # of a record or a ranked question: i
 # The files of a model or an SAE that a round reads; not what somebody has it write beside them.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.npz", "*.index.json")
 CONFIGS = (
-    *("*config.json", "cfg.json", "*tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json"),
-    *("special_tokens_map.json", "chat_template*"),
-)
+    "*config.json", "cfg.json", "*tokenizer*", "*.model", "vocab*", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template*",
+)  # fmt: skip
 
 
 def depends_on(provenance: Provenance) -> dict[str, object]:
@@ -79,10 +79,11 @@ def differences(stored: Provenance, provenance: Provenance, fields: Iterable[str
 
 def _show(provenance: Provenance, field: str, values: dict[str, object]) -> str:
     """A field's value for a reader: a folder by its name and a few digits of its digest, no text over 60 characters."""
-    if field in CONTENT and getattr(provenance, CONTENT[field]) is not None:
-        digest = getattr(provenance, CONTENT[field])
-        return f"{_shorten_value(getattr(provenance, field))} (content {_shorten_value(digest)})"
-    return _shorten_value(values[field])
+    digest = getattr(provenance, CONTENT[field]) if field in CONTENT else None
+    if digest is None:
+        return _shorten_value(values[field])
+    name = getattr(provenance, field)
+    return f"{_shorten_value(name)} (content {_shorten_value(digest)})"
 
 
 def _shorten_value(value: object) -> str:
