@@ -49,6 +49,12 @@ def nearest(word: str, names: Iterable[str]) -> str:
     return f" (nearest: {', '.join(close)})" if close else ""
 
 
+def name_some(names: list[str]) -> str:
+    """The first five of some names, for a line that says how many they are."""
+    more = ", ..." if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
 @contextlib.contextmanager
 def own_mistakes() -> Iterator[None]:
     """For work that processes share: a mistake shows in one of them alone, and that one has to tell it."""

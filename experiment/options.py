@@ -277,9 +277,7 @@ def _check_masks(options: Options, masks: Side | None) -> None:
         raise UserError(f"--keep-only: has no control: leave --control {options.control} out")
     is_drawn = has_control or _draws_lists(options)
     if options.draws > 1 and not is_drawn:
-        drawn = " or ".join(DRAWN)
-        if masks is not None:
-            drawn = f"{', '.join(DRAWN)} or --control direction"
+        drawn = " or ".join(DRAWN) if masks is None else f"{', '.join(DRAWN)} or --control direction"
         raise UserError(f"--draws {options.draws}: nothing is drawn here: give {drawn} too, or leave it out")
 
 

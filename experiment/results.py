@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from experiment import catalogue, say
+from experiment import catalogue, name_some, say
 from experiment.options import Options
 from experiment.questions import Question, hash_population
 from experiment.records import files
@@ -103,11 +103,9 @@ def say_unanswered(kept: dict[str, dict[Question, KeptRecord]]) -> None:
     records = kept[rankings[0]].values()
     unanswered = [record.id for record in records if not record.inside]
     if unanswered:
-        named = ", ".join(unanswered[:5])
-        more = ", ..." if len(unanswered) > 5 else ""
         say(
             f"{', '.join(rankings)}: {len(unanswered)} of {len(records)} kept questions have no answer inside the "
-            f"brackets: no latent is in their lists ({named}{more})"
+            f"brackets: no latent is in their lists ({name_some(unanswered)})"
         )
 
 

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from experiment import UserError, own_rankings, questions, say
+from experiment import UserError, name_some, own_rankings, questions, say
 from experiment.demo import bundled
 from experiment.intervention import plan
 from experiment.intervention.forward import SplicedModel
@@ -187,9 +187,7 @@ def leave_out_long(experiment: Experiment, context: int | None) -> Experiment:
     if not asked:
         raise UserError(f"{dataset}: no selected question fits {limit}: shorten them")
     if left_out:
-        named = ", ".join(left_out[:5])
-        more = ", ..." if len(left_out) > 5 else ""
-        say(f"{dataset}: {len(left_out)} questions do not fit {limit}: they are left out ({named}{more})")
+        say(f"{dataset}: {len(left_out)} questions do not fit {limit}: they are left out ({name_some(left_out)})")
     return dataclasses.replace(experiment, asked=asked, lengths=lengths, left_out=left_out)
 
 
@@ -319,11 +317,8 @@ class Bar:
         if state.num_processes > 1:
             label += f", process 1 of {state.num_processes}"
         self.masks = masks
-        total = 0
-        missing = 0
-        for work in share:
-            total += len(work.questions) * masks
-            missing += self._count_missing(work)
+        total = masks * sum(len(work.questions) for work in share)
+        missing = sum(self._count_missing(work) for work in share)
         self.done = total - missing  # once a group is finished
         self.reached: float = self.done  # within it
         self.bar = tqdm(total=total, initial=self.done, desc=label, unit="answer", disable=not state.is_main_process)
@@ -336,8 +331,7 @@ class Bar:
 
     def _count_missing(self, work: Work) -> int:
         """How many answers of a group were not there when the round began."""
-        of_question = min(self.masks, len(work.keys))
-        return len(work.questions) * of_question
+        return len(work.questions) * min(self.masks, len(work.keys))
 
     def move(self, count: float) -> None:
         """So many answers of the group under way have ended; parts of one add up."""
