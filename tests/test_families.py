@@ -2,6 +2,7 @@
 every place an SAE may stand at against hooks on Transformers' own modules, masked answers by every way they take."""
 
 import collections
+import contextlib
 import json
 import os
 import random
@@ -309,6 +310,62 @@ def test_places(name, tmp_path):
 
 STEPS = 5  # of the answers here
 ROWS = [(context, question) for context in CONTEXTS[:2] for question in QUESTIONS]
+
+
+WORDS = dict(vocab_size=50)
+LAST_LAYERS = {
+    "gemma-2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config(**SIZES, **WORDS, sliding_window=8)),
+    "gemma-3": (transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig(**SIZES, **WORDS, sliding_window=8)),
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES, **WORDS)),
+    "mixture of experts": (
+        transformers.Qwen3MoeForCausalLM,
+        transformers.Qwen3MoeConfig(**SIZES, **WORDS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    ),
+    "run in another way": (
+        transformers.GPTNeoXForCausalLM,
+        transformers.GPTNeoXConfig(
+            **WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            initializer_range=0.4, max_position_embeddings=512,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAST_LAYERS)
+@torch.no_grad()
+def test_the_last_layer_at_a_few_positions(name):
+    """The logits there, and all keys and values, are those of a whole pass, also behind a cache and with padding."""
+    model_class, config = LAST_LAYERS[name]
+    torch.manual_seed(0)
+    lm = model_class._from_config(config, attn_implementation="eager").eval()
+    ids = torch.randint(50, (3, 20))
+    attention = torch.ones_like(ids)
+    attention[1, :4] = 0
+
+    def run(first):
+        cache = forward.new_cache(lm)
+        logits = []
+        for part, start in ((slice(0, 12), first), (slice(12, 20), 5)):
+            block = contextlib.nullcontext() if first == 0 else modules.last_layer_from(lm, start)
+            with block:
+                found = lm(
+                    input_ids=ids[:, part],
+                    attention_mask=attention[:, : part.stop],
+                    position_ids=(attention.cumsum(1) - 1).clamp(min=0)[:, part],
+                    past_key_values=cache,
+                )
+            logits.append(found.logits)
+        return cache, logits
+
+    whole, expected = run(0)
+    cache, logits = run(9)
+    is_known = name != "run in another way"
+    assert [found.shape[1] for found in logits] == ([3, 3] if is_known else [12, 8])
+    for mine, theirs in zip(logits, expected):
+        torch.testing.assert_close(mine[:, -3:], theirs[:, -3:], rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(cache.layers, whole.layers):
+        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.values, theirs.values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module", params=[32, 512], ids=lambda window: f"window {window}")

@@ -18,7 +18,7 @@ from test_oracle import log_probs_by_hand
 
 from experiment import UserError
 from experiment.hub import prepare_libraries
-from experiment.intervention import forward, generate, plan, splice
+from experiment.intervention import forward, generate, plan, pool, splice
 from experiment.intervention.ablations import Ablation
 from experiment.intervention.generate import Group, Limits
 from experiment.intervention.layout import choose_shared
@@ -148,6 +148,33 @@ def assert_same(found: list[Answer], expected: list[Answer]):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The same answers
+
+
+def test_what_waits_is_decoded_before_more_is_copied(demo, few, monkeypatch):
+    """So that both are not in memory at once; and no more waits than may."""
+    model, _ = demo
+    room = 1000  # the rows of some batches and masks
+    copied = []  # since the last decoding, in tokens
+    counts = []
+    take_rows = pool.take_rows
+    decode = pool.Pool.decode
+
+    def take(*arguments):
+        piece = take_rows(*arguments)
+        copied.append(piece.attention.numel())
+        return piece
+
+    def decode_all(self):
+        waiting = [piece.attention.numel() for piece in self.waiting]
+        assert waiting == copied and sum(waiting) <= room
+        counts.append(len(copied))
+        copied.clear()
+        decode(self)
+
+    monkeypatch.setattr(pool, "take_rows", take)
+    monkeypatch.setattr(pool.Pool, "decode", decode_all)
+    generate.answer_masked(model, few, Limits(50, room))
+    assert len(counts) > 2 and max(counts) > 1
 
 
 @pytest.mark.parametrize("drafted", [True, False])

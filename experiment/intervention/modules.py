@@ -166,8 +166,8 @@ class _Passed(torch.nn.Module):
 
 @contextlib.contextmanager
 def last_layer_from(lm: PreTrainedModel, first: int) -> Iterator[None]:
-    """The last layer hands on positions from `first` on alone, for as long as the block lasts; of those before it makes
-    keys and values, and no more: nothing else of them is read any more. Passes have a cache.
+    """The last layer hands on positions from `first` on alone, for as long as the block lasts. Of those before it makes
+    keys and values and no more, for nothing else of them is read any more. Passes have a cache.
     """
     layers = lm.get_decoder().layers
     last = layers[-1]
@@ -181,35 +181,36 @@ def last_layer_from(lm: PreTrainedModel, first: int) -> Iterator[None]:
 class _LastPositions(torch.nn.Module):
     """`last_layer_from` in place of the layer."""
 
+    KNOWN = ("position_embeddings", "position_ids", "attention_mask", "past_key_values")
+
     def __init__(self, layer: torch.nn.Module, first: int):
         super().__init__()
         self.layer = layer
         self.first = first
 
-    def forward(
-        self,
-        hidden: Float[Tensor, "row pos d_model"],
-        *,
-        past_key_values: Any,
-        **how: Any,
-    ) -> Float[Tensor, "row last d_model"]:
-        before = slice(self.first)
-        after = slice(self.first, None)
+    def forward(self, hidden: Float[Tensor, "row pos d_model"], *given: Any, **how: Any) -> Any:
+        """[row, last, d_model]; of a family that runs its layers in another way what it gives at all positions."""
+        is_known = not given and all(how.get(name) is not None for name in self.KNOWN)
+        if not is_known:
+            return self.layer(hidden, *given, **how)
+        before = _take_positions(how, slice(self.first))
+        before["past_key_values"] = _Store(how["past_key_values"])
         with contextlib.suppress(_Stored):
-            self.layer(hidden[:, before], past_key_values=_Store(past_key_values), **_take_positions(how, before))
-        return self.layer(hidden[:, after], past_key_values=past_key_values, **_take_positions(how, after))
+            self.layer(hidden[:, : self.first], **before)
+        after = _take_positions(how, slice(self.first, None))
+        return self.layer(hidden[:, self.first :], **after)
 
 
 def _take_positions(how: dict[str, Any], some: slice) -> dict[str, Any]:
     """What a layer is given beside its input, at some of the positions."""
-    taken = dict(how)
     cosines, sines = how["position_embeddings"]  # [row, pos, d_head]
-    taken["position_embeddings"] = (cosines[:, some], sines[:, some])
-    if how.get("attention_mask") is not None:
-        taken["attention_mask"] = how["attention_mask"][:, :, some]  # [row, 1, pos, cached+pos]
-    if how.get("position_ids") is not None:
-        taken["position_ids"] = how["position_ids"][:, some]
-    return taken
+    attention_mask = how["attention_mask"]  # [row, 1, pos, cached+pos]
+    position_ids = how["position_ids"]  # [row, pos]
+    return how | {
+        "position_embeddings": (cosines[:, some], sines[:, some]),
+        "position_ids": position_ids[:, some],
+        "attention_mask": attention_mask[:, :, some],
+    }
 
 
 class _Store:
