@@ -143,7 +143,8 @@ def _measure_sequence(
 
     def run(some: list[int]) -> None:
         # In every pass a row with nothing masked: in half precision the last digits hang on how many rows there are.
-        masked = [[], *([latent] for latent in some)]
+        alone = [[latent] for latent in some]
+        masked = [[], *alone]
         means = _score_answer(model, below, Ablation(masked), targets)
         unmasked, *others = means.tolist()
         for mean in others:

@@ -33,9 +33,9 @@ def removed_shares(
     of_lists = []
     first = 0
     for length in lengths:
-        of_list = numbers[first : first + length]
-        of_lists.append([round_to_four(share) for share in of_list])
-        first += length
+        end = first + length
+        of_lists.append([round_to_four(share) for share in numbers[first:end]])
+        first = end
     return of_lists
 
 
