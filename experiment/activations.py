@@ -319,7 +319,7 @@ def check_latents(ranked: dict[str, RankedFile], model: SplicedModel) -> None:
             where = f"{file.path}: question {question_id}"
             latents = list(question.latents(file.side))
             for draw in question.more_draws or []:
-                latents += draw.latents(file.side)
+                latents += draw.topk if file.side == "topk" else draw.bottomk
             latent = max(latents, default=0)
             if latent >= d_sae:
                 raise UserError(f"{where} names latent {latent}, but the SAE has {d_sae}")

@@ -45,7 +45,7 @@ ACTIVATIONS = {  # name: (content, what the line says)
     "sample a number": (json.dumps({"run": RUN, "samples": [1]}), "sample 1: Input should be an object"),
     "no answer": (
         json.dumps({"run": RUN, "samples": [{"id": "x"}]}),
-        "sample 1: lacks topk: the file is of another version of this project: "
+        "sample 1: lacks active: the file is of another version of this project: "
         "go on with that version, or run round 1 again with --overwrite",
     ),
     "topk a text": (with_sample(topk="12"), "sample 1: topk: Input should be a valid list"),
@@ -63,7 +63,7 @@ ACTIVATIONS = {  # name: (content, what the line says)
     "id twice": (json.dumps({"run": RUN, "samples": [SAMPLE, SAMPLE]}), "sample 2: the id 'questions-000-0' stands"),
     "theirs: a list of numbers": ("[1]", "is not of the authors'"),
     "theirs: a list of lists": ('[{"prompt": [1]}]', "is not of the authors'"),
-    "theirs: no lists": ('[{"prompt": {}}]', "sample 1: topk: Field required"),
+    "theirs: no lists": ('[{"prompt": {}}]', "sample 1: active: Field required"),
     "theirs: a second one without TopK": (
         json.dumps([{"p": THEIRS}, {}, {"q": THEIRS | {"have_gradient": 1}}]),
         "sample 2: topk: Input should be a valid list",

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from experiment.masks import SIDES, Side
+from experiment.masks import Side
 
 
 def _refuse_half_characters(text: str) -> str:
@@ -165,8 +165,8 @@ class Provenance(Stored):
     kept: int | None = None
 
 
-class Lists(Stored):
-    """TopK and BottomK of a question. removed: what masking the first 1, 2, ... of a list takes away."""
+class Draw(Stored):
+    """Lists of a further draw of a ranking that draws, as of RankedLatents."""
 
     topk: Latents
     bottomk: Latents
@@ -175,7 +175,43 @@ class Lists(Stored):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        for side in SIDES:
+        for name, latents, removed in (
+            ("topk", self.topk, self.removed_topk),
+            ("bottomk", self.bottomk, self.removed_bottomk),
+        ):
+            if removed is not None and len(removed) != len(latents):
+                raise ValueError(f"removed_{name} is not as long as {name}")
+        return self
+
+
+class RankedLatents(Stored):
+    """The latents of a kept question: those active at the last position, TopK and BottomK.
+
+    removed: what masking the first 1, 2, ... of a list takes away.  target: of the matched ranking, what the baseline's
+    take away.  tokens: of the unmasked answer.  inside: the positions of those inside its brackets.
+    measured: latents whose effect on the answer was measured by masking each alone.  effects: of each of them, in nats
+    per token; in the file of the ranking by effects.  scores: the file's ranking's own, of each of them.  unmeasured:
+    active latents that were left out.  more_draws: further lists of a ranking that draws.
+    """
+
+    active: Latents
+    topk: Latents
+    bottomk: Latents
+    tokens: Tokens | None = None
+    inside: Positions | None = None
+    removed_topk: list[float] | None = None
+    removed_bottomk: list[float] | None = None
+    target_topk: list[float] | None = None
+    target_bottomk: list[float] | None = None
+    measured: Latents | None = None
+    effects: list[FiniteFloat] | None = None
+    scores: list[FiniteFloat] | None = None
+    unmeasured: int | None = None
+    more_draws: list[Draw] | None = None
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        for side in ("topk", "bottomk"):
             removed = self.removed(side)
             if removed is not None and len(removed) != len(self.latents(side)):
                 raise ValueError(f"removed_{side} is not as long as {side}")
@@ -187,31 +223,6 @@ class Lists(Stored):
     def removed(self, side: Side) -> list[float] | None:
         return self.removed_topk if side == "topk" else self.removed_bottomk
 
-
-class RankedLatents(Lists):
-    """The latents of a kept question: those active at the last position, TopK and BottomK.
-
-    target: of the matched ranking, what masking the first 1, 2, ... of the baseline's takes away.  tokens: of the
-    unmasked answer.  inside: the positions of those inside its brackets.
-    measured: latents whose effect on the answer was measured by masking each alone.  effects: of each of them, in nats
-    per token; in the file of the ranking by effects.  scores: the file's ranking's own, of each of them.  unmeasured:
-    active latents that were left out.  more_draws: further lists of a ranking that draws.
-    """
-
-    active: Latents
-    tokens: Tokens | None = None
-    inside: Positions | None = None
-    target_topk: list[float] | None = None
-    target_bottomk: list[float] | None = None
-    measured: Latents | None = None
-    effects: list[FiniteFloat] | None = None
-    scores: list[FiniteFloat] | None = None
-    unmeasured: int | None = None
-    more_draws: list[Lists] | None = None
-
-    def target(self, side: Side) -> list[float] | None:
-        return self.target_topk if side == "topk" else self.target_bottomk
-
     @property
     def draws(self) -> int:
         """How often its lists were drawn; 1 where they are not."""
@@ -222,6 +233,9 @@ class RankedLatents(Lists):
         assert self.more_draws is not None  # activations.refuse_fewer_draws has seen to it
         further = self.more_draws[draw - 2]  # the first draw's lists are our own
         return self.with_fields(**further.fields())
+
+    def target(self, side: Side) -> list[float] | None:
+        return self.target_topk if side == "topk" else self.target_bottomk
 
 
 class RankedQuestion(RankedLatents):
