@@ -21,6 +21,7 @@ def find_commands():
     """(script, arguments) of every line that runs one of the scripts, loops written out."""
     texts = [README, *((ROOT / f"{script}.py").read_text(encoding="utf-8") for script in SCRIPTS)]
     for text in texts:
+        text = text.replace("\\\n", " ")  # a command over several lines
         names = re.search(r'names="(.*)"', text)
         some = re.search(r'some="(.*)"', text)
         for line in re.findall(r"^ {4,}(.*python .*)$", text, re.MULTILINE):
@@ -88,6 +89,11 @@ def test_the_table_in_readme_has_the_columns_that_are_printed(tmp_path, monkeypa
     finding, _, _ = " ".join(out[out.index("Masking") :].split()).partition("alone costs.")
     told = re.sub(r"-?[\d.]+\d", "0", " ".join(README.split()))
     assert len(finding) > 150 and re.sub(r"-?[\d.]+\d", "0", finding) in told
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_lines_fit_a_screen(text):
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
 
 
 def test_readme_names_every_ranking():
