@@ -114,7 +114,7 @@ def test_zero_and_mean_ablation_in_one_folder(run, run_report, tmp_path):
     assert (out / "results.json").read_bytes() == before
     found = folders.read_folder(out)
     assert [tables.name_mask(entry) for entry, _ in found.masked] == ["TopK", "TopK mean"]
-    for name, (_, records) in zip(("predictions_false", "predictions_false_mean"), found.masked):
+    for name, (_, [records]) in zip(("predictions_false", "predictions_false_mean"), found.masked):
         assert {i: record.fields() for i, record in records.items()} == read_journal(out / f"{name}.jsonl")[1]
     assert len(page_data.collect(found)["masks"]) == 2
 
