@@ -26,8 +26,8 @@ def test_as_it_reads():
     bottom = masked("baseline", "bottomk", "50%", 99.5, mean_k=6.2, removed=0.5)
     assert to_text([unmasked(run=run), nothing, half, one, matched, bottom]) == (
         "Masking the 6.2 latents that fire most (on average per question) costs 25.7 points of EM [21.9,\n"
-        "29.7]. No control was run: with --control direction the same command says how much of that the size\n"
-        "of the hole alone costs.\n"
+        "29.7]. No control was run: with --control direction the same command says what any change of this\n"
+        "size costs.\n"
         "error term dropped, masked latents set to zero; 595 questions kept of 651 asked.\n"
         "Unmasked EM / F1 / named, %: 99.5/99.5/99.5 (all asked 91.2/91.2/91.2). K = 0: EM drop 0.0.\n"
         "\n"

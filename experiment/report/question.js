@@ -188,28 +188,28 @@ function latentTable(question, number) {
   const rows = listLatents(question, number);
   const columns = detailColumns(question, number, rows);
   const heads = columns.map((column) => latentHead(column, question));
-  const made = rows.map((latent) => {
+  const taken = rows.filter(({ isMasked }) => isMasked).slice(0, FIRST_LATENTS);
+  const made = rows.map((latent, row) => {
+    const isRest = row >= FIRST_LATENTS && !taken.includes(latent);
     const [id, ...cells] = columns.map(({ show }) => show(latent));
     const others = cells.map((cell) => element("td", {}, cell));
-    return element("tr", {}, element("th", { scope: "row" }, id), ...others);
+    const properties = { className: isRest ? "rest" : "", hidden: isRest };
+    return element("tr", properties, element("th", { scope: "row" }, id), ...others);
   });
   const table = element("table", { className: "latents" }, element("thead", {}, element("tr", {}, ...heads)));
-  const taken = rows.filter(({ isMasked }) => isMasked).slice(0, FIRST_LATENTS);
-  const isFirst = rows.map((latent, row) => row < FIRST_LATENTS || taken.includes(latent));
-  const first = made.filter((_, row) => isFirst[row]);
-  const others = made.filter((_, row) => !isFirst[row]);
-  const rest = element("tbody", { hidden: true, className: "rest" }, ...others);
-  table.append(element("tbody", {}, ...first), rest);
+  table.append(element("tbody", {}, ...made));
   const label = "The question's latents";
   const wide = element("div", { className: "wide", tabIndex: 0, role: "group", "aria-label": label }, table);
   const box = element("details", { open: true }, element("summary", {}, tellMasked(question, number)), wide);
-  if (rest.rows.length) box.append(moreButton(rest, made.length));
+  const rest = made.filter((row) => row.hidden);
+  if (rest.length) box.append(moreButton(rest, made.length));
   return box;
 }
 
+// rest: rows that are hidden until all are asked for.
 function moreButton(rest, count) {
   const showAll = () => {
-    rest.hidden = false;
+    for (const row of rest) row.hidden = false;
     button.hidden = true;
   };
   const button = buttonTo(showAll, { className: "more", textContent: `All ${count} latents` });
