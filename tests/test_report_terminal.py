@@ -34,6 +34,7 @@ def test_as_it_reads():
         "TopK: EM drop  K = 1           K = 50% (6.2)\n"
         "baseline       2.5 [1.2, 3.8]  25.7 [21.9, 29.7]\n"
         "matched                         8.1 [6.8, 9.3]*\n"
+        "\n"
         "TopK: answer  K = 1                 K = 50% (6.2)\n"
         "baseline      0.123 [0.103, 0.143]  0.354 [0.300, 0.400]\n"
         "matched                             0.123 [0.103, 0.143]\n"
@@ -60,6 +61,8 @@ def test_the_whole_comparison_is_at_most_40_lines_of_100_columns():
         for ranking in ("gradsae-answer", "attribution", "effect", "matched", "random"):
             assert len(re.findall(rf"^{ranking} ", text, re.MULTILINE)) >= 3
         assert text.count("[") > 2 * 7 * 4
+        blocks_apart = re.search(r"\n\nTopK: answer", text) is not None
+        assert blocks_apart == (shown is entries)  # where there is room for empty lines
     # The control of each is beside it.
     assert "TopK: EM drop" in text and "EM beyond direction" in text and "BottomK: EM" in text
     (row,) = re.findall(r"EM beyond direction.*\nbaseline +(.*)", text)
