@@ -770,7 +770,10 @@ def test_which_latents_matter_in_a_question(browser, measured):
             assert float(effect) == pytest.approx(of_question[latent], rel=0.01)
     assert texts(browser, ".cell summary") == ["The question's latents: 3 masked"]
     wide = "[...document.querySelectorAll('.detail .wide')]"
-    assert browser.run(f"{wide}.map((box) => box.scrollWidth > box.clientWidth)") == [False, False]  # nothing cut off
+    for width in range(700, 1650, 50):  # nothing cut off, below each other or beside
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.send("Emulation.setDeviceMetricsOverride", **size)
+        assert browser.run(f"{wide}.map((box) => box.scrollWidth > box.clientWidth)") == [False, False], width
     # Ten rows at first, and those that are masked; all on demand, in the same order.
     order = [int(row[0]) for row in rows]
     first = [latent for place, latent in enumerate(order) if place < 10 or latent in listed[:3]]
