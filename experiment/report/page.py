@@ -83,7 +83,7 @@ class Row:
         parts = []
         for text in self.texts:
             mean, bracket, interval = text.partition(" [")
-            is_nothing = not any(digit in text for digit in "123456789")
+            is_nothing = "0" in text and not any(digit in text for digit in "123456789")
             parts.append((mean, f"[{interval}" if bracket else "", is_nothing))
         return parts
 
