@@ -325,8 +325,8 @@ def test_sentence_of_a_difference():
     others = [entry("baseline", 50.0, 50.0, k="10", mean_k=10.0), entry("matched", 91.9, 8.1, mean_k=25.0)]
     others += [entry("baseline", 99.9, 0.1, masked="bottomk"), entry("baseline", 12.0, 88.0, keep_only=True)]
     assert tell_finding([*others, control, mask]) == (
-        "Masking the 6.2 latents that fire most (on average per question) costs 25.7 points of EM [23.7, 27.7]; the "
-        "same in a random direction 3.4; the difference is 22.3 [18.1, 26.4]."
+        "Masking the 6.2 latents that fire most (on average per question) costs 25.7 points of EM [23.7, 27.7]; "
+        "taking away as much in a random direction 3.4; the difference is 22.3 [18.1, 26.4]."
     )
     # Without one, the matched mask stands in; of more than five times as many latents that is said.
     assert tell_finding([*others, mask]) == (
@@ -337,8 +337,7 @@ def test_sentence_of_a_difference():
         [mask, entry("matched", 91.9, 8.1, mean_k=31.1)]
     )
     assert tell_finding([entry("baseline", 74.3, 25.7)]).endswith(
-        ". No control was run: with --control direction the same command says how much of that the size of the hole "
-        "alone costs."
+        ". No control was run: with --control direction the same command says what any change of this size costs."
     )
 
 
@@ -347,11 +346,12 @@ def test_sentence_where_there_is_no_difference():
     mask = entry("baseline", 74.3, 25.7, excess={"direction": (-1.0, 0.8, 2.6)})
     assert tell_finding([mask, control]) == (
         "Masking the 6.2 latents that fire most (on average per question) costs 25.7 points of EM [23.7, 27.7], no "
-        "more than the same in a random direction: 24.9, a difference of 0.8 [-1.0, 2.6]."
+        "more than taking away as much in a random direction: 24.9, a difference of 0.8 [-1.0, 2.6]."
     )
     mask = entry("baseline", 74.3, 25.7, excess={"direction": (-9.0, -4.0, -0.5)})
-    assert "], less than the same in a random direction: 24.9, a difference of -4.0 [-9.0, -0.5]." in tell_finding(
-        [mask, control]
+    assert (
+        "], less than taking away as much in a random direction: 24.9, a difference of -4.0 [-9.0, -0.5]."
+        in tell_finding([mask, control])
     )
     # On a single context there is no interval that could say so.
     alone = mask.with_fields(excess={"direction": {"n": 1, "em": 0.8, "intervals": {"em": None}}})
@@ -372,7 +372,7 @@ def test_sentence_says_whether_those_that_matter_are_among_those_that_fire():
     mask, effect = entry("baseline", 74.3, 25.7), entry("effect", 9.7, 90.3)
     entries = [ranked("gradsae", found=(0.9, 0.8, 1.0)), ranked("baseline"), mask, effect]
     told = (
-        " Of as many latents that matter most, measured one by one, 12% [10%, 15%] are among them (rank correlation "
+        " Of the 6.2 latents that matter most, measured one by one, 12% [10%, 15%] are among them (rank correlation "
         "0.12 [0.10, 0.14])"
     )
     costs = "; masking the 6.2 that matter most costs 90.3 [88.3, 92.3]."
@@ -403,7 +403,7 @@ def test_sentence_of_what_matters_stays_true():
     assert " 0% [0%, 10%] are among them (rank correlation 0.01 [-0.20, 0.20])" in found
     assert found.endswith(", on 3 of the 5 questions.")
     alone = tell_finding([ranked("baseline", spearman=(None, None, None), found=(0.5, None, None)), mask])
-    assert alone.endswith(" Of as many latents that matter most, measured one by one, 50% are among them.")
+    assert alone.endswith(" Of the 6.2 latents that matter most, measured one by one, 50% are among them.")
     # Shares are of K = 50%: at another K that is said.
     entries = [ranked("baseline"), ranked("gradsae")]
     found = tell_finding(

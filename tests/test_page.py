@@ -342,7 +342,27 @@ def test_the_words_of_its_rankings_are_explained(opened, folder):
     words = {text.split(":")[0] for text in texts(opened, "#words li")}
     rankings = {entry["run"]["ranking"] for entry in masked_entries(folder)}
     assert rankings <= words and "faithfulness" not in words
-    assert {"kept", "EM", "TopK, BottomK"} <= words
+    assert {"kept", "EM", "TopK, BottomK", "K = 0", "beyond matched"} <= words
+    # Nothing that is not there; right below what was found, before the words are used.
+    assert not words & {"in a random direction", "difference", "beyond its own latents", "effect"}
+    assert not any("hash" in text for text in texts(opened, "#words li"))
+    assert opened.run("document.querySelector('.finding').nextElementSibling.id") == "words"
+
+
+def test_the_words_of_its_tables_are_explained(browser, folder, controlled, tmp_path):
+    """All that stands below a ranking, and sets of questions that only a hash tells apart."""
+    own = masked("other-context", "topk", "50%", 70.0) | {
+        "excess": {"own": {"n": 595, "em": 2.0, "intervals": {"em": [1.0, 3.0]}}}
+    }
+    browser.open(write_controlled(folder, tmp_path, [*controlled, *parse([own])]), READY)
+    below = set(texts(browser, ".block .below th"))
+    assert below == {"in a random direction", "difference", "beyond its own latents"}
+    words = {text.split(":")[0] for text in texts(browser, "#words li")}
+    assert below <= words and not any("hash" in text for text in texts(browser, "#words li"))
+    another = parse([masked("baseline", "topk", "50%", 71.0, n=121, population="feed" * 16)])
+    browser.open(write_controlled(folder, tmp_path, [*controlled, *another]), READY)
+    assert any(head.startswith("questions feedfe,") for head in texts(browser, "h3.setting"))
+    assert any("hash" in text for text in texts(browser, "#words li"))
 
 
 def test_a_mark_of_the_figure_says_what_it_is_and_shows_its_questions(opened, folder):
@@ -373,6 +393,38 @@ def test_a_mark_of_the_figure_says_what_it_is_and_shows_its_questions(opened, fo
     assert problems(opened)[0] == []
 
 
+def test_every_mark_can_be_pointed_at(opened):
+    """Whatever lines pass through it."""
+    covered = opened.run("""[...document.querySelectorAll(".point .target")].filter((target) => {
+        target.scrollIntoView({ block: "center" });
+        const { x, y, width, height } = target.getBoundingClientRect();
+        return !document.elementFromPoint(x + width / 2, y + height / 2).closest(".point");
+    }).map((target) => target.closest(".point").ariaLabel)""")
+    assert covered == []
+
+
+def test_the_figure_says_what_is_fair_to_compare(browser, opened, folder, tmp_path):
+    """Of several rankings; one alone is named, and needs no legend."""
+    (fair,) = texts(opened, "#fair")
+    assert "fair to compare are marks above one another" in " ".join(fair.split())
+    entries = [entry for entry in folders.read_folder(folder).entries if entry.provenance.ranking == "baseline"]
+    browser.open(write_controlled(folder, tmp_path, entries), READY)
+    assert texts(browser, ".legend, #fair") == [] and browser.run("document.querySelectorAll('.point').length") > 0
+    assert texts(browser, ".drawing .notes")[0].startswith("Ranking: baseline. Filled: TopK masked;")
+    assert problems(browser)[0] == []
+
+
+def test_zeros_recede(opened):
+    """Where neither a mean nor its interval is anything but zero."""
+    read_cells = "[...document.querySelectorAll('.block:not(#rankings) td')]"
+    cells = opened.run(f"{read_cells}.map((cell) => [cell.className, cell.textContent])")
+    for name, text in cells:
+        is_figure = bool(re.match(r"-?[0-9]", text))
+        if is_figure:
+            assert (name == "nothing") == (set(re.findall(r"[1-9]", text)) == set()), text
+    assert {name for name, text in cells if text == "0.0 [0.0, 0.0]"} == {"nothing"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The list of questions
 
@@ -395,7 +447,7 @@ def test_the_list_is_sorted_by_the_drop_that_the_reader_chose(opened, folder):
     shown = [records for key, records in masked.items() if key[2] != "0"]
     most = max(sum(records[n]["answer"] != kept[n]["answer"] for records in shown) for n in kept)
     assert column(opened, 6)[0] == f"{most} of {len(shown)}"
-    assert texts(opened, "#questions th[aria-sort=descending]") == ["Changed"]
+    assert texts(opened, "#questions th[aria-sort=descending]") == ["Changed by masks"]
     assert problems(opened)[0] == []
 
 
@@ -425,6 +477,10 @@ def test_search_and_filters_count_as_the_journals_do(opened, folder, demo_questi
     assert sorted(column(opened, 3)) == sorted(f"{judge(record)} {record['answer'] or '(empty)'}" for record in wrong)
     opened.run(f"{READY}.click()")
     assert len(texts(opened, ".detail .context")) == 1 and texts(opened, ".matrix") == []
+    first = unmasked[opened.run("document.querySelector('.detail .link').textContent")]
+    assert texts(opened, ".unkept") == [
+        f"Not kept, so no mask was tried: its unmasked answer has an F1 of {100 * first['f1']:.0f}, below 90."
+    ]
     choose(opened, show="all")
     whole = {}  # all texts of a question
     for question in demo_questions:
@@ -437,6 +493,19 @@ def test_search_and_filters_count_as_the_journals_do(opened, folder, demo_questi
         search(opened, word)
         assert count(opened) == sum(word.lower() in text for text in whole.values())
     assert problems(opened)[0] == []
+
+
+def test_few_rows_leave_the_controls_where_they_are(opened):
+    """And above the rows it stands how a view is shared."""
+    opened.run("document.getElementById('questions-head').scrollIntoView()")
+    top = "document.getElementById('controls').getBoundingClientRect().top"
+    before = opened.run(top)
+    search(opened, "no such word")
+    assert count(opened) == 0 and opened.run(top) == before < 200
+    for tab in ("latents", "questions"):
+        opened.run(f"document.getElementById('tab-{tab}').click()")
+        assert opened.run(top) == before
+        assert opened.run("document.getElementById('share').getBoundingClientRect().bottom") < 300
 
 
 def test_the_histogram_filters(opened, folder):
@@ -604,8 +673,8 @@ def check_latents(browser, folder, ranking, name):
         expected.append([str(latent), str(place + 1), "masked", str(often)])
     assert rows == expected
     number = len(lists[name])
-    known = "" if len(rows) == number else f"{len(rows)} of "
-    assert texts(browser, ".cell summary") == [f"{known}{number} latents masked"]
+    known = "" if len(rows) == number else f", the first {len(rows)} of them here"
+    assert texts(browser, ".cell summary") == [f"The question's latents: {number} masked{known}"]
     assert browser.run("document.querySelectorAll('.latents a').length") == 0  # the demo's have no page
 
 
@@ -644,7 +713,8 @@ def test_every_draw_is_shown(browser, measured):
         assert texts(browser, ".matrix [aria-pressed=true][data-mask]") == [cells[name]]
         (facts,) = texts(browser, ".cell h3")
         em = sum(record["em"] for record in answers) / 3
-        assert facts.startswith(f"{ranking}, TopK, K = 10; 3 draws, means: EM {100 * em:.0f}, F1 ")
+        name_told = ranking.replace(", direction", " in a random direction")
+        assert facts.startswith(f"{name_told}, TopK, K = 10; 3 draws, means: EM {100 * em:.0f}, F1 ")
         shown = []
         for record in answers:
             lost = drop_of(kept[name], record)
@@ -698,23 +768,28 @@ def test_which_latents_matter_in_a_question(browser, measured):
             assert float(score) == pytest.approx(scores[ranked.id][latent], rel=0.01)
         if effect:
             assert float(effect) == pytest.approx(of_question[latent], rel=0.01)
-    assert texts(browser, ".cell summary") == ["3 latents masked"]
+    assert texts(browser, ".cell summary") == ["The question's latents: 3 masked"]
     wide = "[...document.querySelectorAll('.detail .wide')]"
-    assert browser.run(f"{wide}.map((box) => box.scrollWidth > box.clientWidth)") == [False, False]  # nothing cut off
-    # Ten rows at first, all on demand.
-    assert browser.run("[...document.querySelectorAll('.latents tbody tr')].filter((r) => r.offsetParent).length") == 10
+    for width in range(700, 1650, 50):  # nothing cut off, below each other or beside
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.send("Emulation.setDeviceMetricsOverride", **size)
+        assert browser.run(f"{wide}.map((box) => box.scrollWidth > box.clientWidth)") == [False, False], width
+    # Ten rows at first, and those that are masked; all on demand, in the same order.
+    order = [int(row[0]) for row in rows]
+    first = [latent for place, latent in enumerate(order) if place < 10 or latent in listed[:3]]
+    read_shown = """[...document.querySelectorAll('.latents tbody tr')].filter((row) => row.offsetParent).map(
+        (row) => Number(row.cells[0].textContent))"""
+    assert browser.run(read_shown) == first and 10 < len(first) < len(order)
     browser.run("document.querySelector('.more').click()")
-    assert browser.run(
-        "[...document.querySelectorAll('.latents tbody tr')].filter((r) => r.offsetParent).length"
-    ) == len(rows)
+    assert browser.run(read_shown) == order
     browser.run("document.getElementById('by-ranking').click()")
     assert [int(row[0]) for row in read_table(browser, ".latents")[1:]][:10] == listed
     assert texts(browser, ".latents [aria-sort=ascending]") == ["Place in baseline TopK"]
     assert "by=ranking" in address(browser)
     # A control stands for latents of the ranking; its list is that of its ranking.
     choose(browser, ranking="baseline, direction")
-    assert texts(browser, ".cell summary") == ["stands for 3 latents"]
-    assert [row[3] for row in read_table(browser, ".latents")[1:]].count("stood for") == 3
+    assert texts(browser, ".cell summary") == ["The question's latents: 3 imitated"]
+    assert [row[3] for row in read_table(browser, ".latents")[1:]].count("imitated") == 3
     choose(browser, ranking="matched")
     assert texts(browser, ".latents th")[1] == "Place in matched TopK, first draw"
     assert [told] == texts(browser, ".foremost")
@@ -725,6 +800,10 @@ def test_nothing_kept_stands_once(browser, measured):
     """What keeps no latent is the same of all rankings."""
     name = next(iter(kept_of(rounds_of(measured)[0])))
     browser.open(measured / "results.html", READY, fragment=name)
+    control = "in a random direction"  # has no name of its own but in the list of all
+    assert texts(browser, ".matrix tbody th") == ["baseline", control, "effect", control, "matched", control]
+    assert texts(browser, ".matrix .below") == [control] * 3
+    assert texts(browser, "#ranking option")[:4] == ["baseline", f"baseline {control}", "effect", f"effect {control}"]
     buttons = "[...document.querySelectorAll('.matrix caption button')]"
     browser.run(f"{buttons}.find((button) => button.textContent === 'all but TopK').click()")
     assert texts(browser, ".matrix thead th") == ["", "K = 0: none kept", "K = 3"]
@@ -739,9 +818,8 @@ def test_nothing_kept_stands_once(browser, measured):
     where = address(browser)
     assert browser.run("document.getElementById('mask').value") == "TopK"
     facts = texts(browser, ".cell h3")
-    assert facts[0].startswith("effect, all but TopK, K = 3; ") and texts(browser, ".cell summary") == [
-        "3 latents kept"
-    ]
+    assert facts[0].startswith("effect, all but TopK, K = 3; ")
+    assert texts(browser, ".cell summary") == ["The question's latents: 3 kept"]
     browser.open(measured / "results.html", READY, fragment=where)
     assert texts(browser, ".cell h3") == facts
     masks = json.loads(browser.run("document.getElementById('data').textContent"))["masks"]
@@ -843,7 +921,7 @@ def test_a_row_a_latent(browser, measured, demo_questions):
         rows = read_all_latents(browser)
         assert {latent: int(row[0]) for latent, row in rows.items()} == often
         assert [int(row[0]) for row in shown.values()] == sorted(often.values(), reverse=True)[:25]
-        assert texts(browser, "#count") == [f"{len(often)} of {len(often)} latents in {ranking} TopK, K = {k}"]
+        assert texts(browser, "#count") == [f"{len(often)} latents in {ranking} TopK, K = {k}"]
         for latent, (_, activation, effect, *_) in rows.items():
             for text, of_latent in ((activation, activations.get(latent)), (effect, effects.get(latent))):
                 mean = sum(of_latent.values()) / len(of_latent)
@@ -869,9 +947,16 @@ def test_a_row_a_latent(browser, measured, demo_questions):
         "Mean eff"
     )
     costly = sorted(effects[highest], key=effects[highest].get, reverse=True)[:3]
-    assert shown[highest][3] == "".join(words[name] for name in costly)
+    assert shown[highest][3] == "".join(f"{words[name]} {effects[highest][name]:.3g}" for name in costly)
     search(browser, str(highest))
-    assert set(read_all_latents(browser)) == {latent for latent in often if str(highest) in str(latent)}
+    # A search finds those that the mask takes nowhere, too.
+    all_latents = {row[0] for row in json.loads(browser.run("document.getElementById('data').textContent"))["latents"]}
+    found = {latent for latent in all_latents if str(highest)[:1] in str(latent)}
+    search(browser, str(highest)[:1])
+    assert set(read_all_latents(browser)) == found > {latent for latent in often if latent in found}
+    assert texts(browser, "#count") == [f"{len(found)} of {len(all_latents)} latents in any list"]
+    search(browser, str(highest))
+    assert set(read_all_latents(browser)) == {latent for latent in all_latents if str(highest) in str(latent)}
     # A link opens its question, and Back shows the latents again.
     browser.run("document.querySelector('#latents td a').click()")
     wait(browser, "document.querySelector('.detail')")
@@ -880,6 +965,7 @@ def test_a_row_a_latent(browser, measured, demo_questions):
     browser.run("history.back()")
     wait(browser, "document.querySelector('#latents').offsetParent")
     assert next(iter(read_latents(browser)[1])) == highest
+    search(browser, "")
     choose(browser, ranking="effect, direction")  # a control has no latents of its own
     assert texts(browser, "#count")[0].endswith("latents in effect TopK, K = 10")
     assert problems(browser)[0] == []
@@ -986,6 +1072,8 @@ def test_light_and_dark_narrow_and_wide(browser, folder, dark, width):
     browser.open(folder / "results.html", READY, dark, width)
     browser.run(f"{READY}.click()")
     assert browser.run("document.documentElement.scrollWidth") <= width  # nothing beside the screen
+    clear = "rgba(0, 0, 0, 0)"  # else a group's head hides the shadow that says that there is more to scroll to
+    assert browser.run("getComputedStyle(document.querySelector('.block .group')).backgroundColor") == clear
     if width > 400:  # where there is room, no table is cut off
         wide = "[...document.querySelectorAll('.detail .wide')]"
         assert browser.run(f"{wide}.map((box) => box.scrollWidth > box.clientWidth)") == [False, False]

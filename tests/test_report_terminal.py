@@ -26,14 +26,15 @@ def test_as_it_reads():
     bottom = masked("baseline", "bottomk", "50%", 99.5, mean_k=6.2, removed=0.5)
     assert to_text([unmasked(run=run), nothing, half, one, matched, bottom]) == (
         "Masking the 6.2 latents that fire most (on average per question) costs 25.7 points of EM [21.9,\n"
-        "29.7]. No control was run: with --control direction the same command says how much of that the size\n"
-        "of the hole alone costs.\n"
+        "29.7]. No control was run: with --control direction the same command says what any change of this\n"
+        "size costs.\n"
         "error term dropped, masked latents set to zero; 595 questions kept of 651 asked.\n"
         "Unmasked EM / F1 / named, %: 99.5/99.5/99.5 (all asked 91.2/91.2/91.2). K = 0: EM drop 0.0.\n"
         "\n"
         "TopK: EM drop  K = 1           K = 50% (6.2)\n"
         "baseline       2.5 [1.2, 3.8]  25.7 [21.9, 29.7]\n"
         "matched                         8.1 [6.8, 9.3]*\n"
+        "\n"
         "TopK: answer  K = 1                 K = 50% (6.2)\n"
         "baseline      0.123 [0.103, 0.143]  0.354 [0.300, 0.400]\n"
         "matched                             0.123 [0.103, 0.143]\n"
@@ -60,6 +61,8 @@ def test_the_whole_comparison_is_at_most_40_lines_of_100_columns():
         for ranking in ("gradsae-answer", "attribution", "effect", "matched", "random"):
             assert len(re.findall(rf"^{ranking} ", text, re.MULTILINE)) >= 3
         assert text.count("[") > 2 * 7 * 4
+        blocks_apart = re.search(r"\n\nTopK: answer", text) is not None
+        assert blocks_apart == (shown is entries)  # where there is room for empty lines
     # The control of each is beside it.
     assert "TopK: EM drop" in text and "EM beyond direction" in text and "BottomK: EM" in text
     (row,) = re.findall(r"EM beyond direction.*\nbaseline +(.*)", text)

@@ -43,6 +43,11 @@ class Line:
         return f"{self.ranking}, {self.control}" if self.control else self.ranking
 
     @property
+    def words(self) -> str:
+        """Its name as the page tells it."""
+        return f"{self.ranking} in a random {self.control}" if self.control else self.ranking
+
+    @property
     def mask(self) -> str:
         return ALL_BUT if self.keep_only else MASKS[self.side]
 
@@ -121,6 +126,11 @@ class Setting:
         """Whether all that was masked are latents of another question on the same context."""
         rankings = {line.ranking for line in self.lines}
         return rankings == {"other"}
+
+    @property
+    def has_nameless_questions(self) -> bool:
+        """Whether nothing but a hash tells its set of questions from another."""
+        return self.names.get(QUESTIONS, WITH_NEIGHBOURS) != WITH_NEIGHBOURS
 
     @property
     def controls(self) -> list[str]:

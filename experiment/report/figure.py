@@ -32,7 +32,6 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#000000", "#CC79A7", "#56
 GREYS = ("#777777", "#999999", "#5F5F5F", "#AAAAAA")
 MARKERS = "osD^vPX"
 CHANCE_MARKERS = "<>ph"
-Y_LABELS = {"em": "points of EM lost", "answer_log_prob": "answer's log probability:\nnats per token lost"}
 X_LABELS = {"removed": "removed, % of the norm", "mean_k": "latents masked per question"}
 # Keys are Any: Matplotlib's own type spells out all its settings.
 STYLE: dict[Any, Any] = {
@@ -53,6 +52,7 @@ MARGIN = 0.4
 THIN = 0.6  # of a line's width and of a marker's size: a control's
 SMALL = 0.8  # of a marker's size: BottomK's
 FAINT = 0.6  # a control's opacity
+ABOVE_LINES = 3  # where marks are drawn: a bar's line is at 2.1
 TITLE_WIDTH = 62  # characters of the legend's title
 WIDTH = 3.3  # inches: a paper's column
 WIDE = 6.9  # its text's width, for more than two settings beside each other
@@ -234,7 +234,7 @@ def make_figure(settings: Sequence[Setting], left_out: str = "") -> Figure:
             draw_panel(panel, setting, metric, looks)
             if metric is not shown[-1]:
                 panel.set_xlabel("")
-        row[0].set_ylabel(Y_LABELS[metric.name])
+        row[0].set_ylabel(metric.label)
     if len(settings) > 1:
         for panel, setting in zip(panels[0], settings):
             of_column = setting.title.replace(", ", "\n")
@@ -291,7 +291,8 @@ def draw_line(panel: Axes, line: Line, metric: Metric, x: Metric, look: Look) ->
         artist.set_gid(of_line)
     marked = look.marked(line.mask, rcParams["lines.markersize"])
     for point in points:
-        panel.plot([point.place], [point.mean], linestyle="", gid=f"{of_line}{point.name}", **marked)
+        name = f"{of_line}{point.name}"
+        panel.plot([point.place], [point.mean], linestyle="", gid=name, zorder=ABOVE_LINES, **marked)
 
 
 def find_points(line: Line, metric: Metric, x: Metric) -> list[Point]:

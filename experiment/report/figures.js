@@ -2,7 +2,7 @@
 
 function describePoint(mask, metric) {
   const removed = mask.removed === null ? "" : `, ${mask.removed.toFixed(1)}% of the norm removed`;
-  return `${mask.ranking} ${mask.mask}, K = ${mask.k} (${mask.latents.toFixed(1)} latents per question${removed}): ${mask.drop[metric]}`;
+  return `${mask.name} ${mask.mask}, K = ${mask.k} (${mask.latents.toFixed(1)} latents per question${removed}): ${mask.drop[metric]}`;
 }
 
 function bindPoint(point, mask, metric) {

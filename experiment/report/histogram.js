@@ -1,5 +1,7 @@
 // The histogram of drops above the questions, whose bars filter them.
 const BARS = 40; // about
+const AXIS =
+  "drop of the answer's log probability, nats per token. Heights: root of the number of questions; click a bar for these";
 
 function niceStep(range) {
   const rough = range / BARS;
@@ -28,7 +30,7 @@ function renderHistogram(questions, number) {
   if (distinct(drops).length === 1) return box.replaceChildren(tellDrop(drops));
   const bars = countBars(drops);
   const most = Math.max(...bars.map((bar) => bar.count));
-  const scale = [bars[0].low, "drop of the answer's log probability, nats per token", bars[bars.length - 1].high];
+  const scale = [bars[0].low, AXIS, bars[bars.length - 1].high];
   const axis = element("p", { className: "axis" }, ...scale.map((text) => element("span", { textContent: text })));
   box.replaceChildren(element("div", { className: "bars" }, ...bars.map((bar) => barButton(bar, most))), axis);
 }

@@ -1,5 +1,5 @@
 // The latents of the chosen ranking's lists, a row each.
-const [LATENT, ACTIVATION, ALONE, QUESTIONS] = [0, 1, 2, 3]; // places in a row of data.latents
+const [LATENT, ACTIVATION, ALONE, QUESTIONS, COSTS] = [0, 1, 2, 3, 4]; // places in a row of data.latents
 const latentPlaces = new Map(data.latents.map((row, place) => [row[LATENT], place]));
 
 const isOfLatents = () => state.tab === "latents" && data.latents.length > 0;
@@ -29,9 +29,11 @@ function questionsButton(id, number) {
   return buttonTo(show, { className: "count", textContent: count, "aria-label": label, title: label });
 }
 
-function questionLink(number) {
+// A question, and what masking the latent alone costs it, where that was measured.
+function questionLink(number, cost) {
   const { id, question } = data.questions[number];
-  return element("a", { href: `#${encodeURIComponent(id)}`, textContent: question, title: question });
+  const link = element("a", { href: `#${encodeURIComponent(id)}`, textContent: question, title: question });
+  return element("p", {}, link, cost === undefined ? null : element("small", {}, ` ${cost}`));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -42,7 +44,7 @@ function latentColumns(number) {
   const { list, k } = data.masks[number];
   const often = (row) => countQuestions(row[LATENT], number);
   const title = `Questions with it in ${data.lists[list].name}, K = ${k}`;
-  const idsOf = (row) => row[QUESTIONS].map((place) => data.questions[place].id).join(" / ");
+  const idsOf = (row) => row[QUESTIONS].map((number) => data.questions[number].id).join(" / ");
   const all = [
     { name: "latent", title: "Latent", order: (row) => row[LATENT], show: (row) => [latentLink(row[LATENT])] },
     { name: "often", title, order: often, show: (row) => [questionsButton(row[LATENT], number)] },
@@ -51,7 +53,7 @@ function latentColumns(number) {
     {
       title: `Questions in which it matters most, by ${data.matters}`,
       order: idsOf,
-      show: (row) => row[QUESTIONS].map(questionLink),
+      show: (row) => row[QUESTIONS].map((number, place) => questionLink(number, row[COSTS][place])),
     },
   ];
   return all.filter(({ place }) => place === undefined || data.latents.some((row) => row[place] !== null));
@@ -61,14 +63,17 @@ function figureColumn(name, title, place) {
   return { name, title, place, order: (row) => row[place] ?? -Infinity, show: (row) => [row[place] ?? ""] };
 }
 
-// Those that the mask takes in any question and the reader looks for, in order.
+// Those that the mask takes in any question, in order; of a search, all that are in any list.
 function listedLatents(number) {
   const columns = latentColumns(number);
   const chosen = sortOfLatents(columns);
   const wanted = state.search.trim();
   const taken = data.latents.filter((row) => countQuestions(row[LATENT], number));
-  const found = taken.filter((row) => String(row[LATENT]).includes(wanted));
-  return { columns, chosen, count: taken.length, rows: inOrder(found, chosen.order) };
+  const found = wanted ? data.latents.filter((row) => String(row[LATENT]).includes(wanted)) : taken;
+  const { list, k } = data.masks[number];
+  const all = `${taken.length} latents in ${data.lists[list].name}, K = ${k}`;
+  const count = wanted ? `${found.length} of ${data.latents.length} latents in any list` : all;
+  return { columns, chosen, count, rows: inOrder(found, chosen.order) };
 }
 
 function sortOfLatents(columns) {
@@ -78,10 +83,9 @@ function sortOfLatents(columns) {
 
 function renderLatents(number) {
   const { columns, chosen, count, rows } = listedLatents(number);
-  const { list, k } = data.masks[number];
   renderHead(find("latents"), [...columns, { title: "Row" }], chosen.name);
   find("latents").tBodies[0].replaceChildren(...onPage(rows).map((row) => latentRow(row, columns)));
-  find("count").textContent = `${rows.length} of ${count} latents in ${data.lists[list].name}, K = ${k}`;
+  find("count").textContent = count;
   find("filters").replaceChildren();
   renderPager(rows.length);
 }

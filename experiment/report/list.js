@@ -66,8 +66,8 @@ const COLUMNS = [
   { title: "Ground truth", optional: true },
   { title: "Unmasked", optional: true },
   { title: "Masked", hint: "the answer under the chosen mask; of several draws, how many are right" },
-  { name: "drop", title: "Drop", hint: "what the answer lost in log probability, nats per token" },
-  { name: "changed", title: "Changed", hint: "masks that change the answer, of all", optional: true },
+  { name: "drop", title: "Drop, nats per token", hint: "what the answer lost in log probability" },
+  { name: "changed", title: "Changed by masks", hint: "how many masks change the answer, of all", optional: true },
 ];
 
 const narrow = matchMedia("(max-width: 640px)"); // page.css leaves out the optional columns there

@@ -18,9 +18,9 @@ function fillSelect(id, values, names = values) {
 }
 
 function renderControls(number) {
-  const { ranking, mask, k } = data.masks[number] ?? {};
+  const { ranking, name, mask, k } = data.masks[number] ?? {};
   Object.entries({ ranking, mask, k, show: state.show }).forEach(([id, value]) => (find(id).value = value));
-  find("view").textContent = ranking === undefined ? "" : `; masked: ${ranking} ${mask}, K = ${k}`;
+  find("view").textContent = ranking === undefined ? "" : `; masked: ${name} ${mask}, K = ${k}`;
   if (document.activeElement !== find("search")) find("search").value = state.search;
 }
 
@@ -77,7 +77,11 @@ function openLinked() {
   document.querySelector(".detail").scrollIntoView({ block: "nearest" });
 }
 
-fillSelect("ranking", distinct(data.masks.map((mask) => mask.ranking)));
+fillSelect(
+  "ranking",
+  distinct(data.masks.map((mask) => mask.ranking)),
+  distinct(data.masks.map((mask) => mask.name)),
+);
 fillSelect("mask", distinct(data.masks.map((mask) => mask.mask)));
 fillSelect("k", distinct(data.masks.map((mask) => mask.k)));
 fillSelect(

@@ -1,6 +1,10 @@
-"""The page: results.html, one file without network: what was found, its figure, its table, and every question.
+"""The page: results.html, one file without network. Knows nothing of models.
 
-page.html, page.css and page.js are its parts; `page_data` is what page.js shows. Knows nothing of models.
+From its top: what was found, what the words mean (`page_words`), the figure (`panels`), the tables, every question and
+latent, the prompt and what was run. page.html is its text, page.css its looks. All but questions and latents stands in
+it as it is. These are `page_data`, in JSON, which the scripts show: state.js (data and address), answers.js (verdicts),
+tables.js (heads, pages, CSV), histogram.js, list.js (the questions), question.js (an opened one), latents.js,
+figures.js (marks and legend), and page.js, which binds them.
 """
 
 from __future__ import annotations
@@ -20,11 +24,6 @@ from experiment.report.metrics import Metric
 
 FOREMOST = (metrics.EM, metrics.ANSWER)  # what the page's first tables are of; the others are one click away
 COMPARED = tuple(metric for metric in metrics.DROPS if metric.name in metrics.EXCESS)  # with controls
-DIFFERENCES = {
-    "direction": "difference",
-    "matched": "beyond matched",
-    "own": "beyond its own latents",
-}
 DROP = "Drop: unmasked minus masked, on the same questions."
 GLYPHS = {
     "": "",
@@ -79,13 +78,14 @@ class Row:
     is_below: bool = False
 
     @property
-    def cells(self) -> list[tuple[str, str]]:
-        """(mean, interval with what follows) of each text."""
-        pairs = []
+    def cells(self) -> list[tuple[str, str, bool]]:
+        """(mean, interval with what follows, whether all of it is zero) of each text."""
+        parts = []
         for text in self.texts:
             mean, bracket, interval = text.partition(" [")
-            pairs.append((mean, f"[{interval}" if bracket else ""))
-        return pairs
+            is_nothing = "0" in text and not any(digit in text for digit in "123456789")
+            parts.append((mean, f"[{interval}" if bracket else "", is_nothing))
+        return parts
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ def write_page(file: IO[str], folder: Folder, entries: Sequence[Entry]) -> None:
         parts=[make_part(setting) for setting in settings],
         notes=f"{DROP} {cells.INTERVALS}",
         words=page_words.list_words(entries),
+        shows_removed=any(setting.has(metrics.REMOVED) for setting in figure.list_settings(entries)),
         rankings=list(zip(*rankings.values())),
         ranking_notes=statistics.list_notes(rankings),
         facts=list_facts(folder),
@@ -213,7 +214,7 @@ def make_differences(setting: Setting, metric: Metric, line: Line, ks: Iterable[
         beyond = metrics.make_excess(control, metric.name)
         if line.has(beyond):
             texts = cells.write_row(beyond, line, ks, cells.find_digits(beyond))
-            rows.append(Row(DIFFERENCES[control], texts, is_below=True))
+            rows.append(Row(page_words.DIFFERENCES[control], texts, is_below=True))
     return rows
 
 

@@ -38,7 +38,8 @@ def collect(folder: Folder) -> dict[str, Any]:
     contexts: texts.  neuronpedia: the beginning of the latents' addresses, or null.
     masks: of `describe_mask`, those of the masked rounds but K = 0.  lists: of `page_latents.describe_list`.
     latents: [latent, mean activation or null, mean effect alone or null, numbers of the questions in which it matters
-    most] of each that is in a list.  matters: by what that is told, "effect alone" or "place in NAME".
+    most, its effects alone there] of each that is in a list.  matters: by what that is told, "effect alone" or
+    "place in NAME".
     questions: {id, context (number or null), question, truths, answers: the unmasked one or null, then each other one},
     and of kept ones, for each mask, masked: the number of its answer, drops: of the answer's log probability, counts:
     latents of its list; latents, and where they are known scores, for each list; effects: {latent: alone}.
@@ -93,9 +94,11 @@ def list_masks(shown: Sequence[tuple[MaskedEntry, list[Journal]]], keys: Sequenc
 
 
 def describe_mask(mask: Mask) -> dict[str, Any]:
-    """journal, ranking, mask, k, list: what it is.  draws: how many.  control, keeps, repeats: whether it is a control,
-    masks everything but its latents, or is the same as one before.  drop: {metric: text}, latents: masked per
-    question, removed: percent of the norm or null, for the figure."""
+    """journal, ranking, mask, k, list: what it is.  name: of the ranking, in words.  draws: how many.
+
+    control, keeps, repeats: whether it is a control, masks everything but its latents, or is the same as one before.
+    drop: {metric: text}, latents: masked per question, removed: percent of the norm or null, for the figure.
+    """
     entry = mask.entry
     (line,) = blocks.make_lines([entry])
     drops = {}
@@ -109,6 +112,7 @@ def describe_mask(mask: Mask) -> dict[str, Any]:
     return {
         "journal": entry.journal,
         "ranking": line.name,
+        "name": line.words,
         "mask": name,
         "k": entry.k,
         "list": mask.of_list,

@@ -99,15 +99,21 @@ def describe_list(of_list: LatentList, latents: Sequence[int]) -> dict[str, Any]
 
 
 def describe_all(
-    folder: Folder, latents: Iterable[int], effects: ByQuestion, foremost: Mapping[int, list[int]]
-) -> list[tuple[int, float | None, float | None, list[int]]]:
-    """(latent, mean activation, mean effect alone, questions in which it matters most) of each.
+    folder: Folder, latents: Iterable[int], effects: ByQuestion, foremost: Mapping[int, list[tuple[int, float]]]
+) -> list[tuple[int, float | None, float | None, list[int], list[float]]]:
+    """(latent, mean activation, mean effect alone, questions in which it matters most, effects alone there) of each.
 
-    A mean is over the questions in which the figure was measured; None where it was in none.
+    A mean is over the questions in which the figure was measured; None where it was in none. Without effects alone the
+    last list is empty.
     """
     activations = average(find_activations(folder))
     alone = average(effects)
-    return [(latent, activations.get(latent), alone.get(latent), foremost.get(latent, [])) for latent in latents]
+    rows = []
+    for latent in latents:
+        questions = [number for number, _ in foremost.get(latent, [])]
+        costs = [weight for _, weight in foremost.get(latent, [])] if effects else []
+        rows.append((latent, activations.get(latent), alone.get(latent), questions, costs))
+    return rows
 
 
 def find_activations(folder: Folder) -> ByQuestion:
@@ -144,8 +150,9 @@ def weigh(effects: ByQuestion, lists: Sequence[LatentList], ids: Iterable[str]) 
     return weights, f"place in {first.name}"
 
 
-def find_foremost(weights: ByQuestion, numbers: Mapping[str, int]) -> dict[int, list[int]]:
-    """{latent: the numbers of the questions in which it matters most, the first one most}; none where it costs nothing.
+def find_foremost(weights: ByQuestion, numbers: Mapping[str, int]) -> dict[int, list[tuple[int, float]]]:
+    """{latent: (number, weight) of the questions in which it matters most, the first one most}; none where it costs
+    nothing.
 
     numbers: of questions, by id.
     """
@@ -161,7 +168,7 @@ def find_foremost(weights: ByQuestion, numbers: Mapping[str, int]) -> dict[int, 
     foremost = {}
     for latent, of_latent in weighed.items():
         first = heapq.nsmallest(MOST_QUESTIONS, of_latent)
-        foremost[latent] = [number for _, number in first]
+        foremost[latent] = [(number, -weight) for weight, number in first]
     return foremost
 
 

@@ -42,7 +42,7 @@ def draw_svg(setting: Setting, metric: Metric, looks: dict[str, Look]) -> str:
     drawing = Figure(figsize=SIZE, layout="constrained")
     panel = drawing.subplots()
     figure.draw_panel(panel, setting, metric, looks)
-    panel.set_ylabel(figure.Y_LABELS[metric.name])
+    panel.set_ylabel(metric.label)
     file = io.StringIO()
     drawing.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
     svg = file.getvalue()

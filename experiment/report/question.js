@@ -30,9 +30,17 @@ function detail(question, number) {
   const before = unmaskedOf(question);
   const facts = [element("p", {}, "Ground truth: ", ...truths), before && answerLine("Unmasked: ", before)];
   box.append(element("div", { className: "facts" }, ...facts));
-  if (!isKept(question)) box.append(element("p", { className: "unkept" }, "Not kept: no mask was tried on it."));
+  if (!isKept(question)) box.append(element("p", { className: "unkept" }, tellUnkept(before)));
   if (isKept(question) && data.masks.length) box.append(tellForemost(question), masksBox(question, number));
   return box;
+}
+
+// Why no mask was tried on a question.
+function tellUnkept(before) {
+  if (!before) return "Not kept: its unmasked answer is not known.";
+  if (judge(before) === "right") return "Not kept: right, but without a [ up to which latents could be ranked.";
+  const [reached, wanted] = [before[F1], data.right].map((share) => (100 * share).toFixed(0));
+  return `Not kept, so no mask was tried: its unmasked answer has an F1 of ${reached}, below ${wanted}.`;
 }
 
 function answerLine(name, found) {
@@ -97,7 +105,7 @@ function matrix(question, chosen, choose) {
   const rankings = distinct(masks.map(({ ranking }) => ranking));
   const ks = distinct(masks.map(({ k }) => k));
   const heads = ["", ...ks.map((k) => titleOf(k, masks))].map((text) => element("th", { scope: "col" }, text));
-  const rows = rankings.map((ranking) => {
+  const rows = rankings.map((ranking, place) => {
     const cells = ks.map((k) => {
       const number = numbers.find((other) => data.masks[other].ranking === ranking && data.masks[other].k === k);
       if (data.masks[number]?.repeats) return null; // the cell above reaches down to here
@@ -105,12 +113,21 @@ function matrix(question, chosen, choose) {
       const isOfAll = k === "0";
       return element("td", isOfAll ? { rowspan: rankings.length, className: "of-all" } : {}, cell);
     });
-    return element("tr", {}, element("th", { scope: "row" }, ranking), ...cells);
+    return element("tr", {}, rowHead(rankings, masks, place), ...cells);
   });
   const caption = element("caption", {}, "Masked: ", ...maskButtons(chosen, choose));
   const table = element("table", { className: "matrix" }, caption, element("thead", {}, element("tr", {}, ...heads)));
   table.append(element("tbody", {}, ...rows));
   return element("div", { className: "wide", tabIndex: 0, role: "group", "aria-label": "Answers under masks" }, table);
+}
+
+// A control stands below its ranking, whose name need not be said again.
+function rowHead(rankings, masks, place) {
+  const { ranking, name } = masks.find((mask) => mask.ranking === rankings[place]);
+  const above = rankings[place - 1];
+  const isBelow = place > 0 && ranking.startsWith(`${above}, `);
+  const text = isBelow ? name.slice(above.length + 1) : name;
+  return element("th", { scope: "row", className: isBelow ? "below" : "" }, text);
 }
 
 // A percentage says how many latents it is.
@@ -139,7 +156,7 @@ function matrixCell(question, number, chosen, choose) {
 function cellParts(question, number) {
   const answers = answersOf(question, number);
   const mask = data.masks[number];
-  const facts = [`${mask.ranking}, ${mask.mask}, K = ${mask.k}`, ...tellScores(answers)];
+  const facts = [`${mask.name}, ${mask.mask}, K = ${mask.k}`, ...tellScores(answers)];
   const drop = dropOf(question, number);
   if (drop !== null) facts.push(`the unmasked answer lost ${showDrop(drop)} nats per token`);
   const texts = answers.length === 1 ? [answerLine("", answers[0])] : [drawList(question, number)];
@@ -164,30 +181,35 @@ function drawList(question, number) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The question's latents: those of the ranking's list, and those that cost most where they are masked alone
+// The question's latents: those of the ranking's list, and those that cost most where they are masked alone. At first
+// the first ones are shown, and the first ones of those that the mask takes.
 
 function latentTable(question, number) {
   const rows = listLatents(question, number);
   const columns = detailColumns(question, number, rows);
   const heads = columns.map((column) => latentHead(column, question));
-  const made = rows.map((latent) => {
+  const taken = rows.filter(({ isMasked }) => isMasked).slice(0, FIRST_LATENTS);
+  const made = rows.map((latent, row) => {
+    const isRest = row >= FIRST_LATENTS && !taken.includes(latent);
     const [id, ...cells] = columns.map(({ show }) => show(latent));
     const others = cells.map((cell) => element("td", {}, cell));
-    return element("tr", {}, element("th", { scope: "row" }, id), ...others);
+    const properties = { className: isRest ? "rest" : "", hidden: isRest };
+    return element("tr", properties, element("th", { scope: "row" }, id), ...others);
   });
   const table = element("table", { className: "latents" }, element("thead", {}, element("tr", {}, ...heads)));
-  const rest = element("tbody", { hidden: true, className: "rest" }, ...made.slice(FIRST_LATENTS));
-  table.append(element("tbody", {}, ...made.slice(0, FIRST_LATENTS)), rest);
+  table.append(element("tbody", {}, ...made));
   const label = "The question's latents";
   const wide = element("div", { className: "wide", tabIndex: 0, role: "group", "aria-label": label }, table);
   const box = element("details", { open: true }, element("summary", {}, tellMasked(question, number)), wide);
-  if (rest.rows.length) box.append(moreButton(rest, made.length));
+  const rest = made.filter((row) => row.hidden);
+  if (rest.length) box.append(moreButton(rest, made.length));
   return box;
 }
 
+// rest: rows that are hidden until all are asked for.
 function moreButton(rest, count) {
   const showAll = () => {
-    rest.hidden = false;
+    for (const row of rest) row.hidden = false;
     button.hidden = true;
   };
   const button = buttonTo(showAll, { className: "more", textContent: `All ${count} latents` });
@@ -229,7 +251,7 @@ function detailColumns(question, number, rows) {
 
 // What becomes of the latents of its list under a mask.
 function verbOf(mask) {
-  if (mask.control) return "stood for";
+  if (mask.control) return "imitated";
   return mask.keeps ? "kept" : "masked";
 }
 
@@ -249,6 +271,6 @@ function tellMasked(question, number) {
   const mask = data.masks[number];
   const count = question.counts[number];
   const known = latentsOf(question, number).length;
-  const some = `${known < count ? `${known} of ` : ""}${count} latent${count === 1 ? "" : "s"}`;
-  return mask.control ? `stands for ${some}` : `${some} ${verbOf(mask)}`;
+  const some = known < count ? `, the first ${known} of them here` : "";
+  return `The question's latents: ${count} ${verbOf(mask)}${some}`;
 }

@@ -65,7 +65,7 @@ def _tell_cost(entry: MaskedEntry, masked: Sequence[MaskedEntry]) -> str:
     own = (entry.excess or {}).get("own")
     if own is not None:
         return f"{cost}; the difference from masking a question's own is {_write_excess(own)}."
-    advice = "with --control direction the same command says how much of that the size of the hole alone costs"
+    advice = "with --control direction the same command says what any change of this size costs"
     return f"{cost}. No control was run: {advice}."
 
 
@@ -123,7 +123,7 @@ def _tell_agreement(first: MaskedEntry, agreement: Agreement, told: Iterable[Mas
     """How many of the latents that matter most are among those of `first`, and what masking these costs."""
     found = agreement.found
     these = "them"
-    text = "Of as many latents that matter most"
+    text = f"Of {_count(first)} {_name(first)} that {_agree(first, 'matter')} most"
     if first.k != agreement.k:
         these = "those that fire most" if first.provenance.ranking == "baseline" else "those that it ranks highest"
         text = f"At K = {agreement.k}, of the latents that matter most"
@@ -149,7 +149,6 @@ def _name_latents(entry: MaskedEntry) -> str:
     """ "the 6.2 latents that fire most (on average per question)" """
     ranking = entry.provenance.ranking
     is_top = entry.masked == "topk"
-    latents = "latent" if entry.mean_k == 1 else "latents"
     average = "" if _is_exact(entry) else " (on average per question)"
     if ranking == "baseline":
         what = f"{_agree(entry, 'fire')} {'most' if is_top else 'least'}"
@@ -158,7 +157,7 @@ def _name_latents(entry: MaskedEntry) -> str:
     else:
         who = OTHER_QUESTIONS.get(ranking or "", ranking)
         what = f"{who} ranks {'highest' if is_top else 'lowest'}"
-    return f"{_count(entry)} {latents} that {what}{average}"
+    return f"{_count(entry)} {_name(entry)} that {what}{average}"
 
 
 def _is_exact(entry: MaskedEntry) -> bool:
@@ -173,6 +172,11 @@ def _count(entry: MaskedEntry) -> str:
     return f"the {entry.k}" if _is_exact(entry) else f"the {entry.mean_k:.1f}"
 
 
+def _name(entry: MaskedEntry) -> str:
+    """One latent, or several."""
+    return "latent" if entry.mean_k == 1 else "latents"
+
+
 def _agree(entry: MaskedEntry, verb: str) -> str:
     """The verb for one latent, or for several."""
     return f"{verb}s" if entry.mean_k == 1 else verb
@@ -180,7 +184,7 @@ def _agree(entry: MaskedEntry, verb: str) -> str:
 
 def _name_control(name: str, entry: MaskedEntry, control: MaskedEntry) -> str:
     if name == "direction":
-        return "the same in a random direction"
+        return "taking away as much in a random direction"
     count = f"{control.mean_k:.1f} of them"
     if control.mean_k > MANY * entry.mean_k:
         count += f", more than {MANY} times as many"

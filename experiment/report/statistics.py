@@ -29,7 +29,7 @@ NOTES = {
     "union": "in any TopK: latents that are in the TopK of at least one question.",
     FIRST: "with 1: what TopK shares with that of ranking 1, in %.",
     "spearman": "rank correlation: between a ranking's scores and what masking each latent alone costs the answer.",
-    "share": "effect in TopK: of what the latents cost alone, the share of TopK; found: of those that cost most.",
+    "share": "effect in TopK: its share of what all latents cost alone; found: of the K costliest, those in it.",
 }
 
 Table = dict[str, list[str]]

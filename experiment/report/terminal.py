@@ -12,6 +12,7 @@ from experiment.report.blocks import Line, Setting
 from experiment.report.metrics import Metric
 
 WIDTH = 100
+HEIGHT = 40  # lines up to which blocks stand apart
 FEWEST_DIGITS = 2  # of nats per token, where three do not fit
 Block = list[str]
 """Lines of text."""
@@ -30,15 +31,24 @@ def to_text(entries: Sequence[Entry]) -> str:
     """For each setting what was found, the unmasked levels, and its blocks.
 
     Of the first mask EM and the answer's log probability with their intervals, and how much more EM it costs than its
-    control; without intervals what it removes, named and format, and EM under the other masks.
+    control; without intervals what it removes, named and format, and EM under the other masks. These blocks stand
+    apart where the whole stays within `HEIGHT` lines for it.
     """
+    text = write_all(entries, gap=[""])
+    if text.count("\n") < HEIGHT:
+        return text
+    return write_all(entries, gap=[])
+
+
+def write_all(entries: Sequence[Entry], gap: Block) -> str:
+    """`to_text`. gap: between the blocks of the first mask."""
     parts = []
     for setting in blocks.split_settings(entries):
         head: Block = []
         for line in [sentences.tell_finding(setting.told), *cells.write_levels(setting)]:
             head += textwrap.wrap(line, WIDTH)
         parts.append(head)
-        parts += write_blocks(setting)
+        parts += write_blocks(setting, gap)
     texts = ["\n".join(part) for part in parts]
     lines = "\n\n".join(texts).splitlines()
     notes = " ".join(list_notes(lines))
@@ -58,14 +68,14 @@ def list_notes(lines: Sequence[str]) -> list[str]:
     return notes
 
 
-def write_blocks(setting: Setting) -> list[Block]:
-    """The blocks of a setting: those with intervals, then the small ones."""
+def write_blocks(setting: Setting, gap: Block) -> list[Block]:
+    """The blocks of a setting: those with intervals, then the small ones. gap: between those of the first mask."""
     written: list[Block] = []
     small: list[SmallBlock] = []
     for number, mask in enumerate(setting.masks):
         lines = [line for line in setting.of(mask) if line.control is None]
         if number == 0 and not setting.keep_only:
-            written.append(write_main(setting, mask, lines))
+            written.append(write_main(setting, mask, lines, gap))
             small += list_small(lines)
         else:
             small.append(SmallBlock(f"{mask}: EM", metrics.EM, lines))
@@ -74,7 +84,7 @@ def write_blocks(setting: Setting) -> list[Block]:
     return written + write_side_by_side(setting, small)
 
 
-def write_main(setting: Setting, mask: str, lines: Sequence[Line]) -> Block:
+def write_main(setting: Setting, mask: str, lines: Sequence[Line], gap: Block) -> Block:
     """EM, how much more than its control a mask costs, and the answer's log probability, below each other."""
     metric = metrics.EM
     title = f"{mask}: EM drop"
@@ -92,6 +102,7 @@ def write_main(setting: Setting, mask: str, lines: Sequence[Line]) -> Block:
     parts += write_block(setting, metrics.ANSWER, lines, f"{mask}: answer")
     together: Block = []
     for part in parts:
+        together += gap if together else []
         together += part
     return together
 
