@@ -76,6 +76,7 @@ def guard(main: Callable[[], object]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
         return 0
     except UserError as error:
         script = Path(sys.argv[0])
@@ -87,3 +88,8 @@ def guard(main: Callable[[], object]) -> int:
         same = "the same command without --overwrite" if "--overwrite" in sys.argv else "the same command"
         say(f"\nInterrupted: what was finished is kept; {same} goes on from there.")
         return 130
+    except BrokenPipeError:
+        # Who reads the output has enough of it, as `head` has: what is still to come of it goes nowhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        return 1

@@ -70,9 +70,18 @@ class Browser:
         self.events.clear()
         self.send("Page.navigate", url=f"{path.resolve().as_uri()}#{fragment}")
         end = time.monotonic() + 60
-        while not self.run(f"Boolean({ready})"):
+        while not self._holds(ready):
             assert time.monotonic() < end, f"{path} did not open: {str(self.events)[-2000:]}"
             time.sleep(0.02)
+
+    def _holds(self, ready):
+        """Whether a JavaScript expression holds; not in a page that is just being left."""
+        try:
+            return self.run(f"Boolean({ready})")
+        except AssertionError as error:
+            if "navigated" not in str(error):
+                raise
+            return False
 
     def run(self, script):
         """The value of a JavaScript expression, or of a promise of one."""

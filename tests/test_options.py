@@ -181,6 +181,18 @@ print(*({"torch", "transformers", "datasets", "sae_lens", "transformer_lens", "p
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
 
 
+def test_a_reader_who_has_enough():
+    """As `python -m experiment.report ... | head`: no traceback."""
+    script = "import sys, experiment; sys.exit(experiment.guard(lambda: [print('line') for _ in range(100_000)]))"
+    done = subprocess.run(
+        ["bash", "-c", '"$@" | head -n 1', "bash", sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("line\n", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
