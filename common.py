@@ -144,7 +144,12 @@ def load_model(options: Options, tokenizer: PreTrainedTokenizerBase) -> "Transfo
     """The model: a TransformerBridge over Transformers' own weights, greedy and nothing else."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    with hub.hub_errors(options.model), patches.no_processor(), patches.weights_read_in_parts():
+    with (
+        hub.hub_errors(options.model),
+        patches.no_processor(),
+        patches.weights_read_in_parts(),
+        patches.attention_as_it_is(),
+    ):
         model = TransformerBridge.boot_transformers(
             catalogue.official_name(bundled(options.model)),
             dtype=getattr(torch, options.dtype),

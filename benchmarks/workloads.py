@@ -22,7 +22,7 @@ from torch import Tensor  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
 import common  # noqa: E402
-from experiment import masks, questions  # noqa: E402
+from experiment import masks, patches, questions  # noqa: E402
 from experiment.demo import bundled  # noqa: E402
 from experiment.intervention import forward, generate, ranked_lists  # noqa: E402
 from experiment.intervention.ablations import Ablation  # noqa: E402
@@ -178,7 +178,8 @@ def _load_random(shape: Shape, chosen: Options) -> forward.SplicedModel:
 
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers("google/gemma-2-9b-it", hf_model=lm, tokenizer=tokenizer)
+    with patches.attention_as_it_is():
+        bridge = TransformerBridge.boot_transformers("google/gemma-2-9b-it", hf_model=lm, tokenizer=tokenizer)
     sae = sae.to(dtype=getattr(torch, chosen.sae_dtype.replace("tf32", "float32")))
     common.configure_generation(cast(PreTrainedModel, bridge.original_model), tokenizer)
     return forward.SplicedModel(bridge, Splice(sae))

@@ -18,6 +18,7 @@ import torch
 import transformers
 from conftest import ROOT, load, options, run_script
 from sae_lens.saes.sae import SAEMetadata
+from transformers.models.gemma2 import modeling_gemma2
 
 import common
 from experiment import UserError, catalogue, guard, questions, saes
@@ -51,6 +52,8 @@ def test_demo_model_is_loaded_as_the_real_one_would_be(demo):
     assert model.end_ids == set(config.eos_token_id) and model.pad_id == tokenizer.pad_token_id
     assert not config.do_sample and config.repetition_penalty in (None, 1.0)
     assert tokenizer.tokenize("<start_of_turn>Result = [[")[0] == "<start_of_turn>"
+    attend = modeling_gemma2.eager_attention_forward
+    assert attend.__module__ == modeling_gemma2.__name__  # not TransformerLens' own, with its hooks around it
 
 
 def test_what_ends_an_answer():
