@@ -63,33 +63,19 @@ class Browser:
 
     def open(self, path, ready, dark=False, width=1200, height=900, fragment=""):
         """Opens a file, and waits until the JavaScript expression `ready` holds."""
-        self.run("window.isLeft = true")  # so that what still stands there is not taken for what comes
         self.send("Page.navigate", url="about:blank")
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=scheme)
         self.events.clear()
         self.send("Page.navigate", url=f"{path.resolve().as_uri()}#{fragment}")
-        self.wait(ready)
-
-    def wait(self, condition):
-        """Waits until a JavaScript expression holds; in a page that is just being left it does not."""
         end = time.monotonic() + 60
-        while not self._holds(condition):
-            assert time.monotonic() < end, f"{condition} did not come: {str(self.events)[-2000:]}"
+        while not self.run(f"Boolean({ready})"):
+            assert time.monotonic() < end, f"{path} did not open: {str(self.events)[-2000:]}"
             time.sleep(0.02)
-
-    def _holds(self, condition):
-        try:
-            return self.run(f"!window.isLeft && Boolean({condition})")
-        except AssertionError as error:
-            if "navigated" not in str(error):
-                raise
-            return False
-
-    def go_back(self):
-        """Back in the history. What runs this returns before, for the page may be left with it."""
-        self.run("void setTimeout(() => history.back())")
+        # Of the fifty entries that a history holds Chromium drops first those that a script has left behind, this
+        # page's own among them: back would lead out of the page.
+        self.send("Page.resetNavigationHistory")
 
     def run(self, script):
         """The value of a JavaScript expression, or of a promise of one."""

@@ -551,14 +551,19 @@ def test_the_view_is_in_the_address_and_back_works(browser, folder):
     browser.open(page, READY)
     choose(browser, ranking="gradsae")
     browser.run(f"{READY}.click()")
-    browser.go_back()
-    browser.wait("!document.querySelector('.detail')")
+    browser.run("history.back()")
+    wait(browser, "!document.querySelector('.detail')")
     assert browser.run("document.getElementById('ranking').value") == "gradsae"
-    browser.go_back()
-    browser.wait("document.getElementById('ranking').value === 'baseline'")
+    browser.run("history.back()")
+    wait(browser, "document.getElementById('ranking').value === 'baseline'")
     # A view that this page does not have is the nearest one.
     browser.open(page, READY, fragment="ranking=<b>&k=7&show=toString&sort=constructor&page=x&question=none")
     assert count(browser) == 40 and problems(browser)[0] == []
+
+
+def wait(browser, condition):
+    browser.run(f"""new Promise((done) => {{
+        const look = () => ({condition}) ? done() : setTimeout(look, 10); look(); }})""")
 
 
 def test_a_link_opens_its_question(browser, folder):
@@ -954,11 +959,11 @@ def test_a_row_a_latent(browser, measured, demo_questions):
     assert set(read_all_latents(browser)) == {latent for latent in all_latents if str(highest) in str(latent)}
     # A link opens its question, and Back shows the latents again.
     browser.run("document.querySelector('#latents td a').click()")
-    browser.wait("document.querySelector('.detail')")
+    wait(browser, "document.querySelector('.detail')")
     assert texts(browser, ".detail .link") == [costly[0]]
     assert browser.run("document.querySelector('#latents').offsetParent") is None
-    browser.go_back()
-    browser.wait("document.querySelector('#latents').offsetParent")
+    browser.run("history.back()")
+    wait(browser, "document.querySelector('#latents').offsetParent")
     assert next(iter(read_latents(browser)[1])) == highest
     search(browser, "")
     choose(browser, ranking="effect, direction")  # a control has no latents of its own
@@ -1113,7 +1118,7 @@ def test_by_keyboard_alone(browser, folder):
     for _ in range(2):  # the number of its questions, and a link to one
         browser.press("Tab", 9)
     browser.press("Enter", 13)
-    browser.wait("document.querySelector('.detail')")
+    wait(browser, "document.querySelector('.detail')")
     opened = browser.run("document.querySelector('.detail .link').textContent")
     assert browser.run(focused) == f"open-{opened}"
     browser.run("document.getElementById('em:predictions_gradsae_true_k1.jsonl').focus()")
