@@ -15,10 +15,11 @@ import torch
 import transformers
 from conftest import ROOT, load, options
 from test_oracle import log_probs_by_hand
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiment import UserError
 from experiment.hub import prepare_libraries
-from experiment.intervention import forward, generate, plan, pool, splice
+from experiment.intervention import forward, generate, plan, pool, splice, steps
 from experiment.intervention.ablations import Ablation
 from experiment.intervention.generate import Group, Limits
 from experiment.intervention.layout import choose_shared
@@ -148,6 +149,47 @@ def assert_same(found: list[Answer], expected: list[Answer]):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The same answers
+
+
+class Watch(TorchDispatchMode):
+    """Notes what PyTorch is asked for: names of operators, and the shapes of tensors that are indexed by others."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = set()
+        self.indexed = set()
+
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        self.operators.add(function.overloadpacket.__name__)
+        if function is torch.ops.aten.index.Tensor:
+            self.indexed.add(tuple(given[0].shape))
+        return function(*given, **(named or {}))
+
+
+@pytest.mark.parametrize("seeds", [None, ["a", "b", "c"]])
+def test_what_is_recorded_waits_for_nothing(demo, few, seeds, monkeypatch):
+    """No operator whose result's size or value the host has to know; and what the SAE reads and masks is indexed by
+    rows, but no output of the layers, for numbers of those lie on the CPU and would have to be copied."""
+    model, _ = demo
+    watch = Watch()
+
+    def record(step):
+        def watched():
+            with watch:
+                return step()
+
+        return watched
+
+    monkeypatch.setattr(steps, "record", record)
+    monkeypatch.setattr(model, "can_record", True)
+    latents = few.masks[0].latents[:3]
+    group = Group(few.prompts[:3], few.contexts[:3], [[0, 1, 2]], [[], [], []], [Ablation(latents, seeds=seeds)])
+    generate.answer_masked(model, group, Limits(6, EVERYTHING))
+    d_sae = model.splice.d_sae
+    d_in = model.splice.d_in
+    assert (3, d_sae) in watch.indexed and watch.indexed <= {(3,), (3, d_sae), (3, d_in)}
+    assert {"mm", "tanh"} <= watch.operators
+    assert not {"nonzero", "bincount", "_local_scalar_dense", "equal", "masked_select"} & watch.operators
 
 
 def test_what_waits_is_decoded_before_more_is_copied(demo, few, monkeypatch):

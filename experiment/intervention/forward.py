@@ -275,8 +275,7 @@ class SplicedModel:
         outputs: Outputs | None,
     ) -> contextlib.AbstractContextManager[None]:
         """A pass in which the last layer does what the logits at `outputs` and the cache need, and no more."""
-        _, columns = find_outputs(outputs, ids)
-        first = ids.shape[1] + int(columns.min())
+        first = find_first(outputs, ids.shape[1])
         if first == 0 or cache is None or not self.last_layer_is_free:
             return contextlib.nullcontext()
         return last_layer_from(self.lm, first)
@@ -297,11 +296,13 @@ class SplicedModel:
             counted = counted.clamp(min=0)  # -1 at padding on the left
             positions = counted[:, -width:]
 
-        rows, columns = find_outputs(outputs, ids)
-
         def pick(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            hidden = args[0]  # [row, pos, d_model]
-            return (hidden[rows, columns],)
+            hidden = args[0]  # [row, pos, d_model], of a shortened layer the last positions
+            if outputs is None:
+                return (hidden[:, -1],)  # without numbers of rows on the CPU, which could not be recorded (`steps`)
+            rows, columns = outputs
+            from_end = columns % width - width
+            return (hidden[rows, from_end],)
 
         self._replace = replace
         try:
@@ -317,14 +318,13 @@ class SplicedModel:
             self._replace = keep
 
 
-def find_outputs(outputs: Outputs | None, ids: Int[Tensor, "row pos"]) -> Outputs:
-    """`outputs` of a batch, the columns counted from the end; None: each row's last position. On the CPU."""
+def find_first(outputs: Outputs | None, width: int) -> int:
+    """The first column of a batch of this width at which logits are wanted. None: each row's last position alone."""
     if outputs is None:
-        every_row = torch.arange(len(ids))
-        return every_row, torch.full_like(every_row, -1)
-    rows, columns = outputs
-    width = ids.shape[1]
-    return rows, columns % width - width
+        return width - 1
+    _, columns = outputs
+    from_start = columns % width  # some count from the end
+    return int(from_start.min())
 
 
 def number_rows(ids: Int[Tensor, "row pos"], device: torch.device | str) -> Int[Tensor, "pos"]:
