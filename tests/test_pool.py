@@ -186,8 +186,8 @@ def test_what_is_recorded_waits_for_nothing(demo, few, seeds, monkeypatch):
     group = Group(few.prompts[:3], few.contexts[:3], [[0, 1, 2]], [[], [], []], [Ablation(latents, seeds=seeds)])
     generate.answer_masked(model, group, Limits(6, EVERYTHING))
     d_sae = model.splice.d_sae
-    d_in = model.splice.d_in
-    assert (3, d_sae) in watch.indexed and watch.indexed <= {(3,), (3, d_sae), (3, d_in)}
+    d_model = model.lm.config.hidden_size
+    assert (3, d_sae) in watch.indexed and (3, 1, d_model) not in watch.indexed
     assert {"mm", "tanh"} <= watch.operators
     assert not {"nonzero", "bincount", "_local_scalar_dense", "equal", "masked_select"} & watch.operators
 
