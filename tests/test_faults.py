@@ -632,12 +632,13 @@ class Memory:
     goes on with in halves, "gradient".
     Keeps every pass as (kind, rows), and in `work` all that was begun as [what, prompts, whether it fit, whether rows
     of other batches or masks were waiting when it began]: "answer" and "answer_masked", the wide passes of a batch,
-    "decode", the steps of rows that go on together, and "gradients".
+    "decode", the steps of rows that go on together, until none is left that others do not join, and "gradients".
+    In `ended` the prompts of the rows that have ended in steps.
     """
 
     def __init__(self, monkeypatch, kind=None, most=0, error=None):
         self.kind, self.most, self.error = kind, most, error
-        self.passed, self.work = [], []
+        self.passed, self.work, self.ended = [], [], []
         self.watch_passes(monkeypatch)
         self.watch_work(monkeypatch)
 
@@ -694,10 +695,19 @@ class Memory:
             yield from run_masked(model, group, batch, masks, means, pool)
             entry[2] = True
 
+        going_on = []  # rows that were left when half of those that were decoded together had ended
+
         def decode_together(pool, rows, *arguments):
-            entry = self.begin("decode", [row.prompt for row in rows], pool)
-            decode(pool, rows, *arguments)
-            entry[2] = True
+            entry = None
+            if not {id(row) for row in rows} <= {*going_on}:
+                entry = self.begin("decode", [row.prompt for row in rows], pool)
+            going_on.clear()
+            left = decode(pool, rows, *arguments)
+            if entry:
+                entry[2] = True
+            going_on.extend(id(row) for piece in left for row in piece.rows)
+            self.ended += [row.prompt for row in rows if id(row) not in going_on]
+            return left
 
         def find_gradients(model, sequences, *arguments):
             entry = self.begin("gradients", sequences)
@@ -718,7 +728,9 @@ class Memory:
         return [(len(prompts), fits) for name, prompts, fits, _ in self.work if name == what]
 
     def answered(self, what):
-        """All that fit, one after the other."""
+        """All that fit, one after the other; of rows that go on together those that have ended."""
+        if what == "decode":
+            return self.ended
         return [prompt for name, prompts, fits, _ in self.work if fits and name == what for prompt in prompts]
 
 

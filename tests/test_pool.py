@@ -193,30 +193,59 @@ def test_what_is_recorded_waits_for_nothing(demo, few, seeds, monkeypatch):
 
 
 def test_what_waits_is_decoded_before_more_is_copied(demo, few, monkeypatch):
-    """So that both are not in memory at once; and no more waits than may."""
+    """So that both are not in memory at once; and no more waits than may, each row as wide as the widest."""
     model, _ = demo
-    room = 1000  # the rows of some batches and masks
-    copied = []  # since the last decoding, in tokens
-    counts = []
+    room = 1000  # places: the rows of some batches and masks
+    pools = []
+    decoded = []  # how many pieces waited each time
     take_rows = pool.take_rows
-    decode = pool.Pool.decode
+    decode_half = pool.Pool._decode_half
 
     def take(*arguments):
         piece = take_rows(*arguments)
-        copied.append(piece.attention.numel())
+        for one in pools:
+            assert count_places([*one.waiting, piece]) <= room
         return piece
 
-    def decode_all(self):
-        waiting = [piece.attention.numel() for piece in self.waiting]
-        assert waiting == copied and sum(waiting) <= room
-        counts.append(len(copied))
-        copied.clear()
-        decode(self)
+    def decode(self):
+        pools[:] = [self]
+        assert count_places(self.waiting) <= room
+        decoded.append(len(self.waiting))
+        decode_half(self)
 
     monkeypatch.setattr(pool, "take_rows", take)
-    monkeypatch.setattr(pool.Pool, "decode", decode_all)
+    monkeypatch.setattr(pool.Pool, "_decode_half", decode)
     generate.answer_masked(model, few, Limits(50, room))
-    assert len(counts) > 2 and max(counts) > 1
+    assert len(decoded) > 2 and max(decoded) > 1
+
+
+def count_places(pieces):
+    rows = sum(len(piece.rows) for piece in pieces)
+    return rows * max((piece.attention.shape[1] for piece in pieces), default=0)
+
+
+def test_what_is_left_goes_on_with_what_comes(demo, few, expected, monkeypatch):
+    """Rows of which half have ended wait again: their next step is one of rows that have come since."""
+    model, _ = demo
+    together = []  # for each decoding its rows, and how many tokens each has said already
+    begin = pool.begin_steps
+
+    def watch(model, pieces, *arguments):
+        together.append([(id(row), len(row.tokens)) for piece in pieces for row in piece.rows])
+        return begin(model, pieces, *arguments)
+
+    monkeypatch.setattr(pool, "begin_steps", watch)
+    found = generate.answer_masked(model, one_by_one(few), Limits(50, 1000))
+    assert tokens_of(found) == expected
+    said = {}  # of each row, when it was last decoded
+    mixed = 0
+    for rows in together:
+        are_new = [row not in said for row, _ in rows]
+        mixed += any(are_new) and not all(are_new)
+        for row, length in rows:
+            assert length > said.get(row, 0)
+            said[row] = length
+    assert mixed >= 3
 
 
 @pytest.mark.parametrize("drafted", [True, False])

@@ -27,10 +27,8 @@ IN_POOL = "answers that go on together"
 
 @dataclass(frozen=True)
 class Limits:
-    """max_new_tokens: the longest answer.  pool_tokens: how many tokens of caches may wait to be decoded together.
-
-    A batch's rows wait as wide as the longest of them; decoded, they are as wide as the longest of all, and have room
-    for an answer besides.
+    """max_new_tokens: the longest answer.  pool_tokens: how many places the caches of rows that wait may have together,
+    each as wide as the widest; decoded, they have room for the rest of an answer besides.
     """
 
     max_new_tokens: int
@@ -54,8 +52,11 @@ class Waiting:
 class Pool:
     """Rows that go on wait here, over batches and masks, until enough of them are there to be decoded together.
 
-    on_ended: called with how many rows have ended since it was called last.  capacity: how many tokens of caches may
-    wait.  encoded: the rows of each step, and the latents at the one position that each row has in it; with
+    Where room is needed, they are decoded until half of them have ended. The others wait again, and go on with what
+    comes: few rows alone would take as many steps, and a GPU nearly as long for each.
+
+    on_ended: called with how many rows have ended since it was called last.  capacity: how many places may wait, as of
+    Limits.  encoded: the rows of each step, and the latents at the one position that each row has in it; with
     keeps_encoded alone.
     """
 
@@ -81,21 +82,27 @@ class Pool:
         attention: Int[Tensor, "row pos"],
         mask: Mask | None,
     ) -> None:
-        """Takes over those rows of a batch that have not ended, with their part of the batch's cache.
+        """Takes over those rows of a batch that have not ended, with their part of its cache, of which nothing is left.
 
         What waits already is decoded first where there would be too much of it.
         """
         going = self._find_going(rows)
         if going:
             # Before they are taken: their part of the cache is a copy, and what waits need not be there beside it.
-            tokens = count_places(attention, going)
-            for other in self.waiting:
-                tokens += other.attention.numel()
-            if tokens > self.capacity:
-                self.decode()
+            lengths = attention.sum(1)[going]
+            width = int(lengths.max())
+            while self.waiting and self._count_places(len(going), width) > self.capacity:
+                self._decode_half()
             piece = take_rows(rows, going, cache, attention, mask)
             self.waiting.append(piece)
         self.on_ended(len(rows) - len(going))
+
+    def _count_places(self, count: int, width: int) -> int:
+        """How many places what waits would have beside so many rows of this width."""
+        for piece in self.waiting:
+            count += len(piece.rows)
+            width = max(width, piece.attention.shape[1])
+        return count * width
 
     def make_room(self) -> bool:
         """Decodes what waits, so that its memory is free. Returns whether there was anything."""
@@ -105,19 +112,22 @@ class Pool:
         return True
 
     def decode(self) -> None:
-        """Decodes all that waits to its end. Where memory runs out, the pool takes half as much from then on.
+        """Decodes all that waits to its end. Errors: as of `_decode_half`."""
+        while self.waiting:
+            self._decode_half()
+
+    def _decode_half(self) -> None:
+        """Decodes what waits until half of it has ended, and the rest waits again. Where memory runs out, all of it is
+        decoded to its end, and the pool takes half as much from then on.
 
         Raises UserError where even one row does not fit into memory, or logits are not finite.
         """
         pieces = self.waiting
         self.waiting = []
-        if not pieces:
-            return
         rows = [row for piece in pieces for row in piece.rows]
         mask = join_masks([piece.mask for piece in pieces])
-        room = self.limits.max_new_tokens
         try:
-            self._decode_greedily(rows, begin_steps(self.model, pieces, mask, room))
+            self.waiting = self._decode_greedily(rows, self._begin_steps(pieces, mask))
             return
         except Exception as error:
             if not is_out_of_memory(error):
@@ -138,7 +148,7 @@ class Pool:
                     halve_on_oom(go_on, numbers, name=IN_POOL)
 
     def _start_again(self, rows: list[Row], mask: Mask | None, numbers: list[int]) -> None:
-        """Goes on with some of the rows, whose caches are lost: what they have said so far stays."""
+        """Decodes some of the rows to their end, whose caches are lost: what they have said so far stays."""
         some = [rows[number] for number in numbers]
         going = self._find_going(some)
         if not going:
@@ -147,9 +157,10 @@ class Pool:
         if mask is not None:
             index = torch.tensor(numbers)
             mask = mask.take(index[going])
-        piece = self._read_again(left, mask)
-        room = self.limits.max_new_tokens
-        self._decode_greedily(left, begin_steps(self.model, [piece], mask, room))
+        pieces = [self._read_again(left, mask)]
+        while pieces:
+            (piece,) = pieces
+            pieces = self._decode_greedily(piece.rows, self._begin_steps(pieces, piece.mask))
 
     def _read_again(self, rows: list[Row], mask: Mask | None) -> Waiting:
         """The rows with a cache again, from one pass over their prompts and what they have said."""
@@ -160,18 +171,21 @@ class Pool:
         everyone = list(range(len(rows)))
         return take_rows(rows, everyone, cache, layout.attention, mask)
 
-    def _decode_greedily(self, rows: list[Row], steps: Steps) -> None:
-        """Greedy steps until all rows have ended. Those that have ended leave once they are half of what is there.
+    def _begin_steps(self, pieces: list[Waiting], mask: Mask | None) -> Steps:
+        """The steps of all these rows, with room for as many as the longest answer may take. mask: of all of them."""
+        shortest = min(len(row.tokens) for piece in pieces for row in piece.rows)
+        room = self.limits.max_new_tokens - shortest
+        return begin_steps(self.model, pieces, mask, room)
 
-        steps: the caller keeps no name for it, so that what it holds is free once some rows have left.
-        """
+    def _decode_greedily(self, rows: list[Row], steps: Steps) -> list[Waiting]:
+        """Greedy steps until half of the rows have ended. Returns the others, if there are any, as one piece."""
         while True:
             going = self._find_going(rows)
             if not going:
-                return
+                return []
             if 2 * len(going) <= len(rows):
-                steps = steps.keep_rows(torch.tensor(going))
-                rows = [rows[number] for number in going]
+                piece = take_rows(rows, going, steps.cache, steps.read, steps.mask)
+                return [piece]
             last_tokens = [row.tokens[-1] for row in rows]
             logits = steps.run(last_tokens)
             tokens = pick_tokens(logits)
@@ -204,12 +218,6 @@ class Pool:
         return row.has_ended(self.model.end_ids, self.limits.max_new_tokens)
 
 
-def count_places(attention: Int[Tensor, "row pos"], going: list[int]) -> int:
-    """How many places the cache of these rows of a batch has without gaps: each row's is as wide as the longest's."""
-    lengths = attention.sum(1)[going]
-    return len(going) * int(lengths.max())
-
-
 def take_rows(
     rows: list[Row],
     going: list[int],
@@ -220,12 +228,15 @@ def take_rows(
     """Those of a batch's rows that go on, their caches without the places that no attention goes to.
 
     rows, cache, attention, mask: the batch's.  going: numbers of rows.
+    Takes the cache's layers away one by one, so that what is not taken of one is free before the next one is copied.
     """
     index = torch.tensor(going, device=attention.device)
     columns, attention = close_gaps(attention[index])
     keys = []
     values = []
-    for layer in layers_of(cache):
+    layers = layers_of(cache)
+    while layers:
+        layer = layers.pop(0)
         keys.append(pick_positions(layer.keys, index, columns))
         values.append(pick_positions(layer.values, index, columns))
     if mask is not None:

@@ -46,11 +46,6 @@ class FixedLayer(StaticLayer):
         self.cumulative_length = torch.tensor(width, device=self.device)  # what is filled; a step adds 1 on the device
         self.is_initialized = True
 
-    def batch_select_indices(self, indices: Int[Tensor, "left"]) -> None:
-        """Leaves these rows alone."""
-        self.keys = self.keys[indices]
-        self.values = self.values[indices]
-
 
 def _put_together(
     pieces: list[Tensor],
@@ -97,7 +92,7 @@ def record(step: Step) -> Step:
 
 
 class Steps:
-    """The steps of some rows, until some of them leave.
+    """The steps of some rows.
 
     cache: of FixedLayers.  attention: [row, pos], 1 at tokens and 0 at padding, without the room.  mask: of the rows;
     None: nothing is masked.  ids, positions: [row, 1], the tokens that a step reads, and how many each has before it:
@@ -125,6 +120,11 @@ class Steps:
         self._residual: Tensor | None = None  # [row, *d_in], what the SAE was given in it, where it was replayed
         self._replay: Step | None = None
 
+    @property
+    def read(self) -> Int[Tensor, "row pos"]:
+        """1 at the tokens that the cache holds by now, those of the steps included, and 0 at padding."""
+        return _append_ones(self.attention, self.count)
+
     def run(self, tokens: list[int]) -> Float[Tensor, "row vocab"]:
         """The logits behind these tokens, one of each row. On a CUDA device they hold until the next step.
 
@@ -149,18 +149,6 @@ class Steps:
         stands = self.model.where_sae_applies(self.ids, self.visible)
         residual = self._residual.clone()  # the next step writes over it
         return self.model.splice.encode(residual, stands.flatten())
-
-    def keep_rows(self, rows: Int[Tensor, "left"]) -> "Steps":
-        """The further steps of these rows alone. They take the cache over: no step of all rows can follow."""
-        for layer in layers_of(self.cache):
-            on_device = rows.to(layer.keys.device)
-            layer.batch_select_indices(on_device)
-        attention = _append_ones(self.attention, self.count)
-        attention = attention[rows.to(attention.device)]
-        mask = self.mask
-        if mask is not None:
-            mask = mask.take(rows)
-        return Steps(self.model, self.cache, attention, mask)
 
     def _step(self) -> Float[Tensor, "row vocab"]:
         """A step as any other pass: active latents alone are decoded, and the host waits for how many they are."""
