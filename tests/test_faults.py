@@ -705,7 +705,8 @@ class Memory:
             left = decode(pool, rows, *arguments)
             if entry:
                 entry[2] = True
-            going_on.extend(id(row) for piece in left for row in piece.rows)
+            if left is not None:
+                going_on.extend(map(id, left.rows))
             self.ended += [row.prompt for row in rows if id(row) not in going_on]
             return left
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import sys
+import weakref
 from collections import defaultdict
 
 import oracle
@@ -21,6 +22,7 @@ from experiment import UserError
 from experiment.hub import prepare_libraries
 from experiment.intervention import forward, generate, plan, pool, splice, steps
 from experiment.intervention.ablations import Ablation
+from experiment.intervention.caches import new_cache
 from experiment.intervention.generate import Group, Limits
 from experiment.intervention.layout import choose_shared
 from experiment.intervention.rows import Answer
@@ -237,15 +239,40 @@ def test_what_is_left_goes_on_with_what_comes(demo, few, expected, monkeypatch):
     monkeypatch.setattr(pool, "begin_steps", watch)
     found = generate.answer_masked(model, one_by_one(few), Limits(50, 1000))
     assert tokens_of(found) == expected
-    said = {}  # of each row, when it was last decoded
+    said = {}  # {row: how many tokens it had said when it was last decoded}
     mixed = 0
     for rows in together:
-        are_new = [row not in said for row, _ in rows]
-        mixed += any(are_new) and not all(are_new)
+        new = [row for row, _ in rows if row not in said]
+        if 0 < len(new) < len(rows):
+            mixed += 1
         for row, length in rows:
             assert length > said.get(row, 0)
             said[row] = length
     assert mixed >= 3
+
+
+def test_a_cache_is_taken_layer_by_layer(demo, monkeypatch):
+    """What is not taken of a layer is free before the next one is copied."""
+    before = []  # weak references to what was copied from, of the layers before
+    pick = pool.pick_positions
+
+    def watch(states, *arguments):
+        gone = [reference() is None for reference in before[:-1]]  # the last one: keys of the same layer, or values
+        assert all(gone)
+        before.append(weakref.ref(states))
+        return pick(states, *arguments)
+
+    monkeypatch.setattr(pool, "pick_positions", watch)
+    cache = new_cache(demo[0].lm)
+    layers = len(cache.layers)
+    for number in range(layers):
+        cache.update(torch.rand(3, 2, 5, 4), torch.rand(3, 2, 5, 4), number)
+    keys = cache.layers[-1].keys[1:].clone()
+    attention = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
+    piece = pool.take_rows(["a", "b", "c"], [1, 2], cache, attention, None)
+    assert len(before) == 2 * layers and not cache.layers
+    assert piece.rows == ["b", "c"] and piece.attention.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
+    torch.testing.assert_close(piece.keys[-1][:, :, 1:], keys[:, :, 2:])
 
 
 @pytest.mark.parametrize("drafted", [True, False])

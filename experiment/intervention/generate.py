@@ -10,8 +10,8 @@ Run: one wide pass over each prompt and its proposal, a batch of rows at a time;
 Keep: what the model itself says, up to and including its first token that differs from the proposal.
 
 Rows that have not ended then wait in a pool, over batches and masks, each with its own mask and cache: on a GPU a step
-takes as long for one row as for many. Once the pool is full, or the group of batches ends, its rows are decoded
-together: a step reads the last token of each row, with nothing proposed behind it, and keeps one more.
+of many rows takes little longer than one of a few. Once the pool is full, or the group of batches ends, its rows are
+decoded together: a step reads the last token of each row, with nothing proposed behind it, and keeps one more.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence

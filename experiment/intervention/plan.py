@@ -18,7 +18,7 @@ LONG_PROMPT = 800  # tokens: as long as SQuAD's prompts get
 class Sizes:
     """In tokens.
 
-    batch: in one batch, padding included.  pool: in the caches of answers that go on together.  group: of the batches
+    batch: in one batch.  pool: in the caches of answers that go on together.  Both with padding.  group: of the batches
     whose answers a journal gets at once, which is what a killed round loses at most.
     """
 

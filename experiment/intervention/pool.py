@@ -27,8 +27,9 @@ IN_POOL = "answers that go on together"
 
 @dataclass(frozen=True)
 class Limits:
-    """max_new_tokens: the longest answer.  pool_tokens: how many places the caches of rows that wait may have together,
-    each as wide as the widest; decoded, they have room for the rest of an answer besides.
+    """max_new_tokens: the longest answer.  pool_tokens: how many places the caches of waiting rows may have together.
+
+    A row has as many places as the widest of them. Decoded, it has room for the rest of an answer besides.
     """
 
     max_new_tokens: int
@@ -37,7 +38,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Rows of one batch and mask that go on, and their part of the batch's cache.
+    """Rows that go on, and their cache: those of one batch and mask, or what is left of rows decoded together.
 
     keys, values: of each layer.  attention: 1 at tokens and 0 at padding; rows are padded on the left and without gaps.
     """
@@ -53,7 +54,8 @@ class Pool:
     """Rows that go on wait here, over batches and masks, until enough of them are there to be decoded together.
 
     Where room is needed, they are decoded until half of them have ended. The others wait again, and go on with what
-    comes: few rows alone would take as many steps, and a GPU nearly as long for each.
+    comes: alone they would take as many steps, and each costs more per row the fewer rows there are. An H100 takes
+    25 ms for 93 rows of gemma-2-9b-it's shape, and 40 for 221.
 
     on_ended: called with how many rows have ended since it was called last.  capacity: how many places may wait, as of
     Limits.  encoded: the rows of each step, and the latents at the one position that each row has in it; with
@@ -126,8 +128,11 @@ class Pool:
         self.waiting = []
         rows = [row for piece in pieces for row in piece.rows]
         mask = join_masks([piece.mask for piece in pieces])
+        room = self._find_room(rows)
         try:
-            self.waiting = self._decode_greedily(rows, self._begin_steps(pieces, mask))
+            left = self._decode_greedily(rows, begin_steps(self.model, pieces, mask, room))
+            if left is not None:
+                self.waiting.append(left)
             return
         except Exception as error:
             if not is_out_of_memory(error):
@@ -157,10 +162,10 @@ class Pool:
         if mask is not None:
             index = torch.tensor(numbers)
             mask = mask.take(index[going])
-        pieces = [self._read_again(left, mask)]
-        while pieces:
-            (piece,) = pieces
-            pieces = self._decode_greedily(piece.rows, self._begin_steps(pieces, piece.mask))
+        piece: Waiting | None = self._read_again(left, mask)
+        while piece is not None:
+            room = self._find_room(piece.rows)
+            piece = self._decode_greedily(piece.rows, begin_steps(self.model, [piece], piece.mask, room))
 
     def _read_again(self, rows: list[Row], mask: Mask | None) -> Waiting:
         """The rows with a cache again, from one pass over their prompts and what they have said."""
@@ -171,21 +176,19 @@ class Pool:
         everyone = list(range(len(rows)))
         return take_rows(rows, everyone, cache, layout.attention, mask)
 
-    def _begin_steps(self, pieces: list[Waiting], mask: Mask | None) -> Steps:
-        """The steps of all these rows, with room for as many as the longest answer may take. mask: of all of them."""
-        shortest = min(len(row.tokens) for piece in pieces for row in piece.rows)
-        room = self.limits.max_new_tokens - shortest
-        return begin_steps(self.model, pieces, mask, room)
+    def _find_room(self, rows: list[Row]) -> int:
+        """How many steps it takes at most until all of these rows have ended."""
+        shortest = min(len(row.tokens) for row in rows)
+        return self.limits.max_new_tokens - shortest
 
-    def _decode_greedily(self, rows: list[Row], steps: Steps) -> list[Waiting]:
-        """Greedy steps until half of the rows have ended. Returns the others, if there are any, as one piece."""
+    def _decode_greedily(self, rows: list[Row], steps: Steps) -> Waiting | None:
+        """Greedy steps until half of the rows have ended. Returns the others; None where all have."""
         while True:
             going = self._find_going(rows)
             if not going:
-                return []
+                return None
             if 2 * len(going) <= len(rows):
-                piece = take_rows(rows, going, steps.cache, steps.read, steps.mask)
-                return [piece]
+                return take_rows(rows, going, steps.cache, steps.attention_so_far, steps.mask)
             last_tokens = [row.tokens[-1] for row in rows]
             logits = steps.run(last_tokens)
             tokens = pick_tokens(logits)
@@ -225,9 +228,9 @@ def take_rows(
     attention: Int[Tensor, "row pos"],
     mask: Mask | None,
 ) -> Waiting:
-    """Those of a batch's rows that go on, their caches without the places that no attention goes to.
+    """Those of some rows that go on, their caches without the places that no attention goes to.
 
-    rows, cache, attention, mask: the batch's.  going: numbers of rows.
+    rows, cache, attention, mask: of rows that were run together.  attention: without room.  going: numbers of rows.
     Takes the cache's layers away one by one, so that what is not taken of one is free before the next one is copied.
     """
     index = torch.tensor(going, device=attention.device)

@@ -121,7 +121,7 @@ class Steps:
         self._replay: Step | None = None
 
     @property
-    def read(self) -> Int[Tensor, "row pos"]:
+    def attention_so_far(self) -> Int[Tensor, "row pos"]:
         """1 at the tokens that the cache holds by now, those of the steps included, and 0 at padding."""
         return _append_ones(self.attention, self.count)
 

@@ -219,7 +219,8 @@ def estimate_each(columns: Mapping[Key, PerQuestion], contexts: Contexts) -> dic
         ids.update(dict.fromkeys(column))
     values = np.full((len(ids), len(columns)), np.nan)
     for number, column in enumerate(columns.values()):
-        values[:, number] = [column.get(question_id, np.nan) for question_id in ids]
+        for row, question_id in enumerate(ids):
+            values[row, number] = column.get(question_id, np.nan)
     of_contexts = [contexts[question_id] for question_id in ids]
     intervals = estimates.bootstrap(values, of_contexts)
     found = {}

@@ -110,9 +110,15 @@ def describe_all(
     alone = average(effects)
     rows = []
     for latent in latents:
-        questions = [number for number, _ in foremost.get(latent, [])]
-        costs = [weight for _, weight in foremost.get(latent, [])] if effects else []
-        rows.append((latent, activations.get(latent), alone.get(latent), questions, costs))
+        questions = []
+        costs = []
+        for number, weight in foremost.get(latent, []):
+            questions.append(number)
+            if effects:
+                costs.append(weight)
+        activation = activations.get(latent)
+        effect = alone.get(latent)
+        rows.append((latent, activation, effect, questions, costs))
     return rows
 
 
@@ -127,13 +133,15 @@ def find_activations(folder: Folder) -> ByQuestion:
 
 def average(figures: ByQuestion) -> dict[int, float]:
     """{latent: mean over the questions that have a figure of it}"""
-    totals: dict[int, float] = {}
-    counts: collections.Counter[int] = collections.Counter()
+    of_latents: dict[int, list[float]] = {}
     for of_question in figures.values():
         for latent, figure in of_question.items():
-            totals[latent] = totals.get(latent, 0.0) + figure
-            counts[latent] += 1
-    return {latent: round_figure(total / counts[latent]) for latent, total in totals.items()}
+            of_latents.setdefault(latent, []).append(figure)
+    means = {}
+    for latent, measured in of_latents.items():
+        mean = sum(measured) / len(measured)
+        means[latent] = round_figure(mean)
+    return means
 
 
 def weigh(effects: ByQuestion, lists: Sequence[LatentList], ids: Iterable[str]) -> tuple[ByQuestion, str]:

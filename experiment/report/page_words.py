@@ -84,5 +84,7 @@ def list_comparisons(masked: Sequence[MaskedEntry]) -> dict[str, str]:
     for entry in masked:
         words.update(CONTROLS.get(entry.control or "", {}))
         compared.update(entry.excess or {})
-    words.update((name, COMPARED[control]) for control, name in DIFFERENCES.items() if control in compared)
+    for control, name in DIFFERENCES.items():
+        if control in compared:
+            words[name] = COMPARED[control]
     return words

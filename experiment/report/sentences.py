@@ -122,19 +122,24 @@ def _find_agreement(first: MaskedEntry, entries: Iterable[Entry]) -> Agreement |
 def _tell_agreement(first: MaskedEntry, agreement: Agreement, told: Iterable[MaskedEntry]) -> str:
     """How many of the latents that matter most are among those of `first`, and what masking these costs."""
     found = agreement.found
-    these = "them"
-    text = f"Of {_count(first)} {_name(first)} that {_agree(first, 'matter')} most"
-    if first.k != agreement.k:
-        these = "those that fire most" if first.provenance.ranking == "baseline" else "those that it ranks highest"
-        text = f"At K = {agreement.k}, of the latents that matter most"
-    text += f", measured one by one, {_write_estimate(found, '.0%')} are among {these}"
+    if first.k == agreement.k:
+        those_that_matter = f"Of {_count(first)} {_name(first)} that {_agree(first, 'matter')} most"
+        these = "them"
+    else:
+        those_that_matter = f"At K = {agreement.k}, of the latents that matter most"
+        is_baseline = first.provenance.ranking == "baseline"
+        these = "those that fire most" if is_baseline else "those that it ranks highest"
+    share = _write_estimate(found, ".0%")
+    text = f"{those_that_matter}, measured one by one, {share} are among {these}"
     if agreement.spearman.mean is not None:
-        text += f" (rank correlation {_write_estimate(agreement.spearman, 'z.2f')})"
+        correlation = _write_estimate(agreement.spearman, "z.2f")
+        text += f" (rank correlation {correlation})"
     if found.n != first.n:
         text += f", on {found.n} of the {first.n} questions"
     for entry in told:
-        is_alike = _is_alike(entry, first) and entry.population == first.population
-        if is_alike and entry.provenance.ranking == EFFECT and entry.drop is not None:
+        if entry.provenance.ranking != EFFECT or entry.drop is None:
+            continue
+        if _is_alike(entry, first) and entry.population == first.population:
             masked = f"{_count(entry)} that {_agree(entry, 'matter')} most"
             interval = _write_interval(entry.drop.intervals.get("em"))
             text += f"; masking {masked} costs {entry.drop.em:z.1f}{interval}"
