@@ -194,10 +194,14 @@ def test_what_is_recorded_waits_for_nothing(demo, few, seeds, monkeypatch):
     assert not {"nonzero", "bincount", "_local_scalar_dense", "equal", "masked_select"} & watch.operators
 
 
-def test_what_waits_is_decoded_before_more_is_copied(demo, few, monkeypatch):
-    """So that both are not in memory at once; and no more waits than may, each row as wide as the widest."""
+@pytest.mark.parametrize("room", [600, 1000])
+def test_what_waits_is_decoded_before_more_is_copied(demo, few, room, monkeypatch):
+    """So that both are not in memory at once; and no more waits than may, each row as wide as the widest.
+
+    room: in places, for the rows of some batches and masks, or for hardly more than one batch has: there it takes more
+    than one decoding until the next one's fit.
+    """
     model, _ = demo
-    room = 1000  # places: the rows of some batches and masks
     pools = []
     decoded = []  # how many pieces waited each time
     take_rows = pool.take_rows
