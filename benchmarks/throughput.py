@@ -24,6 +24,7 @@ import concurrent.futures
 import copy
 import dataclasses
 import functools
+import math
 import multiprocessing
 import random
 import statistics
@@ -262,11 +263,23 @@ def print_table(count: int, rows: dict[str, Figures]) -> None:
     for name, row in rows.items():
         seconds = statistics.median(row.seconds)
         over_plain = statistics.median(ours / theirs for ours, theirs in zip(row.seconds, rows[PLAIN].seconds))
-        print(
-            f"{name:28}  {count / seconds:11.2f}  {naive.seconds[0] / seconds:8.1f}  {over_plain:12.2f}  "
-            f"{row.passes.wide:11.1f}  {row.passes.steps:6.1f}  {row.sae:14.2f}  {row.peak:7.2f}"
-        )
+        cells = [
+            _cell(count / seconds, 11, 2),
+            _cell(naive.seconds[0] / seconds, 8, 1),
+            _cell(over_plain, 12, 2),
+            _cell(row.passes.wide, 11, 1),
+            _cell(row.passes.steps, 6, 1),
+            _cell(row.sae, 14, 2),
+            _cell(row.peak, 7, 2),
+        ]
+        print(f"{name:28}  " + "  ".join(cells))
     print()
+
+
+def _cell(value: float, width: int, digits: int) -> str:
+    """A figure of the table; a dash where there is none."""
+    text = "-" if math.isnan(value) else f"{value:.{digits}f}"
+    return text.rjust(width)
 
 
 def print_steps(steps: list[StepTimes]) -> None:
@@ -303,6 +316,8 @@ def run(asked: Asked, apart: Executor) -> None:
         f"BottomK {agreement(bench.found, bottom)}",
         f"TopK's answers that are the naive loop's: {same} of {asked.naive_questions}",
     ]
+    if asked.shape and asked.dtype != "float32":
+        lines[-1] += f" (random weights' likeliest tokens lie closer than {asked.dtype} rounds: compare in float32)"
     steps = []
     if asked.shape and not on_cuda(asked.device):
         steps = measure_steps(asked, bench, apart)

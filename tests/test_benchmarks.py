@@ -60,8 +60,11 @@ def read_table(text):
     """{row: {column: number}}."""
     head, *lines = text.split("\n\n")[1].splitlines()
     columns = re.split(r"\s{2,}", head.strip())
-    cells = {line[:28].rstrip(): [float(cell) for cell in line[28:].split()] for line in lines}
-    return {row: dict(zip(columns, values, strict=True)) for row, values in cells.items()}
+    table = {}
+    for line in lines:
+        cells = [math.nan if cell == "-" else float(cell) for cell in line[28:].split()]
+        table[line[:28].rstrip()] = dict(zip(columns, cells, strict=True))
+    return table
 
 
 @pytest.mark.parametrize("name", COMMANDS)
