@@ -175,30 +175,33 @@ def test_the_tables_are_results_json(opened, folder):
     captions = texts(opened, ".block caption")
     assert captions == [
         "EM drop, points",
-        "answer drop, nats per token",
+        "EM drop, points",
         "F1 drop, points",
         "named drop, points",
+        "answer drop, nats per token",
         "format drop, nats per token",
         "removed, %",
         "latents masked, per question",
     ]
-    assert (
-        texts(opened, "details:has(.block) > summary")[0] == "F1 drop, named drop, format drop, removed, latents masked"
-    )
+    assert texts(opened, "details:has(.blocks) > summary") == [
+        "BottomK masked: EM drop",
+        "F1 drop, named drop, answer drop, format drop, removed, latents masked",
+    ]
     read_tables = """[...document.querySelectorAll(".block:not(#rankings)")].map((table) => [...table.rows].map(
         (row) => [...row.cells].map((cell) => cell.textContent)))"""
     metrics = {"EM": "em", "F1": "f1", "named": "named", "answer": "answer_log_prob", "format": "format_log_prob"}
-    seen = 0
+    cells = {caption: {} for caption in captions}
     for caption, (heads, *rows) in zip(captions, opened.run(read_tables)):
-        metric = metrics.get(caption.split()[0])
-        digits = 3 if "nats" in caption else 1
-        cells = {}
         for row in rows:
             if len(row) == 1:
                 mask = row[0].removesuffix(" masked")
                 continue
             for head, cell in zip(heads[1:], row[1:]):
-                cells[row[0], mask, head.split()[2]] = cell
+                cells[caption][row[0], mask, head.split()[2]] = cell
+    seen = 0
+    for caption in cells:
+        metric = metrics.get(caption.split()[0])
+        digits = 3 if "nats" in caption else 1
         for entry in masked_entries(folder):
             ranking, mask, k = entry["run"]["ranking"], MASKS[entry["masked"]], entry["k"]
             shown = {ranking: entry["drop"]}
@@ -210,7 +213,7 @@ def test_the_tables_are_results_json(opened, folder):
                     expected = f"{figures[metric]:z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
                 else:
                     expected = f"{entry['removed' if 'removed' in caption else 'mean_k']:.1f}"
-                assert cells[name, mask, k].removesuffix("*") == expected, (caption, ranking)
+                assert cells[caption][name, mask, k].removesuffix("*") == expected, (caption, ranking)
                 seen += 1
     assert seen == (7 * len(RANKINGS) + 4) * 2 * (len(KS) - 1)
     levels = texts(opened, ".level")
@@ -278,15 +281,34 @@ def test_controls_stand_below_their_rankings(browser, folder, controlled, tmp_pa
     assert texts(browser, "#left-out") == ["Not in the figure: other. What they remove is not measured; see the table."]
     summaries = [text for text in texts(browser, "summary") if "drop" in text]
     assert summaries == [
-        "F1 drop, named drop, format drop, removed, latents masked",
-        "F1 drop, named drop, format drop, latents masked",
+        "BottomK masked: EM drop",
+        "F1 drop, named drop, answer drop, format drop, removed, latents masked",
+        "F1 drop, named drop, answer drop, format drop, latents masked",
     ]
+
+
+@pytest.mark.parametrize("interval, is_open", [([0.0, 3.0], False), ([0.1, 3.0], True), ([-3.0, -0.1], True)])
+def test_bottomk_is_folded_where_it_costs_nothing(browser, folder, tmp_path, interval, is_open):
+    """Whatever is masked in its place costs."""
+    entries = with_controls([masked("baseline", "topk", "10", 71.0), masked("baseline", "bottomk", "10", 98.0)])
+    for entry in entries:
+        if entry["masked"] == "bottomk" and "control" not in entry:
+            entry["drop"]["intervals"]["em"] = interval
+    browser.open(write_controlled(folder, tmp_path, parse(entries)), READY)
+    assert texts(browser, ".block .group")[:2] == ["TopK masked", "BottomK masked"]
+    seen = "[...document.querySelectorAll('.block .group')].slice(0, 3).map((group) => group.checkVisibility())"
+    assert browser.run(seen) == [True, is_open, False]  # the third is of F1
+    # On paper, which nobody can click, everything is there.
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    assert browser.run(seen) == [True, True, True]
+    browser.send("Emulation.setEmulatedMedia", media="")
 
 
 @pytest.mark.parametrize("width", [400, 1000, 1200, 1600])
 def test_tables_stand_side_by_side_where_both_fit(browser, folder, controlled, tmp_path, width):
     browser.open(write_controlled(folder, tmp_path, controlled), READY, width=width)
-    read_boxes = """[...document.querySelectorAll(".blocks")[0].children].map(
+    browser.run("document.querySelectorAll('details:has(.blocks)').forEach((fold) => { fold.open = true })")
+    read_boxes = """[...document.querySelectorAll("details .blocks")[1].children].slice(0, 2).map(
         (box) => [box.getBoundingClientRect().top, box.scrollWidth - box.clientWidth])"""
     (top, beyond), (other_top, other_beyond) = browser.run(read_boxes)
     assert (top == other_top) == (width == 1600)

@@ -9,6 +9,7 @@ figures.js (marks and legend), and page.js, which binds them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from experiment.report.blocks import Line, Setting
 from experiment.report.folders import Folder
 from experiment.report.metrics import Metric
 
-FOREMOST = (metrics.EM, metrics.ANSWER)  # what the page's first tables are of; the others are one click away
+FOREMOST = (metrics.EM,)  # what the page's first table is of; the others are one click away
 COMPARED = tuple(metric for metric in metrics.DROPS if metric.name in metrics.EXCESS)  # with controls
 DROP = "Drop: unmasked minus masked, on the same questions."
 GLYPHS = {
@@ -99,17 +100,21 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Tables that are one click away, and what they hold; is_open: that are there at once."""
+
+    title: str
+    tables: list[Table]
+    is_open: bool = False
+
+
+@dataclass(frozen=True)
 class Part:
-    """A setting's tables: the foremost, and others, which are one click away. levels: what stands above them."""
+    """A setting's tables: the foremost, and others, which are folded. levels: what stands above them."""
 
     levels: list[str]
     foremost: list[Table]
-    others: list[Table]
-
-    @property
-    def title_of_others(self) -> str:
-        """What they hold."""
-        return ", ".join(table.title.partition(",")[0] for table in self.others)
+    folds: list[Fold]
 
 
 def write_page(file: IO[str], folder: Folder, entries: Sequence[Entry]) -> None:
@@ -154,14 +159,42 @@ def list_legend(entries: Sequence[Entry]) -> list[LegendEntry]:
 
 
 def make_part(setting: Setting) -> Part:
-    part = Part(cells.write_levels(setting), foremost=[], others=[])
-    foremost = metrics.RESTORED if setting.keep_only else FOREMOST
+    """The foremost tables of the first mask, TopK where it is there; folded: of BottomK, whose rows are mostly zeros,
+    and all tables of other metrics."""
+    wanted = metrics.RESTORED if setting.keep_only else FOREMOST
+    foremost: list[Table] = []
+    folds = []
+    for mask in setting.masks:
+        of_mask = dataclasses.replace(setting, lines=setting.of(mask))
+        tables = [make_table(of_mask, metric) for metric in of_mask.list_metrics() if metric in wanted]
+        if not foremost:
+            foremost = tables
+        elif tables:
+            folds.append(Fold(f"{mask} masked: {name_tables(tables)}", tables, has_effect(of_mask, wanted)))
+    others = []
     for metric in setting.list_metrics():
-        if metric.source == "excess":
-            continue  # stands in the table of its drop
-        tables = part.foremost if metric in foremost else part.others
-        tables.append(make_table(setting, metric))
-    return part
+        if metric not in wanted and metric.source != "excess":  # an excess stands in the table of its drop
+            others.append(make_table(setting, metric))
+    if others:
+        folds.append(Fold(name_tables(others), others))
+    return Part(cells.write_levels(setting), foremost, folds)
+
+
+def name_tables(tables: Iterable[Table]) -> str:
+    """What they are of, without units."""
+    return ", ".join(table.title.partition(",")[0] for table in tables)
+
+
+def has_effect(setting: Setting, of: Iterable[Metric]) -> bool:
+    """Whether 0 is outside of an interval of any of these metrics. What stands below a ranking does not count."""
+    for metric in of:
+        for entry in setting.entries:
+            cell = metric.read(entry)
+            if entry.control is not None or cell is None or cell.low is None or cell.high is None:
+                continue
+            if cell.low > 0 or cell.high < 0:
+                return True
+    return False
 
 
 def make_table(setting: Setting, metric: Metric) -> Table:
