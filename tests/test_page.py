@@ -436,6 +436,23 @@ def test_the_figure_says_what_is_fair_to_compare(browser, opened, folder, tmp_pa
     assert problems(browser)[0] == []
 
 
+def test_no_line_breaks_inside_of_signs_and_options(browser, folder, tmp_path):
+    """However narrow the page is: in the sign of intervals, in an option, and in what measures effects."""
+    entries = parse([masked("baseline", "topk", "10", 71.0)])
+    browser.open(write_controlled(folder, tmp_path, entries), READY)
+    browser.run(f"{READY}.click()")
+    whole = "[...document.querySelectorAll('.finding .unbroken, .notes > .unbroken, .detail .unbroken')]"
+    assert browser.run(f"{whole}.map((part) => part.textContent)") == ["--control", "[ ]", "--ranking effect"]
+    assert "No control was run: with --control direction the same command" in texts(browser, ".finding")[0]
+    assert texts(browser, ".foremost") == [
+        "Which latent matters most was not measured: run round 1 with --ranking effect."
+    ]
+    for width in range(320, 640, 8):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.send("Emulation.setDeviceMetricsOverride", **size)
+        assert browser.run(f"{whole}.map((part) => part.getClientRects().length)") == [1, 1, 1], width
+
+
 def test_zeros_recede(opened):
     """Where neither a mean nor its interval is anything but zero."""
     read_cells = "[...document.querySelectorAll('.block:not(#rankings) td')]"

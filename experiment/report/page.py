@@ -10,12 +10,14 @@ figures.js (marks and legend), and page.js, which binds them.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import jinja2
+import markupsafe
 
 from experiment.records.entries import Entry, UnmaskedEntry
 from experiment.report import blocks, cells, figure, metrics, page_data, page_words, panels, sentences, statistics
@@ -26,6 +28,7 @@ from experiment.report.metrics import Metric
 FOREMOST = (metrics.EM,)  # what the page's first table is of; the others are one click away
 COMPARED = tuple(metric for metric in metrics.DROPS if metric.name in metrics.EXCESS)  # with controls
 DROP = "Drop: unmasked minus masked, on the same questions."
+UNBROKEN = re.compile(r"\[ \]|--[a-z-]+")  # on one line: the sign of intervals, and options
 GLYPHS = {
     "": "",
     "o": "●",
@@ -121,6 +124,7 @@ def write_page(file: IO[str], folder: Folder, entries: Sequence[Entry]) -> None:
     """Writes a folder's page to a text file. entries: those of its entries that figure and tables show."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["unbroken"] = keep_together
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     settings = blocks.split_settings(entries)
     rankings = statistics.describe_rankings(blocks.list_unmasked(entries))
@@ -143,6 +147,12 @@ def write_page(file: IO[str], folder: Folder, entries: Sequence[Entry]) -> None:
         data=page_data.collect(folder),
     )
     file.writelines(stream)
+
+
+def keep_together(text: str) -> markupsafe.Markup:
+    """A text as HTML, in which no line breaks inside of what is UNBROKEN."""
+    escaped = str(markupsafe.escape(text))
+    return markupsafe.Markup(UNBROKEN.sub(r'<span class="unbroken">\g<0></span>', escaped))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

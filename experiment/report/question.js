@@ -65,7 +65,8 @@ function tellForemost(question) {
   const line = element("p", { className: question.effects ? "foremost measured" : "foremost" });
   const effects = sortEffects(question);
   const costly = effects.filter(([, effect]) => effect > 0).slice(0, FOREMOST_LATENTS);
-  if (!effects.length) line.append("Which latent matters most was not measured: --ranking effect does, in round 1.");
+  const option = element("span", { className: "unbroken" }, "--ranking effect");
+  if (!effects.length) line.append("Which latent matters most was not measured: run round 1 with ", option, ".");
   else if (!costly.length) line.append("No latent costs the answer anything where it is masked alone.");
   else line.append("Latents that matter most: ");
   costly.forEach(([id, effect], place) => {
