@@ -486,7 +486,7 @@ def test_the_list_is_sorted_by_the_drop_that_the_reader_chose(opened, folder):
     shown = [records for key, records in masked.items() if key[2] != "0"]
     most = max(sum(records[n]["answer"] != kept[n]["answer"] for records in shown) for n in kept)
     assert column(opened, 6)[0] == f"{most} of {len(shown)}"
-    assert texts(opened, "#questions th[aria-sort=descending]") == ["Changed by masks"]
+    assert texts(opened, "#questions th[aria-sort=descending]") == ["Changed by, of all masks"]
     assert problems(opened)[0] == []
 
 

@@ -67,7 +67,12 @@ const COLUMNS = [
   { title: "Unmasked", optional: true },
   { title: "Masked", hint: "the answer under the chosen mask; of several draws, how many are right" },
   { name: "drop", title: "Drop, nats per token", hint: "what the answer lost in log probability" },
-  { name: "changed", title: "Changed by masks", hint: "how many masks change the answer, of all", optional: true },
+  {
+    name: "changed",
+    title: "Changed by, of all masks",
+    hint: "how many masks change the answer, of TopK and BottomK by all rankings at all K",
+    optional: true,
+  },
 ];
 
 const narrow = matchMedia("(max-width: 640px)"); // page.css leaves out the optional columns there
