@@ -866,6 +866,20 @@ def test_nothing_kept_stands_once(browser, measured):
     assert sum(mask["repeats"] for mask in masks) == 1 and problems(browser)[0] == []
 
 
+def test_masks_to_choose_from_stand_side_by_side(browser, folder, tmp_path):
+    """However narrow the table below them is."""
+    found = folders.read_folder(folder)
+    of_one_k = [(entry, draws) for entry, draws in found.masked if entry.k == "1"]
+    with open(tmp_path / "results.html", "w", encoding="utf-8") as file:
+        page.write_page(file, dataclasses.replace(found, masked=of_one_k), found.entries)
+    browser.open(tmp_path / "results.html", READY, width=400)
+    browser.run(f"{READY}.click()")
+    assert texts(browser, ".matrix caption") == ["Masked: TopKBottomK"]
+    tops = "[...document.querySelectorAll('.matrix caption button')].map((button) => button.offsetTop)"
+    assert len(set(browser.run(tops))) == 1
+    assert browser.run("document.documentElement.scrollWidth") <= 400
+
+
 def test_round_1_alone(browser, folder, tmp_path):
     """Without any mask there are the questions with their unmasked answers."""
     found = dataclasses.replace(folders.read_folder(folder), masked=[])
