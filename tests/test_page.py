@@ -1145,6 +1145,21 @@ def test_light_and_dark_narrow_and_wide(browser, folder, dark, width):
     assert picture.width == width and (black == 0 or not dark)
 
 
+def test_answers_can_be_judged_on_a_narrow_screen(browser, folder, demo_questions):
+    """Where the ground truths have no column they stand below their questions; on a wide one they do not."""
+    questions = {question.id: question for question in demo_questions}
+    read_ids = "[...document.querySelectorAll('#questions button[aria-expanded]')].map((button) => button.id)"
+    browser.open(folder / "results.html", READY, width=400)
+    ids = [name.removeprefix("open-") for name in browser.run(read_ids)]
+    told = [f"ground truth: {' / '.join(questions[name].truths)}" for name in ids]
+    assert texts(browser, "#questions td small") == told and len(told) == 25
+    assert browser.run("document.querySelector('#questions td:nth-child(2)').offsetParent") is None
+    size = {"width": 1000, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.send("Emulation.setDeviceMetricsOverride", **size)
+    wait(browser, "!document.querySelector('#questions td small')")
+    assert browser.run("document.querySelector('#questions td:nth-child(2)').offsetParent !== null")
+
+
 def test_by_keyboard_alone(browser, folder):
     """From the top to an opened question and a latent's question, and a mark of the figure."""
     browser.open(folder / "results.html", READY)

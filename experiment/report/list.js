@@ -127,9 +127,12 @@ function row(question, number) {
   const isOpen = question.id === state.question;
   const properties = { id: `open-${question.id}`, "aria-expanded": isOpen };
   const before = unmaskedOf(question);
+  const truths = question.truths.join(" / ");
+  // Without a column of its own the ground truth stands below the question: else no answer could be judged.
+  const below = narrow.matches && truths ? element("small", {}, `ground truth: ${truths}`) : null;
   const cells = [
-    [buttonTo(() => go({ question: isOpen ? "" : question.id }), properties, question.question)],
-    [question.truths.join(" / ")],
+    [buttonTo(() => go({ question: isOpen ? "" : question.id }), properties, question.question), below],
+    [truths],
     before ? showAnswer(before) : [],
     showAnswers(answersOf(question, number)),
     [showDrop(dropOf(question, number))],
