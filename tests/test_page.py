@@ -5,6 +5,7 @@ import collections
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import re
@@ -572,6 +573,30 @@ def test_the_histogram_filters(opened, folder):
     assert told == f"In this question the answer's log probability dropped by {lost:.3f} nats per token."
     assert texts(opened, ".bars button") == [] and count(opened) == 1
     assert problems(opened)[0] == []
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_histograms_axis(browser, folder, width):
+    """Its ends, and a tick at 0, below the side at which the bars of what lost begin; what it is of is below that."""
+    browser.open(folder / "results.html", READY, width=width)
+    boxes = "[...document.querySelectorAll('#histogram {}')].map((part) => part.getBoundingClientRect().toJSON())"
+    ticks = 0
+    for ranking, k in itertools.product(RANKINGS, ("1", "10", "50%")):
+        choose(browser, ranking=ranking, k=k)
+        bars = browser.run("[...document.querySelectorAll('.bars button')].map((bar) => bar.title)")
+        bounds = [re.fullmatch(r".* lost (\S+) to (\S+)", bar).groups() for bar in bars]
+        ends = [bounds[0][0], bounds[-1][1]]
+        axis, told = browser.run(boxes.format("p"))
+        assert told["y"] >= axis["bottom"] and texts(browser, ".axis span")[:2] == ends
+        shown = browser.run(boxes.format(".axis span"))
+        assert (len(shown) == 3) == (float(ends[0]) < 0 < float(ends[1])), (ranking, k)
+        if len(shown) == 3:
+            zero = [low for low, _ in bounds].index("0")
+            middle = shown[2]["x"] + shown[2]["width"] / 2
+            assert middle == pytest.approx(browser.run(boxes.format("button"))[zero]["x"], abs=4)
+            assert shown[2]["width"] == 0 or shown[0]["right"] < shown[2]["x"] < shown[2]["right"] < shown[1]["x"]
+            ticks += 1
+    assert ticks > 2
 
 
 def test_the_view_is_in_the_address_and_back_works(browser, folder):

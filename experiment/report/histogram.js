@@ -1,7 +1,7 @@
 // The histogram of drops above the questions, whose bars filter them.
 const BARS = 40; // about
 const AXIS =
-  "drop of the answer's log probability, nats per token. Heights: root of the number of questions; click a bar for these";
+  "Drop of the answer's log probability, nats per token. Heights: root of the number of questions; click a bar for these.";
 
 function niceStep(range) {
   const rough = range / BARS;
@@ -30,9 +30,22 @@ function renderHistogram(questions, number) {
   if (distinct(drops).length === 1) return box.replaceChildren(tellDrop(drops));
   const bars = countBars(drops);
   const most = Math.max(...bars.map((bar) => bar.count));
-  const scale = [bars[0].low, AXIS, bars[bars.length - 1].high];
-  const axis = element("p", { className: "axis" }, ...scale.map((text) => element("span", { textContent: text })));
-  box.replaceChildren(element("div", { className: "bars" }, ...bars.map((bar) => barButton(bar, most))), axis);
+  const row = element("div", { className: "bars" }, ...bars.map((bar) => barButton(bar, most)));
+  const told = element("p", { className: "notes" }, AXIS);
+  box.replaceChildren(row, axis(bars[0].low, bars[bars.length - 1].high), told);
+}
+
+// The ends, and a tick at 0, which parts answers that lost from those that gained. Its number is left out where an end's
+// would stand in its way: a digit takes at most 2% of a narrow screen.
+function axis(low, high) {
+  const scale = element("p", { className: "axis" }, element("span", {}, low), element("span", {}, high));
+  const place = (100 * (0 - low)) / (high - low);
+  if (place <= 0 || place >= 100) return scale;
+  const isFree = place > 2 * String(low).length && 100 - place > 2 * String(high).length;
+  const zero = element("span", { className: "zero" }, isFree ? "0" : "");
+  zero.style.left = `${place}%`;
+  scale.append(zero);
+  return scale;
 }
 
 function barButton({ count, low, high }, most) {
