@@ -430,6 +430,7 @@ def test_the_figure_says_what_is_fair_to_compare(browser, opened, folder, tmp_pa
     """Of several rankings; one alone is named, and needs no legend."""
     (fair,) = texts(opened, "#fair")
     assert "fair to compare are marks above one another" in " ".join(fair.split())
+    assert opened.run("document.querySelector('#fair').nextElementSibling.className") == "drawing"  # it comes first
     entries = [entry for entry in folders.read_folder(folder).entries if entry.provenance.ranking == "baseline"]
     browser.open(write_controlled(folder, tmp_path, entries), READY)
     assert texts(browser, ".legend, #fair") == [] and browser.run("document.querySelectorAll('.point').length") > 0
