@@ -516,6 +516,7 @@ def test_search_and_filters_count_as_the_journals_do(opened, folder, demo_questi
     choose(opened, show="unkept")
     wrong = [record for record in unmasked.values() if "active" not in record]
     assert sorted(column(opened, 3)) == sorted(f"{judge(record)} {record['answer'] or '(empty)'}" for record in wrong)
+    assert texts(opened, "#questions > thead th") == ["Question", "Ground truth", "Unmasked"]  # nothing of masks
     opened.run(f"{READY}.click()")
     assert len(texts(opened, ".detail .context")) == 1 and texts(opened, ".matrix") == []
     first = unmasked[opened.run("document.querySelector('.detail .link').textContent")]
@@ -915,6 +916,7 @@ def test_round_1_alone(browser, folder, tmp_path):
     for fragment, number in (("", len(kept_of(unmasked))), ("show=all", 40), ("latent=3&tab=latents", 0)):
         browser.open(tmp_path / "results.html", "document.querySelector('#count')?.textContent", fragment=fragment)
         assert count(browser) == number
+        assert number == 0 or texts(browser, "#questions > thead th") == ["Question", "Ground truth", "Unmasked"]
         browser.run(f"{READY}?.click()")
         assert texts(browser, ".matrix, .foremost") == [] and len(texts(browser, ".detail")) == min(number, 1)
         assert problems(browser)[0] == []
@@ -1180,6 +1182,13 @@ def test_answers_can_be_judged_on_a_narrow_screen(browser, folder, demo_question
     told = [f"ground truth: {' / '.join(questions[name].truths)}" for name in ids]
     assert texts(browser, "#questions td small") == told and len(told) == 25
     assert browser.run("document.querySelector('#questions td:nth-child(2)').offsetParent") is None
+    # Those that no mask was tried on have their unmasked answer there.
+    choose(browser, show="unkept")
+    browser.run(f"{READY}.click()")
+    heads = "[...document.querySelectorAll('#questions > thead th')].filter((head) => head.checkVisibility())"
+    assert browser.run(f"{heads}.map((head) => head.textContent)") == ["Question", "Unmasked"]
+    assert browser.run("document.querySelector('#questions .opened td').colSpan") == 2
+    choose(browser, show="kept")
     size = {"width": 1000, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.send("Emulation.setDeviceMetricsOverride", **size)
     wait(browser, "!document.querySelector('#questions td small')")

@@ -79,6 +79,13 @@ const narrow = matchMedia("(max-width: 640px)"); // page.css leaves out the opti
 
 let shown = []; // the questions of all pages
 
+// Of questions that no mask was tried on, none about masks: the unmasked answer has their room, on a narrow screen too.
+function listColumns() {
+  if (!shown.length || shown.some((question) => question.masked?.length)) return COLUMNS;
+  const [question, truth, unmasked] = COLUMNS;
+  return [question, truth, { ...unmasked, optional: false }];
+}
+
 function renderQuestions(number) {
   const [, fits, counted] = Object.hasOwn(SHOWN, state.show) ? SHOWN[state.show] : SHOWN.all;
   const fitting = data.questions.filter((question) => fits(question, number) && hasLatent(question, number));
@@ -88,8 +95,9 @@ function renderQuestions(number) {
   const [count, what] = COUNTED[counted];
   find("count").textContent = `${shown.length} of ${count} ${what}`;
   find("filters").replaceChildren(...listFilters(number));
-  renderHead(find("questions"), COLUMNS, state.sort);
-  renderRows(onPage(shown), number);
+  const columns = listColumns();
+  renderHead(find("questions"), columns, state.sort);
+  renderRows(onPage(shown), number, columns);
   renderPager(shown.length);
 }
 
@@ -115,15 +123,15 @@ function tellLatent(number) {
   return `latent ${state.latent} in ${data.lists[list].name}, K = ${k}${some}`;
 }
 
-function renderRows(questions, number) {
+function renderRows(questions, number, columns) {
   const rows = questions.flatMap((question) => {
-    const own = row(question, number);
-    return question.id === state.question ? [own, openedRow(question, number)] : [own];
+    const own = row(question, number, columns);
+    return question.id === state.question ? [own, openedRow(question, number, columns)] : [own];
   });
   find("questions").tBodies[0].replaceChildren(...rows);
 }
 
-function row(question, number) {
+function row(question, number, columns) {
   const isOpen = question.id === state.question;
   const properties = { id: `open-${question.id}`, "aria-expanded": isOpen };
   const before = unmaskedOf(question);
@@ -138,17 +146,16 @@ function row(question, number) {
     [showDrop(dropOf(question, number))],
     [isKept(question) ? `${countChanged(question)} of ${countAsked(question)}` : ""],
   ];
-  const made = cells.map((cell, place) => {
-    const { name, optional } = COLUMNS[place];
+  const made = columns.map(({ name, optional }, place) => {
     const className = `${optional ? "optional" : ""} ${name && place ? "number" : ""}`;
-    return element("td", { className }, ...cell);
+    return element("td", { className }, ...cells[place]);
   });
   return element("tr", {}, ...made);
 }
 
-function openedRow(question, number) {
-  const columns = COLUMNS.filter((column) => !column.optional || !narrow.matches);
-  const cell = element("td", { colspan: columns.length }, detail(question, number));
+function openedRow(question, number, columns) {
+  const seen = columns.filter((column) => !column.optional || !narrow.matches);
+  const cell = element("td", { colspan: seen.length }, detail(question, number));
   return element("tr", { className: "opened" }, cell);
 }
 
