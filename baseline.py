@@ -32,6 +32,7 @@ from experiment.intervention.pool import Limits
 from experiment.intervention.ranked_lists import RankedLists
 from experiment.intervention.rows import Answer
 from experiment.intervention.sequences import SequenceActivations, Sequences
+from experiment.masks import EFFECT
 from experiment.records.journal import Journal, name_unmasked
 from experiment.records.schema import KeptRecord, Record
 from experiment.rounds import Bar, Experiment, Work
@@ -83,7 +84,7 @@ def say_cost_of_effects(experiment: Experiment, model: SplicedModel, sizes: Size
     """Says how many passes it takes at most to mask latents one by one, where that is what is left to do."""
     lengths = []
     for work in share:
-        if ranked_lists.EFFECT in work.keys:
+        if EFFECT in work.keys:
             lengths += [experiment.lengths[question.id] for question in work.questions]
     if lengths:
         latents = min(experiment.options.effects, model.splice.d_sae)
@@ -111,10 +112,13 @@ def answer_and_rank(
     # Proposed to the model, which takes it or not: it saves steps and changes no answer.
     opening = tokenizer(common.ANSWER_BEGINS, add_special_tokens=False)["input_ids"]
     limits = Limits(chosen.max_new_tokens, sizes.pool)
-    if ranked_lists.EFFECT in work.keys:  # these take most of the time: the bar moves with them, not here
-        answers, read = generate.answer(model, group, limits, opening)
-    else:
-        answers, read = generate.answer(model, group, limits, opening, bar.move)
+
+    def move_with_answers(count: int) -> None:
+        """Moves the bar as answers end, unless effects are to come, which take most of the time."""
+        if EFFECT not in work.keys:
+            bar.move(count)
+
+    answers, read = generate.answer(model, group, limits, opening, move_with_answers)
     records = []
     for question, answer in zip(work.questions, answers):
         records.append(common.make_record(tokenizer, question, answer))

@@ -15,8 +15,8 @@ from experiment.intervention.rankings import Scores, Sequences, mean
 
 
 def by_answer(model: SplicedModel, sequences: Sequences, seed: int) -> Scores:
-    """Mean activation over the answer's positions alone: scores [sequence, d_sae], the highest are TopK."""
-    read = sequences.ranked  # what the SAE read up to the last [, position by position
+    """Mean activation over what was generated, up to the last [: scores [sequence, d_sae], the highest are TopK."""
+    read = sequences.ranked  # what the SAE read in prompt and answer up to there, position by position
     prompt_lengths = torch.tensor([len(prompt) for prompt in sequences.prompts], device=read.rows.device)
     is_generated = read.columns >= prompt_lengths[read.rows]
     return mean(model, read, where=is_generated)

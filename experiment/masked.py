@@ -156,7 +156,7 @@ def make_entry(
         records = journal.finish(question.id for question in asked)
         draws.append(comparisons.find_scores(records, ranked))
     after = {metric: list(column.values()) for metric, column in comparisons.average_draws(draws).items()}
-    figures, clean, drop = compare_with_unmasked(file, after, asked)
+    clean, figures, drop = compare_with_unmasked(file, after, asked)
     masks = measure_masks(drawn, provenance, asked)
     if masks["fewer_than_k"] and provenance.control is None:
         say(tell_fewer(file, provenance.k, ranked))
@@ -181,14 +181,14 @@ def make_entry(
 
 def compare_with_unmasked(
     file: RankedFile, after: estimates.Columns, asked: list[Question]
-) -> tuple[Figures, Figures | None, Figures | None]:
-    """Figures of the masked answers, of the unmasked ones to the same questions, and of the drops: `estimates.compare`.
+) -> tuple[Figures | None, Figures, Figures | None]:
+    """Figures of the unmasked answers, of the masked ones to the same questions, and of the drops: `estimates.compare`.
 
-    after: columns of the masked answers.  The last two are None where the file has no unmasked answers.
+    after: columns of the masked answers.  The others are None where the file has no unmasked answers.
     """
     contexts = [question.context for question in asked]
     if file.selection is None:  # the authors' file
-        return estimates.summarize(after, contexts), None, None
+        return None, estimates.summarize(after, contexts), None
     unmasked = []
     for question in asked:
         ranked = file.questions[question.id]

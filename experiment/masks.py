@@ -1,10 +1,12 @@
-"""Which side of a ranking a mask takes, and how many latents of it. Knows nothing of files or models."""
+"""Which side of a ranking a mask takes, how many latents of it, and which rankings are of a kind of their own. Knows
+nothing of files or models."""
 
 from typing import Literal
 
 Side = Literal["topk", "bottomk"]
 SIDES: tuple[Side, Side] = ("topk", "bottomk")
 ROUND_NAMES: dict[Side, str] = {"topk": "false", "bottomk": "true"}  # the authors' names of rounds 2 and 3
+EFFECT = "effect"  # the ranking by what masking each latent alone does
 DRAWN = ("matched", "random")  # rankings whose lists are drawn, --draws times
 OTHERS = ("other", "other-context")  # rankings that are another question's: the baseline's lists of it
 

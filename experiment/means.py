@@ -76,14 +76,14 @@ class Reader:
 
     def read(self, part: Sequence[int]) -> SequenceActivations:
         """What the SAE reads in these questions' prompts and answers, but for the answers' last token."""
-        prompts = []
+        texts = []  # each of them run as a prompt
         contexts: list[Hashable] = []
         for number in part:
             tokens = self.tokens[number]
-            prompts.append(self.prompts[number] + tokens[:-1])
+            texts.append(self.prompts[number] + tokens[:-1])
             contexts.append(self.contexts[number])
         batch = list(range(len(part)))
-        group = Group(prompts, contexts, batches=[batch])
+        group = Group(texts, contexts, batches=[batch])
         # One token more says nothing new: what counts is what the SAE reads on the way there.
         limits = Limits(1, self.sizes.pool)
         _, read = generate.answer(self.model, group, limits)

@@ -85,7 +85,7 @@ class Options:
     dataset_config: str | None = option(None, "of a data set that has several (default: none)", metavar="NAME")
     limit: int | None = option(None, "only the first N questions (default: all)", **NUMBER)
     sample: int | None = option(None, "only N questions, drawn (default: all)", **NUMBER)
-    seed: int = option(42, "seed of --sample, and in round 1 of random rankings", type=int, metavar="N")
+    seed: int = option(42, "of all that is drawn: --sample, rankings at random, directions", type=int, metavar="N")
     prompt_template: str = option("auto", "auto, gemma, llama-3, chatml, or a text file with {context} and {question}")
     exclude_special_tokens: bool = option(False, "BOS and other special tokens bypass the SAE and count in no score")
     error_term: str = option("drop", "keep: what the SAE does not explain stays", choices=("drop", "keep"))
@@ -113,7 +113,7 @@ class Options:
         None, "tokens in one batch, padding included (default: what fits; on the CPU 4096)", **NUMBER
     )
     pool_tokens: int | None = option(
-        None, "tokens of answers that go on together (default: as --batch-tokens)", **NUMBER
+        None, "tokens of answers that go on together (default: what fits; on the CPU as --batch-tokens)", **NUMBER
     )
     max_new_tokens: int = option(50, "longest answer, in tokens", **NUMBER)
     overwrite: bool = option(False, "start this round again and replace its files")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from experiment import catalogue, name_some, say
+from experiment.masks import EFFECT
 from experiment.options import Options
 from experiment.questions import Question, hash_population
 from experiment.records import files
@@ -14,7 +15,7 @@ from experiment.records.schema import KeptRecord, Record
 from experiment.report import estimates, folders, outputs, statistics, terminal
 from experiment.rounds import Experiment
 
-OF_ANSWER = ("gradsae-answer", "attribution", "effect")  # rankings that need the answer's tokens inside the brackets
+OF_ANSWER = ("gradsae-answer", "attribution", EFFECT)  # rankings that need the answer's tokens inside the brackets
 
 
 def report_results(experiment: Experiment, earlier: list[Entry], fresh: Sequence[Entry]) -> list[Entry]:

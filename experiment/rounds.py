@@ -20,7 +20,7 @@ from experiment.intervention import plan
 from experiment.intervention.forward import SplicedModel
 from experiment.intervention.memory import memory_errors
 from experiment.intervention.plan import Sizes
-from experiment.masks import DRAWN
+from experiment.masks import DRAWN, EFFECT
 from experiment.options import Options
 from experiment.prompts import build_prompt, tokenize
 from experiment.questions import Question
@@ -86,7 +86,7 @@ class Experiment:
         provenance = self.provenance_of(ranking)
         if ranking in DRAWN and self.options.draws > 1:
             provenance = provenance.with_fields(draws=self.options.draws)
-        if ranking == "effect":
+        if ranking == EFFECT:
             provenance = provenance.with_fields(effects=self.options.effects)
         return provenance
 

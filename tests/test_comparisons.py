@@ -345,8 +345,8 @@ def test_sentence_where_there_is_no_difference():
     control = entry("baseline", 70.0, 24.9, control="direction")
     mask = entry("baseline", 74.3, 25.7, excess={"direction": (-1.0, 0.8, 2.6)})
     assert tell_finding([mask, control]) == (
-        "Masking the 6.2 latents that fire most (on average per question) costs 25.7 points of EM [23.7, 27.7], no "
-        "more than taking away as much in a random direction: 24.9, a difference of 0.8 [-1.0, 2.6]."
+        "Masking the 6.2 latents that fire most (on average per question) costs 25.7 points of EM [23.7, 27.7]; "
+        "taking away as much in a random direction 24.9; the difference, 0.8 [-1.0, 2.6], may be nothing."
     )
     mask = entry("baseline", 74.3, 25.7, excess={"direction": (-9.0, -4.0, -0.5)})
     assert (
@@ -426,7 +426,9 @@ def test_sentence_hints_at_other_ks():
         " At K = 50% hardly an answer is left (effect: EM under 5%): smaller K tell more."
     )
     still = [entry("baseline", 99.0, 1.0, width=1.0)]
-    assert tell_finding(still).endswith(" At K = 50% TopK moves next to nothing: larger K may tell more.")
+    assert tell_finding(still).endswith(
+        " At K = 50% what TopK costs may be nothing: more questions, or larger K, tell more."
+    )
     assert "larger K" not in tell_finding([entry("baseline", 99.0, 1.0, width=0.9)])
     assert "larger K" not in tell_finding([entry("baseline", 99.0, 1.0, masked="bottomk")])
 

@@ -14,7 +14,7 @@ import torch
 from conftest import read_activations, read_journal, run_script, write_activations
 
 from experiment import prompts
-from experiment.report import estimates, figure
+from experiment.report import estimates, figure, folders
 
 ASKED = ["--demo", "--limit", 32]
 RANKINGS = ["baseline", "attribution", "effect", "matched", "random"]
@@ -375,6 +375,23 @@ def test_faithfulness_and_completeness(folder, kept, contexts):
     last = find_entry(folder, "baseline", "50%", keep_only=True)
     assert last["completeness_auc"]["n"] == last["faithfulness_auc"]["n"] > 0.9 * len(kept)
     assert last["removed"] is None and last["mean_k"] == find_entry(folder, "baseline", "50%")["mean_k"]
+
+
+def test_what_is_of_other_unmasked_answers_counts_nowhere(folder, tmp_path):
+    """A ranking that was added on another device, where answers differ: what others recover is not of its answers."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    run, samples = read_activations(copy / "activations_effect.json")
+    for sample in samples:
+        sample["answer"] += " else"
+        sample["log_probs"] = [value - 3 for value in sample["log_probs"]]
+    write_activations(copy / "activations_effect.json", run, samples)
+    found = {}
+    for entry in folders.read_folder(copy).entries:
+        if entry.provenance.ranking == "baseline" and getattr(entry, "keep_only", None):
+            found[entry.k] = entry.faithfulness
+    for k in ("1", "3", "50%"):
+        assert found[k].fields() == find_entry(folder, "baseline", k, keep_only=True)["faithfulness"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -155,11 +155,23 @@ def test_summary_of_nothing():
     assert found.fields() == {"n": 0, "em": None, "f1": None, "intervals": {"em": None, "f1": None}}
 
 
+def test_a_metric_that_older_files_lack():
+    latents = {"active": [1], "topk": [1], "bottomk": [1]}
+    scores = {"em": 1.0, "f1": 1.0, "accuracy": 1.0}
+    older = RankedQuestion.model_validate({"id": "a", "answer": "", **latents, **scores})
+    newer = RankedQuestion.model_validate({"id": "b", "answer": "", **latents, **scores, "named": 0.0})
+    columns = estimates.collect_scores([older, newer])
+    figures = estimates.summarize(columns, ["x", "y"])
+    assert (figures.em, figures.named, figures.counted) == (100, 0, {"named": 1})
+    nowhere = estimates.summarize(estimates.collect_scores([older, older]), ["x", "y"])
+    assert nowhere.em == 100 and nowhere.named is None
+
+
 def test_paired_drops_are_narrower_than_their_parts():
     rng = np.random.default_rng(7)
     before, keys = draw_answers(rng, 200)
     after = before * (rng.random(len(before)) < 0.95)
-    found, clean, drop = estimates.compare({"em": before, "f1": before}, {"em": after, "f1": after}, keys)
+    clean, found, drop = estimates.compare({"em": before, "f1": before}, {"em": after, "f1": after}, keys)
 
     def width(figures):
         low, high = figures.intervals["em"]
@@ -174,7 +186,7 @@ def test_paired_drops_are_narrower_than_their_parts():
 def test_log_probabilities_are_compared_and_not_reported_by_themselves():
     unmasked = {"em": [1, 1], "answer_log_prob": [-0.1, -0.3], "format_log_prob": [-0.2, NAN]}
     masked = {"em": [1, 0], "answer_log_prob": [-0.6, -0.3], "format_log_prob": [-0.2, -0.4]}
-    found, clean, drop = estimates.compare(unmasked, masked, ["x", "y"])
+    clean, found, drop = estimates.compare(unmasked, masked, ["x", "y"])
     assert "answer_log_prob" not in found.fields() and "answer_log_prob" not in clean.fields()
     assert drop.answer_log_prob == pytest.approx(0.25)  # less likely by so much: a positive drop
     assert drop.format_log_prob == 0 and drop.counted == {"format_log_prob": 1}
@@ -182,7 +194,7 @@ def test_log_probabilities_are_compared_and_not_reported_by_themselves():
 
 
 def test_metrics_that_round_1_has_not_are_not_compared():
-    found, clean, drop = estimates.compare({"em": [1, 1]}, {"em": [1, 0], "named": [1, 1]}, ["x", "y"])
+    clean, found, drop = estimates.compare({"em": [1, 1]}, {"em": [1, 0], "named": [1, 1]}, ["x", "y"])
     assert found.named == 100 and drop.named is None and clean.named is None
 
 

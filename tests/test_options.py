@@ -12,8 +12,8 @@ from conftest import ROOT
 
 from experiment import UserError, catalogue, options
 from experiment.demo import bundled
-from experiment.intervention.ranked_lists import EFFECT
 from experiment.intervention.rankings import RANKINGS
+from experiment.masks import EFFECT
 from experiment.options import Options
 
 DEFAULTS = {

@@ -14,8 +14,10 @@ of many rows takes little longer than one of a few. Once the pool is full, or th
 decoded together: a step reads the last token of each row, with nothing proposed behind it, and keeps one more.
 """
 
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +34,8 @@ from experiment.intervention.pool import Limits, Pool
 from experiment.intervention.rows import NO_TOKEN, Answer, Row, cut_at_end, pick_log_probs, pick_tokens
 from experiment.intervention.sequences import ReadInPass, SequenceActivations
 from experiment.intervention.sparse import SparseActivations, join
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -231,27 +235,27 @@ def keep_agreed(
     logits: at `find_outputs`, the rows' one after the other.
     Returns the attention without what proposals have behind their first difference.
     """
-    said = pick_tokens(logits)
-    targets = []
-    first = 0
-    for row in rows:
-        end = first + len(row.proposal)
-        targets += row.targets(said[first:end])
-        first = end
+    lengths = [len(row.proposal) for row in rows]
+    said = split_list(pick_tokens(logits), lengths)
+    targets: list[int] = []
+    for row, of_row in zip(rows, said):
+        targets += row.targets(of_row)
     target_ids = torch.tensor(targets, device=logits.device)
-    log_probs = pick_log_probs(logits, target_ids).tolist()
+    log_probs = split_list(pick_log_probs(logits, target_ids).tolist(), lengths)
     width = attention.shape[1]
     ends = []  # of what is kept: [row], a column
-    first = 0
-    for row in rows:
-        length = len(row.proposal)
-        end = first + length
-        row.keep(said[first:end], log_probs[first:end])
-        ends.append(width - length + len(row.tokens))
-        first = end
+    for row, of_row, log_probs_of_row in zip(rows, said, log_probs):
+        row.keep(of_row, log_probs_of_row)
+        ends.append(width - len(row.proposal) + len(row.tokens))
     columns = torch.arange(width, device=attention.device)
     ends_of_rows = torch.tensor(ends, device=attention.device)
     is_kept = columns < ends_of_rows.unsqueeze(1)
     attention = attention * is_kept
     pool.add(rows, cache, attention, mask)
     return attention
+
+
+def split_list(values: list[Item], lengths: list[int]) -> list[list[Item]]:
+    """A list in parts of these lengths, one after the other."""
+    left = iter(values)
+    return [list(itertools.islice(left, length)) for length in lengths]

@@ -22,11 +22,10 @@ from experiment.intervention.rankings import (
 from experiment.intervention.removed import removed_shares, round_to_four
 from experiment.intervention.sequences import Sequences
 from experiment.intervention.splice import Splice
-from experiment.masks import DRAWN, SIDES, count_to_reach
+from experiment.masks import DRAWN, EFFECT, SIDES, count_to_reach
 
 STORED = 100  # latents of a list at least, so that --k 30 and --k 100 mean what they say
 LONGEST = 1000  # of the lists of the matched ranking, which takes as many latents as remove enough
-EFFECT = "effect"  # the ranking by `effects`
 
 
 @dataclass(frozen=True)

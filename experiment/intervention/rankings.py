@@ -30,7 +30,8 @@ def add_up(
 ) -> Float64[Tensor, "sequence d_sae"]:
     """The sum of a latent's values over those positions of a sequence `where` it is true.
 
-    read: a position at least of the last sequence.  values: of the entries of `read.latents`.
+    read: as of `Sequences.until`: its latents in the order of its positions, a position at least of the last sequence.
+    values: of the entries of `read.latents`.
     In double precision, so that the order in which a GPU adds up does not show.
     """
     latents = read.latents
@@ -54,7 +55,7 @@ def mean(
     """The mean size of each latent's activation (or the mean of other `values`) over a sequence's positions, or over
     those `where` it is true; over no position it is 0.
 
-    values: of the entries of `read.latents`.  The positions are those where the SAE stands.
+    read, values: as of `add_up`.  The positions are those where the SAE stands.
     The size, for there are SAEs with negative activations: of two latents the one that writes less ranks lower.
     """
     latents = read.latents
@@ -124,9 +125,9 @@ def _score_by_gradient(
 
 
 def rank_by_attribution(model: SplicedModel, sequences: Sequences, seed: Seed) -> Scores:
-    """Attribution: the sum over positions of A * dm/dA, with its sign; no scores without an answer inside the brackets.
+    """Attribution: the sum over positions of H * dm/dH, with its sign; no scores without an answer inside the brackets.
 
-    A: the activations at all positions before the answer's last token.  m: the mean log probability (nats per token) of
+    H: the activations at all positions before the answer's last token.  m: the mean log probability (nats per token) of
     the answer's own tokens inside the brackets, each given what stands before it.
     To first order that is m less m with the latent masked, so it estimates `effects` with one pass forward and one
     back: attribution patching (Nanda 2023, "Attribution Patching"; Syed et al. 2023, arXiv 2310.10348) to zero, for SAE
@@ -262,7 +263,7 @@ RANKINGS: dict[str, Ranking] = {
 def find_ranking(name: str) -> Ranking:
     """The function of a name of RANKINGS, or of FILE.py:FUNCTION, whose file is executed.
 
-    Raises UserError where that is not possible.
+    Raises UserError for a file that cannot be read, or lacks the function; what is wrong in its code shows as it is.
     """
     if name in RANKINGS:
         return RANKINGS[name]

@@ -9,6 +9,7 @@ from torch import Tensor
 from experiment import UserError
 
 NO_TOKEN = -1  # ends a proposal that is only the beginning of an answer
+NOT_A_TOKEN = -2  # what is said where logits are not finite
 LOG_PROB_ROWS = 256  # of logits that are in memory in single precision at once
 NOT_FINITE = (
     "the model's logits are not finite: float16 overflows in some models; try --dtype bfloat16 "
@@ -65,7 +66,7 @@ class Row:
         return self.proposal if self.is_draft else said
 
     def keep(self, said: list[int], log_probs: list[float]) -> None:
-        """Keeps what the model says at the places of the proposal, as far as it was asked under its own words.
+        """Keeps what the model says at the places of the proposal, up to its first token that differs from it.
 
         said, log_probs: of each place the model's token, and the log probability of `targets`.
         """
@@ -106,8 +107,8 @@ def pick_tokens(logits: Float[Tensor, "output vocab"]) -> list[int]:
     """The likeliest token of each row of logits. Raises UserError where they are not finite."""
     is_finite = logits.isfinite().all(-1)
     likeliest = logits.argmax(-1)
-    tokens = torch.where(is_finite, likeliest, NO_TOKEN).tolist()  # the one time that the device is waited for
-    if NO_TOKEN in tokens:
+    tokens = torch.where(is_finite, likeliest, NOT_A_TOKEN).tolist()  # the one time that the device is waited for
+    if NOT_A_TOKEN in tokens:
         raise UserError(NOT_FINITE)
     return tokens
 

@@ -101,18 +101,18 @@ class SequenceActivations:
         """These sequences alone, each up to its end (a length), with `latents` in the order of their positions."""
         device = self.rows.device
         count = int(self.rows.max()) + 1
-        numbers = torch.full((count,), -1, device=device)  # of each sequence its number among `rows`
-        numbers[rows] = torch.arange(len(rows), device=device)
-        numbers = numbers[self.rows]  # [pos], the same of each position's sequence
-        ends_of_rows = torch.tensor([*ends, 0], device=device)  # the last one is of all other sequences
-        is_before_end = self.columns < ends_of_rows[numbers]
-        is_inside = (numbers >= 0) & is_before_end
+        chosen = torch.tensor(rows, dtype=torch.long, device=device)
+        ends_of_rows = torch.zeros(count, dtype=torch.long, device=device)  # of the others nothing is taken
+        ends_of_rows[chosen] = torch.tensor(ends, dtype=torch.long, device=device)
+        numbers = torch.zeros(count, dtype=torch.long, device=device)  # of each sequence its number among `rows`
+        numbers[chosen] = torch.arange(len(rows), device=device)
+        is_inside = self.columns < ends_of_rows[self.rows]
         inside = is_inside.nonzero().flatten()
-        numbers, order = numbers[inside].sort(stable=True)
+        new_rows, order = numbers[self.rows[inside]].sort(stable=True)
         taken = inside[order]
         return SequenceActivations(
             latents=self.latents.take(self.positions[taken]),
-            rows=numbers,
+            rows=new_rows,
             columns=self.columns[taken],
             positions=torch.arange(len(taken), device=device),
         )
@@ -162,20 +162,17 @@ class Sequences:
 
     @functools.cached_property
     def active(self) -> list[list[int]]:
-        """The latents active at the last position that is ranked, ascending: a list for each sequence."""
-        spliced = self.ranked.latents.spliced
-        rows = self.ranked.rows[spliced]
-        positions = spliced.nonzero().flatten()
-        last = rows.new_zeros(len(self.rows))
-        last = last.scatter_reduce(0, rows, positions, "amax")
+        """The latents active at the last position that is ranked, ascending: a list for each sequence.
+
+        Of the positions where the SAE stands, which each sequence has.
+        """
+        spliced = self.ranked.latents.spliced.nonzero().flatten()  # sequence by sequence
+        counts = self.ranked.rows[spliced].bincount(minlength=len(self.rows))
+        last = spliced[counts.cumsum(0) - 1]
         at_the_end = self.ranked.latents.take(last)
-        ids = at_the_end.ids.tolist()
         active = []
-        first = 0
-        for count in at_the_end.counts.tolist():
-            of_sequence = ids[first : first + count]
-            active.append(sorted(of_sequence))
-            first += count
+        for ids in at_the_end.ids.split(at_the_end.counts.tolist()):
+            active.append(sorted(ids.tolist()))
         return active
 
     @functools.cached_property

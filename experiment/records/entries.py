@@ -42,7 +42,8 @@ class Figures(Stored):
 
 
 class Estimate(Stored):
-    """A mean over n questions, with its 95% interval over their contexts: correlations, or shares from 0 to 1.
+    """A mean over n questions, with its 95% interval over their contexts: a correlation, a share, or a recovery, which
+    may be under 0 or over 1.
 
     mean: None where no question counts.  low, high: None where those that count are on a single context.
     """

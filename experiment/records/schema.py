@@ -187,11 +187,12 @@ class Draw(Stored):
 class RankedLatents(Stored):
     """The latents of a kept question: those active at the last position, TopK and BottomK.
 
-    removed: what masking the first 1, 2, ... of a list takes away.  target: of the matched ranking, what the baseline's
-    take away.  tokens: of the unmasked answer.  inside: the positions of those inside its brackets.
-    measured: latents whose effect on the answer was measured by masking each alone.  effects: of each of them, in nats
-    per token; in the file of the ranking by effects.  scores: the file's ranking's own, of each of them.  unmeasured:
-    active latents that were left out.  more_draws: further lists of a ranking that draws.
+    removed: what masking the first 1, 2, ... of a list takes away, in shares of the position's norm.  target: of the
+    matched ranking, what the baseline's take away.  tokens: of the unmasked answer.  inside: the positions of those
+    inside its brackets.  measured: latents whose effect on the answer was measured by masking each alone.
+    effects: of each of them, in nats per token; in the file of the ranking by effects.  scores: the file's ranking's
+    own, of each of them.  unmeasured: active latents that were left out.  more_draws: further lists of a ranking that
+    draws.
     """
 
     active: Latents

@@ -38,7 +38,7 @@ def main() -> None:
         path = paths[0] if len(paths) == 1 else Path("runs", "together")
     # Before anything is read: a round that ends meanwhile would be lost. Where there is no folder yet, none is running.
     with files.lock(path) if path.is_dir() else contextlib.nullcontext():
-        given = [folders.read_folder(path) for path in paths]
+        given = [folders.read_folder(given_path) for given_path in paths]
         entries = folders.join_entries(given) if len(given) > 1 else given[0].entries
         shown = blocks.choose(entries, chosen.rankings, chosen.k)
         files.write_results(path / "results.json", entries)

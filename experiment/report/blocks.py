@@ -11,14 +11,13 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from experiment import UserError
-from experiment.masks import Side
+from experiment.masks import DRAWN, OTHERS, Side
 from experiment.records.entries import Entry, Figures, MaskedEntry, UnmaskedEntry
 from experiment.report import metrics, tables
 from experiment.report.estimates import MASKS
 from experiment.report.metrics import Metric
 
-CHANCE = ("matched", "random", "other", "other-context")  # rankings that know nothing of what a latent does
-DRAWN = ("matched", "random")  # rankings that have nothing to be beyond chance
+CHANCE = (*DRAWN, *OTHERS)  # rankings that know nothing of what a latent does
 ALL_BUT = "all but TopK"  # the mask of --keep-only
 QUESTIONS = "questions"  # names a Setting after its set of questions
 WITH_NEIGHBOURS = "with another one on their context"  # those that other has latents for

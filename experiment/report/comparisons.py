@@ -65,8 +65,9 @@ def measure_excesses(pairs: Mapping[Key, tuple[Scores, Scores]], contexts: Conte
     """What each mask costs more than its control, on the questions that both have.
 
     pairs: the scores of the answers under a mask, and under its control; without a question that both have, there is no
-    Excess.  The drop under a mask is the unmasked score
-    minus the masked one, so of the difference of two drops the control's score minus the mask's is left.
+    Excess.
+    The drop under a mask is the unmasked score minus the masked one, so of the difference of two drops the control's
+    score minus the mask's is left.
     """
     pairs_on: dict[tuple[str, ...], list[Key]] = collections.defaultdict(list)  # by the questions they are of
     for key, (mask, control) in pairs.items():

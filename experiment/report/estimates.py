@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
@@ -23,14 +24,17 @@ MASKS: dict[Side, str] = {"topk": "TopK", "bottomk": "BottomK"}
 RESAMPLES_AT_ONCE = 100  # [resamples, contexts] need not fit in memory
 
 Columns = dict[str, list[float]]
-"""{metric: a score for each question}; NaN or None where it does not count."""
+"""{metric: a score for each question}; NaN where it does not count."""
 
 
 def collect_scores(records: Sequence[Record | RankedQuestion]) -> Columns:
-    """The columns of the scores that all records have."""
-    columns = {}
+    """The columns of the scores. NaN: a file is older than the metric."""
+    columns: Columns = {}
     for metric in SCORES:
-        columns[metric] = [getattr(record, metric) for record in records]
+        columns[metric] = []
+        for record in records:
+            score = getattr(record, metric)
+            columns[metric].append(math.nan if score is None else score)
     return columns
 
 
@@ -106,8 +110,8 @@ def summarize(columns: Mapping[str, ArrayLike], contexts: Sequence[Hashable]) ->
 def compare(
     unmasked: Mapping[str, ArrayLike], masked: Mapping[str, ArrayLike], contexts: Sequence[Hashable]
 ) -> tuple[Figures, Figures, Figures]:
-    """What masking does to the same questions: figures of their scores after it, before it, and of the paired drops
-    (unmasked - masked).
+    """What masking does to the same questions: figures of their unmasked scores, of the masked ones, and of the paired
+    drops (unmasked - masked).
 
     unmasked, masked: {metric: a score for each question}, the questions in the same order.  contexts: a key for each.
     Those of DROP_ONLY are in the drop alone.
@@ -116,8 +120,9 @@ def compare(
     for metric, column in masked.items():
         if metric in unmasked:
             drops[metric] = np.asarray(unmasked[metric], dtype=float) - np.asarray(column, dtype=float)
-    after, before, drop = summarize_each([_leave_levels(masked), _leave_levels(unmasked), drops], contexts)
-    return after, before, drop
+    tables = [_leave_levels(unmasked), _leave_levels(masked), drops]
+    of_unmasked, of_masked, of_drops = summarize_each(tables, contexts)
+    return of_unmasked, of_masked, of_drops
 
 
 def _leave_levels(columns: Mapping[str, ArrayLike]) -> dict[str, ArrayLike]:
@@ -142,7 +147,7 @@ def summarize_each(tables: Sequence[Mapping[str, ArrayLike]], contexts: Sequence
 
 
 def _summarize_one(
-    n: int, metrics: list[str], columns: list[Float[np.ndarray, question]], intervals: list[list[float]]
+    n: int, metrics: list[str], columns: list[Float[np.ndarray, " question"]], intervals: list[list[float]]
 ) -> Figures:
     """The figures of columns over n questions, in the units of METRICS, with their intervals, which may be NaN."""
     means: dict[str, float | None] = {}

@@ -82,8 +82,9 @@ def read_folder(path: Path, entries: list[Entry] | None = None, known: list[Ques
             masked.append((entry, [journal, *_read_draws(path, entry)]))
     if contexts:
         scores = _score_masks(masked, lists)
+        with_these_answers = [of_file for name, of_file in ranked.items() if name not in others]
         entries = relations.add_agreement(entries, unmasked, contexts)
-        entries = relations.relate(entries, scores, relations.score_unmasked(ranked.values()), contexts)
+        entries = relations.relate(entries, scores, relations.score_unmasked(with_these_answers), contexts)
     return Folder(
         path=path,
         entries=entries,

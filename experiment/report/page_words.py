@@ -29,12 +29,13 @@ RANKINGS = {
     "baseline": "latents by mean activation over all positions.",
     "gradsae": "the paper's (GradSAE, arXiv 2505.08080): by activation times the gradient of the probability of the "
     "[ token, where that is positive.",
-    "gradsae-answer": "the same, of the answer's first token inside the brackets.",
+    "gradsae-answer": "by activation times the gradient of the probability of the answer's first token inside the "
+    "brackets, where that is positive.",
     "attribution": "by activation times the gradient of the answer's log probability: an estimate of effect. "
     "Its lowest latents are those it takes to speak against the answer.",
     "effect": "by what masking the latent alone costs the answer's log probability, measured.",
-    "matched": "a control: active latents drawn at random, none of the baseline's, as many as it takes to "
-    "remove no less of the norm; that may be many more than K.",
+    "matched": "a control: active latents drawn at random, none of those that the baseline masks at K = 50%, as many "
+    "as it takes to remove no less of the norm; that may be many more than K.",
     "random": "a control: K active latents drawn at random; they remove less.",
     "other": "a control: the baseline's latents of another question on the same context.",
     "other-context": "a control: the baseline's latents of a question on another context.",

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from experiment.masks import OTHERS
+from experiment.masks import EFFECT, OTHERS
 from experiment.records.entries import Agreement, Entry, Estimate, Excess, MaskedEntry, UnmaskedEntry
 from experiment.records.schema import KeptRecord, RankedLatents, RankedQuestion, Record
 from experiment.report import comparisons, estimates
 from experiment.report.comparisons import Contexts, Effects, PerQuestion, Scores
 
-EFFECT = "effect"  # the ranking by what masking each latent alone does
 MADE_HERE = ("excess", "faithfulness", "completeness", "faithfulness_auc", "completeness_auc")
 UNKNOWN = RankedLatents(active=[], topk=[], bottomk=[])
 RECOVERIES = ("faithfulness", "completeness")

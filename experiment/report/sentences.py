@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from experiment.masks import EFFECT
 from experiment.records.entries import Agreement, Entry, Estimate, Excess, MaskedEntry, UnmaskedEntry
 from experiment.report.estimates import MASKS
 
@@ -11,7 +12,6 @@ FLOOR = 5  # percent: with an EM below it hardly an answer is left that a mask c
 MANY = 5  # times K: a matched mask of more latents than this is of another kind
 OTHER_QUESTIONS = {"other": "another question on the same context", "other-context": "a question on another context"}
 CONTROLS = ("direction", "matched")  # the fairer one first
-EFFECT = "effect"  # the ranking by what masking each latent alone costs
 
 
 def tell_finding(entries: Iterable[Entry]) -> str:
@@ -78,8 +78,9 @@ def _tell_excess(name: str, cost: float | None, excess: Excess) -> str:
     difference = _write_excess(excess)
     if interval is None or interval[0] > 0:
         return f"; {name} {cost:z.1f}; the difference is {difference}."
-    how = "less than" if interval[1] < 0 else "no more than"
-    return f", {how} {name}: {cost:z.1f}, a difference of {difference}."
+    if interval[1] < 0:
+        return f", less than {name}: {cost:z.1f}, a difference of {difference}."
+    return f"; {name} {cost:z.1f}; the difference, {difference}, may be nothing."
 
 
 def _find_control(name: str, entry: MaskedEntry, masked: Iterable[MaskedEntry]) -> MaskedEntry | None:
@@ -209,7 +210,8 @@ def _tell_other_ks(first: MaskedEntry, told: Iterable[MaskedEntry]) -> str:
         return f"At K = {first.k} hardly an answer is left ({names}: EM under {FLOOR}%): smaller K tell more."
     interval = first.drop.intervals.get("em") if first.drop is not None else None
     if first.masked == "topk" and interval is not None and interval[0] <= 0:
-        return f"At K = {first.k} {MASKS[first.masked]} moves next to nothing: larger K may tell more."
+        name = MASKS[first.masked]
+        return f"At K = {first.k} what {name} costs may be nothing: more questions, or larger K, tell more."
     return ""
 
 

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from experiment.masks import DRAWN
 from experiment.records.entries import Entry, MaskedEntry
 from experiment.report import blocks, cells, metrics, sentences
 from experiment.report.blocks import Line, Setting
@@ -97,7 +98,7 @@ def write_main(setting: Setting, mask: str, lines: Sequence[Line], gap: Block) -
         if control == "matched" and control != setting.controls[0]:
             continue  # the baseline's second control
         beyond = metrics.make_excess(control, "em")
-        ranked = [line for line in lines if line.ranking not in blocks.DRAWN]
+        ranked = [line for line in lines if line.ranking not in DRAWN]
         parts += write_block(setting, beyond, ranked, f"EM beyond {control}")
     parts += write_block(setting, metrics.ANSWER, lines, f"{mask}: answer")
     together: Block = []
