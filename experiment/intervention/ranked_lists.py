@@ -32,10 +32,10 @@ LONGEST = 1000  # of the lists of the matched ranking, which takes as many laten
 class RankedLists:
     """The lists of a sequence, and what is known of them. Names as in files; None: not there.
 
-    removed: what masking the first 1, 2, ... of a list takes away.  target: of the matched ranking, what the baseline's
-    take away.  measured: the latents whose single effect was measured.  effects: of each of them, in nats per token; of
-    the ranking by effects alone.  scores: this ranking's own of each of them.  unmeasured: active latents without a
-    measured effect.  more_draws: the lists of further draws.
+    removed: what masking the first 1, 2, ... of a list takes away (`removed_share`).  target: of the matched ranking,
+    what the baseline's take away.  measured: the latents whose single effect was measured.  effects: of each of them,
+    in nats per token; of the ranking by effects alone.  scores: this ranking's own of each of them.  unmeasured: active
+    latents without a measured effect.  more_draws: the lists of further draws.
     """
 
     topk: list[int]
