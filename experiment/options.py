@@ -37,6 +37,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def to_folder(text: str) -> Path:
+    """A folder. An empty text, as of a variable that is not set, would be the one that one stands in."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
+
+
 def latents_to_mask(text: str) -> str:
     """A K in its plain spelling: a number of latents, or a percentage."""
     match = re.fullmatch(r"(?P<number>[0-9]{1,18})(?P<percent>%?)", text)
@@ -104,7 +111,7 @@ class Options:
     )
     keep_only: bool = option(False, "mask everything but TopK, and for comparison everything")
     # Never None once parse() is done.
-    output_dir: Path = option(None, "for all files (default: runs/demo, or runs/MODEL/RELEASE/ID)", type=Path)
+    output_dir: Path = option(None, "for all files (default: runs/demo, or runs/MODEL/RELEASE/ID)", type=to_folder)
     device: str = option("cuda", "torch device")
     device_map: str | None = option(None, "auto: spread a model over all GPUs (default: off)", choices=("auto",))
     dtype: str = option("float16", "of the model", choices=FLOATS)

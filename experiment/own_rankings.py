@@ -17,7 +17,7 @@ from experiment import UserError, nearest, os_errors
 
 FORM = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 # Words of the names of files: predictions_RANKING_false.jsonl, activations_RANKING_mean.json.
-RESERVED = {"false", "true", "mean"}
+RESERVED = {"false", "true", "mean", "keep", "direction"}
 
 
 def is_own(ranking: str) -> bool:

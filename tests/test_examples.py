@@ -147,6 +147,25 @@ def test_scores_that_are_none(gives, says, run, tmp_path):
     assert not list((tmp_path / "out").glob("*.json*"))
 
 
+WRITES = """
+from experiment.intervention.rankings import mean
+
+def scaled(model, sequences, seed):
+    values = sequences.ranked.latents.values
+    values /= 2
+    return mean(model, sequences.ranked)
+"""
+
+
+def test_activations_are_not_written_into(run, tmp_path):
+    """They are other rankings' too, whose lists would be wrong without a word."""
+    file = tmp_path / "mine.py"
+    file.write_text(WRITES)
+    code, _, err = run("baseline", "--ranking", f"{file}:scaled", "baseline")
+    assert code == 2 and "writes into the activations that it is given: clone() them first" in err.splitlines()[-1]
+    assert not list((tmp_path / "out").glob("activations*"))
+
+
 MISTAKES = {
     "no file": ("{folder}/nowhere.py:f", "nowhere.py: cannot be read (No such file or directory)"),
     "a folder": ("{folder}/folder.py:f", "folder.py: cannot be read (Is a directory)"),
@@ -156,7 +175,7 @@ MISTAKES = {
     "null bytes": ("{folder}/binary.py:f", "binary.py: is not Python ("),
     "no FUNCTION": ("{folder}/mine.py", "invalid choice: '"),
     "no name": ("{folder}/mine.py:by-sizes", "invalid choice: '"),
-    "a round's word": ("{folder}/mine.py:by_mean", "name it without false, mean, true"),
+    "a round's word": ("{folder}/mine.py:by_mean", "name it without direction, false, keep, mean, true"),
     "a name that is taken": ("{folder}/mine.py:Random", "files are named after the function, as of random"),
 }
 

@@ -202,6 +202,7 @@ def test_a_reader_who_has_enough():
         (["--model"], "--model"),
         (["--model", ""], "--model: is empty"),
         (["--dataset", ""], "--dataset: is empty"),
+        (["--output-dir", ""], "--output-dir: is empty"),
         (["--limit", "0"], "--limit: '0' is not a whole number of at least 1"),
         (["--sample", "-1"], "--sample: '-1'"),
         (["--batch-tokens", "1.5"], "--batch-tokens: '1.5'"),

@@ -134,6 +134,21 @@ def test_shipped_activations_are_round_1_of_the_demo(full):
     assert same >= 0.98 * len(made["samples"])
 
 
+def test_a_report_takes_what_ships_for_its_own_run_alone(tmp_path, monkeypatch, capsys):
+    """A folder whose activations were left behind keeps its results: what ships is of another run."""
+    given = ["--demo", "--limit", 12, "--error-term", "keep", "--output-dir", tmp_path]
+    for script in ("baseline", "baseline_after_false"):
+        assert run_script(script, given, monkeypatch, capsys)[0] == 0
+    before = (tmp_path / "results.json").read_text()
+    (tmp_path / "activations_baseline.json").unlink()
+    capsys.readouterr()
+    folder = folders.read_folder(tmp_path)
+    assert not folder.ranked and "is not there: what it held is left out" in capsys.readouterr().err
+    kept = {(entry.round, entry.k) for entry in folder.entries}
+    assert kept == {(entry["round"], entry["k"]) for entry in json.loads(before)} and len(kept) == 2
+    assert set(folder.answers) <= set(read_journal(tmp_path / "predictions_baseline.jsonl")[1])
+
+
 def test_shipped_activations_serve_rounds_2_and_3(full, tmp_path, monkeypatch, capsys):
     """`python baseline_after_false.py --demo` in a fresh clone, without round 1: says so, and leaves the file alone."""
     before, (_, found) = (ROOT / "activations_baseline.json").read_bytes(), full

@@ -273,10 +273,14 @@ def find_ranking(name: str) -> Ranking:
 def score_latents(model: SplicedModel, name: str, sequences: Sequences, seed: Seed) -> Scores:
     """The scores of a ranking. name: as of `find_ranking`.
 
-    Raises UserError for scores of another shape, or a score that is NaN.
+    Raises UserError for scores of another shape, a score that is NaN, and a ranking that writes into what it is given.
     """
     ranking = find_ranking(name)
+    given = (sequences.read.latents.values, sequences.ranked.latents.values)  # every other ranking's as well
+    before = [values._version for values in given]
     scores = ranking(model, sequences, seed)
+    if before != [values._version for values in given]:
+        raise UserError(f"--ranking {name}: writes into the activations that it is given: clone() them first")
     shape = (len(sequences.rows), model.splice.d_sae)
     refuse_other_shape(name, scores, shape)
     refuse_nan(name, scores, sequences.ids)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from experiment import UserError, guard
+from experiment import UserError, guard, options
 from experiment.records import files
 from experiment.report import blocks, folders, outputs, terminal
 
@@ -26,8 +26,10 @@ class _Parser(argparse.ArgumentParser):
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser("python -m experiment.report", description=__doc__, formatter_class=raw)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="that rounds have written")
-    parser.add_argument("--output-dir", type=Path, help="for the files (default: the one folder, or runs/together)")
+    parser.add_argument("folders", nargs="+", type=options.to_folder, metavar="FOLDER", help="that rounds have written")
+    parser.add_argument(
+        "--output-dir", type=options.to_folder, help="for the files (default: the one folder, or runs/together)"
+    )
     parser.add_argument("--rankings", nargs="+", default=[], help="for tables and figure (default: all)")
     parser.add_argument("--k", nargs="+", default=[], help="likewise; results.json and results.csv hold all")
     chosen = parser.parse_args()

@@ -15,7 +15,15 @@ from experiment.records.entries import Entry, MaskedEntry, UnmaskedEntry
 from experiment.records.journal import Journal, name_masked
 from experiment.records.lists import find_latents_to_mask
 from experiment.records.others import take_from_others
-from experiment.records.provenance import ALL, depends_on, differences, digest_numbers, digest_ranked, same_answer
+from experiment.records.provenance import (
+    ALL,
+    SETTINGS,
+    depends_on,
+    differences,
+    digest_numbers,
+    digest_ranked,
+    same_answer,
+)
 from experiment.records.schema import KeptRecord, Provenance, RankedQuestion, Record
 from experiment.report import relations, tables
 from experiment.report.comparisons import Scores
@@ -131,22 +139,29 @@ def _find_journal(journals: Journals, entry: Entry) -> Journal | None:
 
 
 def _read_ranked(path: Path, entries: Iterable[Entry]) -> Ranked:
-    """The files of activations that the entries name: the folder's, or one that ships."""
-    names = [entry.latents for entry in entries if isinstance(entry, MaskedEntry)]
+    """The files of activations that the entries name: the folder's; where it has none, the one that ships, if that is
+    of the same run."""
+    made: dict[str, Provenance] = {}  # of the first entry that names a file
+    for entry in entries:
+        if isinstance(entry, MaskedEntry) and entry.latents is not None:
+            made.setdefault(entry.latents, entry.provenance)
     ranked: Ranked = {}
-    for name in dict.fromkeys(names):
-        if name is None:
-            continue
-        found = [file for file in (path / name, ROOT / name) if file.exists()]
-        if not found:
+    for name, provenance in made.items():
+        own = path / name
+        found = own if own.exists() else ROOT / name
+        if not found.exists():
             continue
         try:
-            read = files.read_activations(found[0])
+            read = files.read_activations(found)
         except UserError as error:
             say(f"{error}: it is left out")
             continue
-        if read[0] is not None:  # the authors' questions have no ids
-            ranked[name] = {question.id: question for question in read[1]}
+        if read[0] is None:  # the authors' questions have no ids
+            continue
+        if found != own and differences(read[0], provenance, SETTINGS):
+            say(f"{own} is not there: what it held is left out")
+            continue
+        ranked[name] = {question.id: question for question in read[1]}
     return ranked
 
 
