@@ -316,8 +316,8 @@ def run(asked: Asked, apart: Executor) -> None:
         f"BottomK {agreement(bench.found, bottom)}",
         f"TopK's answers that are the naive loop's: {same} of {asked.naive_questions}",
     ]
-    if asked.shape and asked.dtype != "float32":
-        lines[-1] += f" (random weights' likeliest tokens lie closer than {asked.dtype} rounds: compare in float32)"
+    if same < asked.naive_questions and asked.shape and asked.dtype != "float32":
+        lines[-1] += f" (random weights' likeliest tokens may lie closer than {asked.dtype} rounds: compare in float32)"
     steps = []
     if asked.shape and not on_cuda(asked.device):
         steps = measure_steps(asked, bench, apart)

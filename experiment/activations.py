@@ -163,7 +163,7 @@ def mask_provenance(experiment: Experiment, ranking: str, side: Side, stored: Pr
     """The provenance of a round that masks one side of a file: what only that says is of it. stored: the file's."""
     provenance = experiment.provenance_of(ranking).with_fields(masked=side, ablation=experiment.options.ablation)
     known = stored.fields() if stored else {}
-    for name in ("ranking_seed", "effects", "hook_name", "d_sae"):
+    for name in ("ranking_seed", "effects", "measured_for", "hook_name", "d_sae"):
         if name in known:
             provenance = provenance.with_fields(**{name: known[name]})
     return provenance

@@ -87,8 +87,19 @@ class Experiment:
         if ranking in DRAWN and self.options.draws > 1:
             provenance = provenance.with_fields(draws=self.options.draws)
         if ranking == EFFECT:
-            provenance = provenance.with_fields(effects=self.options.effects)
+            provenance = provenance.with_fields(effects=self.options.effects, measured_for=self._name_others())
         return provenance
+
+    def _name_others(self) -> str:
+        """The command's rankings but for `effect`, in any order, each with what its scores hang on."""
+        names = []
+        for ranking in self.options.ranking:
+            if ranking == EFFECT:
+                continue
+            provenance = self.provenance_of(ranking)
+            parts = (provenance.ranking, provenance.ranking_seed, provenance.ranking_digest)
+            names.append(" ".join(str(part) for part in parts if part is not None))
+        return ", ".join(sorted(names))
 
     def select_as(self, stored: Provenance) -> list[Question]:
         """The questions that the run of a file asked, which was of the same data set."""

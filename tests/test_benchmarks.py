@@ -69,6 +69,7 @@ def read_table(text):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_table(printed, name):
+    assert "nan" not in printed[name][0]
     table = read_table(printed[name][0])
     assert list(table) == ROWS
     naive, plain, *ours = (table[row] for row in ROWS)

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from experiment.records.schema import RankedQuestion
-from experiment.report import estimates
+from experiment.report import comparisons, estimates
 
 NAN = math.nan
 
@@ -163,6 +163,10 @@ def test_a_metric_that_older_files_lack():
     columns = estimates.collect_scores([older, newer])
     figures = estimates.summarize(columns, ["x", "y"])
     assert (figures.em, figures.named, figures.counted) == (100, 0, {"named": 1})
+    assert math.isnan(columns["named"][0])  # not None, of which nothing can be taken away
+    scores = comparisons.find_scores([older, newer], [older, newer])
+    excess = comparisons.measure_excesses({"one": (scores, scores)}, {"a": "x", "b": "y"})["one"]
+    assert (excess.em, excess.named, excess.counted) == (0, 0, {"named": 1})
     nowhere = estimates.summarize(estimates.collect_scores([older, older]), ["x", "y"])
     assert nowhere.em == 100 and nowhere.named is None
 

@@ -446,3 +446,15 @@ def test_ctrl_c_says_how_to_go_on(more, says, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["baseline.py", "--demo", *more])
     assert guard(interrupted) == 130
     assert says in capsys.readouterr().err
+
+
+def test_effects_are_of_latents_that_the_rankings_beside_them_put_first(run, refused):
+    """Where not all are measured: with other rankings beside it, a round that went on would mix two kinds of lists."""
+    some = ["--effects", 10, "--ranking"]
+    run(ROUND_1, "--limit", 8, *some, "baseline", "effect")
+    line = refused(ROUND_1, "--limit", 16, *some, "baseline", "random", "effect")
+    assert 'activations_effect.json: is of another run (measured_for "baseline", now "baseline, random 42")' in line
+    run(ROUND_1, "--limit", 16, *some, "effect", "baseline")  # in any order
+    everything = ["--effects", 512, "--ranking"]
+    run(ROUND_1, "--limit", 8, *everything, "baseline", "effect", "--overwrite")
+    run(ROUND_1, "--limit", 16, *everything, "baseline", "random", "effect")

@@ -277,7 +277,7 @@ def score_latents(model: SplicedModel, name: str, sequences: Sequences, seed: Se
     """
     ranking = find_ranking(name)
     given = (sequences.read.latents.values, sequences.ranked.latents.values)  # every other ranking's as well
-    before = [values._version for values in given]
+    before = [values._version for values in given]  # how often each was written into
     scores = ranking(model, sequences, seed)
     if before != [values._version for values in given]:
         raise UserError(f"--ranking {name}: writes into the activations that it is given: clone() them first")

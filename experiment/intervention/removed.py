@@ -29,13 +29,11 @@ def removed_shares(
     for of_sequence, of_list in zip(latents, together.split(lengths)):
         share = removed_share(splice, of_sequence, of_list, means)
         shares.append(share)
-    numbers = torch.cat(shares).tolist()
+    downloaded = torch.cat(shares).cpu()
     of_lists = []
-    first = 0
-    for length in lengths:
-        end = first + length
-        of_lists.append([round_to_four(share) for share in numbers[first:end]])
-        first = end
+    for of_list in downloaded.split(lengths):
+        rounded = [round_to_four(share) for share in of_list.tolist()]
+        of_lists.append(rounded)
     return of_lists
 
 

@@ -22,13 +22,14 @@ SETTINGS = (
     "model", "sae_release", "sae_id", "hook_name", "d_sae", "dtype", "sae_dtype", "error_term",
     "exclude_special_tokens", "questions", "prompt_template", "max_new_tokens",
 )  # fmt: skip
-RANKED = (*SETTINGS, "ranking", "ranking_seed", "draws", "effects")  # of a ranking's lists
+RANKED = (*SETTINGS, "ranking", "ranking_seed", "draws", "effects", "measured_for")  # of a ranking's lists
 SELECTION = ("limit", "sample", "seed")  # which of the data set's questions are asked
 # Of a masked round; activations and means are digests.
 MASK = ("masked", "k", "control", "control_seed", "draw", "keep_only", "ablation", "activations", "means")
 ALL = (*RANKED, *SELECTION, *MASK)  # of a journal
-# Compared where both have them: the SAE says the first two once it is loaded, round 1 the third.
-KNOWN_LATER = ("hook_name", "d_sae", "ranking_seed")
+# Compared where both have them: the SAE says the first two once it is loaded, round 1 the third; the last one counts
+# where not all latents are measured.
+KNOWN_LATER = ("hook_name", "d_sae", "ranking_seed", "measured_for")
 # A local folder's name, or that of a ranking of one's own: the field with its digest.
 CONTENT = {"model": "model_digest", "sae_release": "sae_digest", "ranking": "ranking_digest"}
 UNMASKED = ("answer", "tokens", "inside")  # of a record or a ranked question: its unmasked answer
@@ -55,6 +56,8 @@ def depends_on(provenance: Provenance) -> dict[str, object]:
             values[name] = digest
     if provenance.ranking_digest is not None:
         values["ranking"] = f"{provenance.ranking} {provenance.ranking_digest}"  # a file may hold several functions
+    if provenance.effects is not None and provenance.d_sae is not None and provenance.effects >= provenance.d_sae:
+        values["measured_for"] = None  # all of them are measured
     if provenance.sae_digest is not None:
         values["sae_id"] = ""  # a part of the folder's path, and of the digest
     return values

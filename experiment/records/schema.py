@@ -141,6 +141,8 @@ class Provenance(Stored):
     """Lists that round 1 drew for each question, where these are several."""
     effects: int | None = None
     """Latents of a question that round 1 masked alone, at most."""
+    measured_for: Text | None = None
+    """The rankings whose TopK were the first of these."""
     ranking_digest: str | None = None
     """Of the file of a ranking of one's own."""
     masked: Side | None = None

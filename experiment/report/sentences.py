@@ -74,13 +74,17 @@ def _tell_excess(name: str, cost: float | None, excess: Excess) -> str:
 
     name: the control's.  cost: in points of EM.
     """
-    interval = excess.intervals.get("em")
+    points = f"{cost:z.1f}"
     difference = _write_excess(excess)
-    if interval is None or interval[0] > 0:
-        return f"; {name} {cost:z.1f}; the difference is {difference}."
-    if interval[1] < 0:
-        return f", less than {name}: {cost:z.1f}, a difference of {difference}."
-    return f"; {name} {cost:z.1f}; the difference, {difference}, may be nothing."
+    interval = excess.intervals.get("em")
+    if interval is None:
+        return f"; {name} {points}; the difference is {difference}."
+    low, high = interval
+    if high < 0:
+        return f", less than {name}: {points}, a difference of {difference}."
+    if low <= 0:
+        return f"; {name} {points}; the difference, {difference}, may be nothing."
+    return f"; {name} {points}; the difference is {difference}."
 
 
 def _find_control(name: str, entry: MaskedEntry, masked: Iterable[MaskedEntry]) -> MaskedEntry | None:
